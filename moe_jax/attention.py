@@ -1,0 +1,83 @@
+"""Causal self-attention: grouped queries, rotary positions, documents apart."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+class Norm(nnx.Module):
+  """RMSNorm, computed in at least float32 (Zhang, Sennrich, 1910.07467)."""
+
+  def __init__(self, D: int, eps: float = 1e-6):
+    self.eps = eps
+    self.scale_D = nnx.Param(jnp.ones((D,)))
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    y = x.astype(wide)
+    y *= jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+    scale_D = self.scale_D[...].astype(wide)
+    return (y * scale_D.reshape((1,) * (y.ndim - 1) + (-1,))).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+  """H query heads over J key-value heads of size S (GQA, arXiv 2305.13245).
+
+  Args:
+    theta: base of the rotary frequencies (RoPE, arXiv 2104.09864).
+    out_scale: factor on the initial output projection.
+  """
+
+  def __init__(
+    self,
+    D: int,
+    H: int,
+    J: int,
+    S: int,
+    *,
+    theta: float,
+    out_scale: float = 1.0,
+    rngs: nnx.Rngs,
+  ):
+    self.theta = theta
+    init = nnx.initializers.lecun_normal()
+    self.query_DxHxS = nnx.Param(_heads(init, rngs, D, H, S))
+    self.key_DxJxS = nnx.Param(_heads(init, rngs, D, J, S))
+    self.value_DxJxS = nnx.Param(_heads(init, rngs, D, J, S))
+    out_HSxD = init(rngs.params(), (H * S, D)) * out_scale
+    self.out_HxSxD = nnx.Param(out_HSxD.reshape(H, S, D))
+
+  def __call__(self, x_BxLxD: jax.Array, segment_BxL: jax.Array) -> jax.Array:
+    """y_BxLxD; a token sees itself and what precedes it in its document."""
+    dtype = x_BxLxD.dtype
+    project = lambda w: jnp.einsum('bld,dhs->blhs', x_BxLxD, w.astype(dtype))
+    q_BxLxHxS = rotate(project(self.query_DxHxS[...]), self.theta)
+    k_BxLxJxS = rotate(project(self.key_DxJxS[...]), self.theta)
+    v_BxLxJxS = project(self.value_DxJxS[...])
+    same_BxLxL = segment_BxL[:, :, None] == segment_BxL[:, None, :]
+    y_BxLxHxS = jax.nn.dot_product_attention(
+      q_BxLxHxS,
+      k_BxLxJxS,
+      v_BxLxJxS,
+      mask=same_BxLxL[:, None],
+      is_causal=True,
+    )
+    out_HxSxD = self.out_HxSxD[...].astype(dtype)
+    return jnp.einsum('blhs,hsd->bld', y_BxLxHxS, out_HxSxD)
+
+
+def rotate(x_BxLxHxS: jax.Array, theta: float) -> jax.Array:
+  """Rotates the pairs (i, i + S/2) of each head by position * frequency."""
+  L, S = x_BxLxHxS.shape[1], x_BxLxHxS.shape[3]
+  wide = jnp.promote_types(x_BxLxHxS.dtype, jnp.float32)
+  frequency = theta ** (-jnp.arange(0, S, 2, dtype=wide) / S)
+  angle_LxS = jnp.arange(L, dtype=wide)[:, None] * frequency[None]
+  cos = jnp.cos(angle_LxS)[None, :, None]
+  sin = jnp.sin(angle_LxS)[None, :, None]
+  a, b = jnp.split(x_BxLxHxS.astype(wide), 2, axis=-1)
+  rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+  return rotated.astype(x_BxLxHxS.dtype)
+
+
+def _heads(init, rngs, D, H, S):
+  return init(rngs.params(), (D, H * S)).reshape(D, H, S)

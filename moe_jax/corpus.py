@@ -1,0 +1,398 @@
+"""Text: which documents to train on, and which to hold out."""
+
+import dataclasses
+import glob
+import gzip
+import hashlib
+import json
+import logging
+import lzma
+import os
+import pathlib
+import platform
+import sysconfig
+import zlib
+from collections.abc import Iterable
+from typing import NamedTuple
+
+logger = logging.getLogger(__name__)
+
+SOURCES = ('python_stdlib', 'text')
+TOKENIZERS = ('bytes', 'bpe')
+MIN_BPE_VOCAB = 257  # every byte, and the separator
+
+# Tests and tools are no library code; the packages differ on every machine.
+STDLIB_LEFT_OUT = {
+  *('test', 'tests', 'idlelib', 'lib2to3'),
+  *('site-packages', 'dist-packages', '__pycache__'),
+}
+STDLIB_EVAL_BYTES = 1_000_000
+
+
+class DataError(ValueError):
+  """Data that cannot be used; the message is one line that says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """What to read and how to cut it into tokens; see the config for the prose.
+
+  Raises:
+    DataError: a value is unknown, out of range, or would not be read.
+  """
+
+  source: str = 'python_stdlib'
+  path: str = ''
+  field: str = ''
+  eval_path: str = ''
+  eval_fraction: float = 0.1
+  tokenizer: str = 'bpe'
+  vocab_size: int = 4096
+  cache_dir: str = ''
+  eval_bytes: int = 0
+
+  def __post_init__(self):
+    if self.source not in SOURCES:
+      raise DataError(
+        f'data.source is {self.source!r}; it can be {" or ".join(SOURCES)}'
+      )
+    if self.tokenizer not in TOKENIZERS:
+      raise DataError(
+        f'data.tokenizer is {self.tokenizer!r};'
+        f' it can be {" or ".join(TOKENIZERS)}'
+      )
+    if self.tokenizer == 'bpe' and self.vocab_size < MIN_BPE_VOCAB:
+      raise DataError(
+        f'data.vocab_size is {self.vocab_size}; bpe needs at least'
+        f' {MIN_BPE_VOCAB}: 256 bytes and the separator'
+      )
+    if not 0 < self.eval_fraction < 1:
+      raise DataError(
+        f'data.eval_fraction is {self.eval_fraction};'
+        ' it must lie between 0 and 1'
+      )
+    if self.eval_bytes < 0:
+      raise DataError(
+        f'data.eval_bytes is {self.eval_bytes}; it must be 0 (all) or more'
+      )
+    if self.source == 'text' and not self.path:
+      raise DataError("data.path is empty; data.source 'text' needs a glob")
+    if self.source != 'text':
+      for name in ('path', 'field', 'eval_path'):
+        if getattr(self, name):
+          raise DataError(
+            f'data.{name} is set, but data.source is {self.source!r};'
+            " data.source='text' reads files"
+          )
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+  """Documents to train on and documents held out.
+
+  `sha256` covers the name, order, split and content of every document, so it
+  changes whenever a token could. Sizes are in UTF-8 bytes.
+  """
+
+  train: list[str] = dataclasses.field(repr=False)
+  eval: list[str] = dataclasses.field(repr=False)
+  sha256: str
+  train_bytes: int
+  eval_bytes: int
+  description: str
+
+  def eval_share(self, eval_bytes: int) -> float:
+    """The part of the held-out text that `eval_bytes` is; 0 asks for all."""
+    return min(1.0, eval_bytes / self.eval_bytes) if eval_bytes else 1.0
+
+
+class Document(NamedTuple):
+  name: str
+  text: str
+  size: int  # UTF-8 bytes
+
+
+def load(config: DataConfig) -> Corpus:
+  """Reads the corpus that `config` names. Documents without text are left out.
+
+  Raises:
+    DataError: a path or glob that matches nothing, a file that is broken, not
+      UTF-8 or not JSON lines with the field, or nothing left in a split.
+  """
+  if config.source == 'python_stdlib':
+    train, held_out = _stdlib()
+    name = f'Python {platform.python_version()} standard library'
+  else:
+    train, held_out = _text(config)
+    name = config.path
+  if not train:
+    raise DataError(f'{name}: no text is left to train on')
+  if not held_out:
+    raise DataError(f'{name}: no text is held out')
+  corpus = Corpus(
+    train=[document.text for document in train],
+    eval=[document.text for document in held_out],
+    sha256=_digest(train, held_out),
+    train_bytes=_size(train),
+    eval_bytes=_size(held_out),
+    description=f'{name}: {_amount(train)} to train on,'
+    f' {_amount(held_out)} held out',
+  )
+  logger.info('%s, sha256 %s', corpus.description, corpus.sha256[:12])
+  return corpus
+
+
+def _size(documents: list[Document]) -> int:
+  return sum(document.size for document in documents)
+
+
+def _amount(documents: list[Document]) -> str:
+  plural = '' if len(documents) == 1 else 's'
+  size = _size(documents)
+  return f'{len(documents):,} document{plural} ({size:,} bytes)'
+
+
+def _digest(train: list[Document], held_out: list[Document]) -> str:
+  total = hashlib.sha256()
+  for split, documents in (('train', train), ('eval', held_out)):
+    for document in documents:
+      # The header states the size, so no two corpora read the same.
+      header = json.dumps([split, document.name, document.size])
+      total.update(header.encode() + b'\n')
+      total.update(document.text.encode())
+  return total.hexdigest()
+
+
+# --- the standard library ---------------------------------------------------
+
+
+def _stdlib() -> tuple[list[Document], list[Document]]:
+  root = pathlib.Path(sysconfig.get_path('stdlib'))
+  documents = []
+  for path in _stdlib_files(root):
+    text, size = _decode(path.read_bytes(), path)
+    if size:
+      documents.append(Document(path.relative_to(root).as_posix(), text, size))
+  if _size(documents) <= 2 * STDLIB_EVAL_BYTES:
+    raise DataError(
+      f'{root} holds {_size(documents)} bytes of .py files, too few to train'
+      f" on; use data.source='text'"
+    )
+  held_out, size = set(), 0
+  for document in sorted(documents, key=lambda document: _sha(document.name)):
+    if size >= STDLIB_EVAL_BYTES:
+      break
+    held_out.add(document.name)
+    size += document.size
+  return _divide(documents, [d.name in held_out for d in documents])
+
+
+def _stdlib_files(root: pathlib.Path) -> list[pathlib.Path]:
+  found = []
+  for folder, subfolders, names in os.walk(root):
+    subfolders[:] = [s for s in subfolders if s not in STDLIB_LEFT_OUT]
+    found += [pathlib.Path(folder, n) for n in names if n.endswith('.py')]
+  return sorted(found, key=lambda path: path.relative_to(root).as_posix())
+
+
+def _sha(text: str) -> str:
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _divide(
+  documents: list[Document], held_out: Iterable[bool]
+) -> tuple[list[Document], list[Document]]:
+  parts: tuple[list[Document], list[Document]] = ([], [])
+  for document, held in zip(documents, held_out, strict=True):
+    parts[held].append(document)
+  return parts
+
+
+# --- files ------------------------------------------------------------------
+
+
+def _text(config: DataConfig) -> tuple[list[Document], list[Document]]:
+  files = _matches(config.path, 'data.path')
+  if not config.eval_path:
+    return _hold_out(_read_all(files, config), config)
+  eval_files = _matches(config.eval_path, 'data.eval_path')
+  # A file that both globs match is held out, or the evaluation would cheat.
+  held = {file.resolve() for file in eval_files}
+  train_files = [file for file in files if file.resolve() not in held]
+  if len(train_files) < len(files):
+    logger.info(
+      '%d of %d files of data.path are held out by data.eval_path',
+      len(files) - len(train_files), len(files),
+    )  # fmt: skip
+  if not train_files:
+    raise DataError(
+      f'data.eval_path {config.eval_path} holds out every file that data.path'
+      f' {config.path} matches'
+    )
+  return _read_all(train_files, config), _read_all(eval_files, config)
+
+
+def _matches(patterns: str, key: str) -> list[pathlib.Path]:
+  found = set()
+  for pattern in patterns.split(','):
+    pattern = os.path.expanduser(pattern.strip())
+    if os.path.isdir(pattern):
+      raise DataError(
+        f'{key} {pattern} is a directory; name its files, as in'
+        f' {os.path.join(pattern, "*.txt")}'
+      )
+    files = [f for f in glob.glob(pattern, recursive=True) if os.path.isfile(f)]
+    if not files:
+      raise DataError(f'{key} {pattern} matches no file')
+    found.update(files)
+  return [pathlib.Path(file) for file in sorted(found)]
+
+
+def _read_all(files: list[pathlib.Path], config: DataConfig) -> list[Document]:
+  documents = []
+  for path in files:
+    raw, is_jsonl = _uncompressed(path)
+    if is_jsonl:
+      documents += _records(raw, path, config.field)
+      continue
+    if config.field:
+      raise DataError(
+        f'data.field is {config.field!r}, but {path} is no .jsonl file'
+      )
+    text, size = _decode(raw, path)
+    documents.append(Document(path.name, text, size))
+  documents = [document for document in documents if document.size]
+  if not documents:
+    raise DataError(f'there is no text in {_listing(files)}')
+  return documents
+
+
+def _listing(files: list[pathlib.Path]) -> str:
+  more = f' and {len(files) - 1} more files' if len(files) > 1 else ''
+  return f'{files[0]}{more}'
+
+
+def _uncompressed(path: pathlib.Path) -> tuple[bytes, bool]:
+  """The bytes of a file, and whether they are JSON lines."""
+  suffixes = path.suffixes
+  try:
+    raw = path.read_bytes()
+  except OSError as error:
+    raise DataError(f'cannot read {path}: {error.strerror}') from error
+  if suffixes[-1:] in (['.xz'], ['.gz']):
+    decompress = lzma.decompress if path.suffix == '.xz' else gzip.decompress
+    suffixes = suffixes[:-1]
+    try:
+      if not raw:
+        raise EOFError('it is empty')
+      raw = decompress(raw)
+    except (lzma.LZMAError, OSError, EOFError, zlib.error) as error:
+      raise DataError(f'{path} is broken: {error}') from error
+  return raw, suffixes[-1:] == ['.jsonl']
+
+
+def _decode(raw: bytes, path: pathlib.Path) -> tuple[str, int]:
+  try:
+    return raw.decode(), len(raw)
+  except UnicodeDecodeError as error:
+    raise DataError(_undecodable(path, raw, error.start)) from error
+
+
+def _undecodable(path: pathlib.Path, raw: bytes, offset: int) -> str:
+  packed = path.suffix in ('.xz', '.gz')
+  place = ' of the uncompressed file' if packed else ''
+  return (
+    f'{path} is not UTF-8: byte 0x{raw[offset]:02x} at offset {offset}{place}'
+  )
+
+
+def _records(raw: bytes, path: pathlib.Path, field: str) -> list[Document]:
+  """One document for each line that is not blank."""
+  documents = []
+  text, _ = _decode(raw, path)
+  # Not splitlines: JSON strings may hold the other line ends of Unicode.
+  for number, line in enumerate(text.split('\n'), start=1):
+    if not line.strip():
+      continue
+    where = f'{path} line {number}'
+    try:
+      record = json.loads(line)
+    except ValueError as error:
+      raise DataError(f'{where} is not JSON: {error}') from error
+    except RecursionError as error:
+      raise DataError(f'{where} is not usable JSON: too deep') from error
+    value = _field(record, field, where)
+    try:
+      size = len(value.encode())
+    except UnicodeEncodeError as error:  # "\ud800" is JSON, but no text
+      raise DataError(
+        f'{where}: field {field!r} holds half a surrogate pair'
+        f' at character {error.start}'
+      ) from error
+    documents.append(Document(f'{path.name}:{number}', value, size))
+  return documents
+
+
+def _field(record: object, field: str, where: str) -> str:
+  if not isinstance(record, dict):
+    raise DataError(
+      f'{where} is a JSON {type(record).__name__}, not an object with fields'
+    )
+  present = ', '.join(repr(name) for name in record) or 'none'
+  if not field:
+    raise DataError(
+      f'data.field is empty; name the text field of {where}; it has {present}'
+    )
+  if field not in record:
+    raise DataError(f'{where} has no field {field!r}; it has {present}')
+  if not isinstance(record[field], str):
+    raise DataError(
+      f'{where}: field {field!r} is a {type(record[field]).__name__},'
+      ' not a string'
+    )
+  return record[field]
+
+
+# --- holding out a fraction -------------------------------------------------
+
+
+def _hold_out(
+  documents: list[Document], config: DataConfig
+) -> tuple[list[Document], list[Document]]:
+  """Holds out whole documents by hash, or the end of the largest one.
+
+  Documents are taken in the order of their content's hash, each that still
+  fits in the fraction. Where they are so few or so large that this reaches
+  less than half of it, the last lines of the largest document serve instead.
+  """
+  target = config.eval_fraction * _size(documents)
+  held, size = set(), 0
+  hashes = [_sha(document.text) for document in documents]
+  for index in sorted(range(len(documents)), key=lambda i: hashes[i]):
+    if size + documents[index].size <= target:
+      held.add(index)
+      size += documents[index].size
+  if size >= target / 2:
+    return _divide(documents, [i in held for i in range(len(documents))])
+  largest = max(range(len(documents)), key=lambda i: documents[i].size)
+  head, tail = _cut(documents[largest], target)
+  return [*documents[:largest], head, *documents[largest + 1 :]], [tail]
+
+
+def _cut(document: Document, tail_size: float) -> tuple[Document, Document]:
+  """Cuts at the line end nearest to `tail_size` bytes before the end."""
+  raw = document.text.encode()
+  place = min(max(1, round(len(raw) - tail_size)), len(raw) - 1)
+  # The last byte's line end would leave an empty tail.
+  cuts = [raw.rfind(b'\n', 0, place) + 1, raw.find(b'\n', place, -1) + 1]
+  cuts = [cut for cut in cuts if cut > 0]
+  if not cuts:
+    raise DataError(
+      f'{document.name} is a single line, of which no part can be held out;'
+      ' set data.eval_path'
+    )
+  cut = min(cuts, key=lambda c: abs(c - place))
+  return (
+    Document(document.name, raw[:cut].decode(), cut),
+    Document(document.name, raw[cut:].decode(), len(raw) - cut),
+  )

@@ -1,0 +1,119 @@
+"""What an expert computes: rows_MxD, grouped by expert, to y_MxD."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+ACTIVATIONS = {
+  'swiglu': (jax.nn.silu, True),
+  'geglu': (jax.nn.gelu, True),
+  'gelu': (jax.nn.gelu, False),
+  'relu': (jax.nn.relu, False),
+}  # name: (function, whether a gate matrix multiplies the up projection)
+
+
+class Experts(nnx.Module):
+  """E feed-forward experts of hidden width F, as grouped matmuls.
+
+  swiglu, geglu: down(act(x gate) * (x up)); gelu, relu: down(act(x up)).
+
+  Args:
+    activation: a name in ACTIVATIONS.
+    bias: whether each expert has biases, zero at first.
+    gmm: (x_MxA, w_ExAxB, group_E) -> y_MxB, see ops.gmm.
+    out_scale: factor on the initial down projection.
+  """
+
+  def __init__(
+    self,
+    E: int,
+    D: int,
+    F: int,
+    *,
+    activation: str,
+    gmm: Callable[..., jax.Array],
+    bias: bool = False,
+    out_scale: float = 1.0,
+    rngs: nnx.Rngs,
+  ):
+    self.E, self.gmm, self.activation = E, gmm, activation
+    _, gated = ACTIVATIONS[activation]
+    init = nnx.initializers.lecun_normal(batch_axis=0)
+    self.up_ExDxF = nnx.Param(init(rngs.params(), (E, D, F)))
+    if gated:
+      self.gate_ExDxF = nnx.Param(init(rngs.params(), (E, D, F)))
+    self.down_ExFxD = nnx.Param(init(rngs.params(), (E, F, D)) * out_scale)
+    self.bias = bias
+    if bias:
+      self.bias_up_ExF = nnx.Param(jnp.zeros((E, F)))
+      self.bias_down_ExD = nnx.Param(jnp.zeros((E, D)))
+      if gated:
+        self.bias_gate_ExF = nnx.Param(jnp.zeros((E, F)))
+
+  def __call__(self, rows_MxD: jax.Array, group_E: jax.Array) -> jax.Array:
+    """y_MxD; rows from sum(group_E) on are undefined."""
+    act, gated = ACTIVATIONS[self.activation]
+    up_MxF = self._linear(rows_MxD, 'up_ExDxF', 'bias_up_ExF', group_E)
+    if gated:
+      gate_MxF = self._linear(rows_MxD, 'gate_ExDxF', 'bias_gate_ExF', group_E)
+      hidden_MxF = act(gate_MxF) * up_MxF
+    else:
+      hidden_MxF = act(up_MxF)
+    return self._linear(hidden_MxF, 'down_ExFxD', 'bias_down_ExD', group_E)
+
+  def _linear(self, x_MxA, weight, bias, group_E):
+    """One grouped matmul; undefined rows become zero, forward and backward."""
+    dtype = x_MxA.dtype
+    w_ExAxB = getattr(self, weight)[...].astype(dtype)
+    y_MxB = self.gmm(x_MxA, w_ExAxB, group_E)
+    if self.bias:
+      bias_ExB = getattr(self, bias)[...].astype(dtype)
+      y_MxB += _per_row(bias_ExB, group_E, y_MxB.shape[0])
+    row_M = jnp.arange(y_MxB.shape[0], dtype=jnp.int32)
+    return jnp.where((row_M < jnp.sum(group_E))[:, None], y_MxB, 0)
+
+
+def _per_row(bias_ExB, group_E, M):
+  """[M, B]: the bias of each row's expert; its gradient is one per group."""
+  expert_M = jnp.searchsorted(
+    jnp.cumsum(group_E), jnp.arange(M, dtype=jnp.int32), side='right'
+  )
+  return bias_ExB.at[expert_M].get(mode='clip')
+
+
+class Dense(nnx.Module):
+  """One feed-forward for all tokens: dense layers and shared experts.
+
+  The same expert without routing: x_TxD to y_TxD.
+  """
+
+  def __init__(
+    self,
+    D: int,
+    F: int,
+    *,
+    activation: str,
+    bias: bool = False,
+    out_scale: float = 1.0,
+    rngs: nnx.Rngs,
+  ):
+    self.one = Experts(
+      1,
+      D,
+      F,
+      activation=activation,
+      gmm=_dense,
+      bias=bias,
+      out_scale=out_scale,
+      rngs=rngs,
+    )
+
+  def __call__(self, x_TxD: jax.Array) -> jax.Array:
+    return self.one(x_TxD, jnp.full((1,), x_TxD.shape[0], jnp.int32))
+
+
+def _dense(x_TxA, w_1xAxB, group_E):
+  del group_E  # all rows
+  return x_TxA @ w_1xAxB[0]

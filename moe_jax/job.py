@@ -1,0 +1,157 @@
+"""What a config asks for, checked before anything is compiled or written."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+
+from moe_jax import config as configs
+from moe_jax import data, models, objective, ops, optimizer, parallel, tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """A run that was found sound; nothing is written or compiled yet."""
+
+  config: dict[str, Any]
+  workdir: pathlib.Path
+  changed: list[str]  # what differs from the run that is continued
+  model: Any  # abstract: shapes without arrays
+  init: Callable[[], nnx.Module]
+  objective: Callable[..., tuple]
+  optimizer: optax.GradientTransformation
+  schedule: Callable[[int], jax.Array]  # step, from 0 -> learning rate
+  mesh: jax.sharding.Mesh
+  implementation: dict[str, str]
+  corpus: data.Corpus
+  tokenizer: tokenizer.Tokenizer
+  train_N: np.ndarray
+  eval_N: np.ndarray
+
+  def train_batches(self):
+    c = self.config
+    return data.train_iterator(
+      self.train_N, c['batch_size'], c['seq_len'], c['seed']
+    )
+
+  def eval_batches(self, share: float = 1.0) -> data.EvalBatches:
+    c = self.config
+    return data.eval_batches(
+      self.eval_N, c['batch_size'], c['seq_len'], share=share
+    )
+
+
+def prepare(config: Any, workdir: str) -> Job | None:
+  """Checks all that can be checked before compiling, and reads the data.
+
+  Returns None where the work directory holds the end of this very run.
+
+  Raises:
+    ValueError, TypeError, OSError: one line that names the offending values.
+  """
+  c = configs.resolve(config)
+  workdir = pathlib.Path(workdir).absolute()
+  finished, _ = _earlier(c, workdir)
+  if finished:
+    return None
+  mesh = _mesh(c)
+  strategy_name, strategy = parallel.get(c['parallel']['strategy'])
+  gmm = ops.choose_gmm(
+    None if c['model']['gmm'] == 'auto' else c['model']['gmm']
+  )
+  settings = optimizer.Config(**c['optimizer'])
+  goal = objective.get(**c['objective'])
+  data_config = data.DataConfig(**c['data'])
+  _model(c, gmm, strategy, V=8)  # before the time that the data takes
+  corpus = data.load(data_config)
+  c['corpus_sha256'] = corpus.sha256
+  _, changed = _earlier(c, workdir)  # now with the corpus
+  tok = tokenizer.get(data_config, corpus)
+  train_N, eval_N = data.streams(data_config, corpus, tok)
+  init = _model(c, gmm, strategy, V=tok.vocab_size)
+  job = Job(
+    config=c,
+    workdir=workdir,
+    changed=changed,
+    model=nnx.eval_shape(init),
+    init=init,
+    objective=goal,
+    optimizer=optimizer.make(settings, c['steps']),
+    schedule=optimizer.schedule(settings, c['steps']),
+    mesh=mesh,
+    implementation={'gmm': gmm, 'strategy': strategy_name},
+    corpus=corpus,
+    tokenizer=tok,
+    train_N=train_N,
+    eval_N=eval_N,
+  )
+  job.train_batches(), job.eval_batches()  # is there enough for one batch?
+  return job
+
+
+def _model(c, gmm, strategy, V):
+  """Returns a function that makes the model; raises if it cannot be made."""
+  values = {**c['model'], 'gmm': gmm}
+  module = models.get(values.pop('name'))
+  model_config = module.Config(V=V, **values)
+
+  def init():
+    model = module.build(
+      model_config, strategy, rngs=nnx.Rngs(jax.random.key(c['seed']))
+    )
+    return model
+
+  nnx.eval_shape(init)
+  return init
+
+
+def _mesh(c):
+  """The mesh; ValueError if it does not divide what is laid on it."""
+  mesh = parallel.mesh(c['mesh'])
+  rows = mesh.size * c['optimizer']['accumulate']
+  if c['batch_size'] % rows:
+    axes = ' x '.join(f'mesh.{k}={v}' for k, v in c['mesh'].items())
+    raise ValueError(
+      f'batch_size={c["batch_size"]} is not a multiple of {rows}: {axes}'
+      f' x optimizer.accumulate={c["optimizer"]["accumulate"]}'
+    )
+  if c['model']['E'] % c['mesh']['expert']:
+    raise ValueError(
+      f'mesh.expert={c["mesh"]["expert"]} does not divide'
+      f' model.E={c["model"]["E"]} experts'
+    )
+  return mesh
+
+
+def _earlier(c, workdir):
+  """(whether the run there has finished, what differs and may).
+
+  Raises:
+    ValueError: what is in the work directory is not this run.
+  """
+  if workdir.exists() and not workdir.is_dir():
+    raise ValueError(f'the work directory {workdir} is a file')
+  if not (workdir / 'config.json').exists():
+    left = [
+      n for n in ('metrics.jsonl', 'checkpoints') if (workdir / n).exists()
+    ]
+    if left:
+      raise ValueError(f'{workdir} holds {left[0]} but no config.json')
+    return False, []
+  old = json.loads((workdir / 'config.json').read_text())
+  old = {k: v for k, v in old.items() if k in c}
+  mathematics, changed = configs.differences(old, c)
+  if mathematics:
+    raise ValueError(
+      f'{workdir} holds another run; these keys differ: '
+      + ', '.join(mathematics)
+    )
+  summary = workdir / 'summary.json'
+  done = json.loads(summary.read_text())['steps'] if summary.exists() else 0
+  return done >= c['steps'], changed

@@ -1,0 +1,393 @@
+"""report.html: one self-contained file that shows what a run did."""
+
+import html
+import itertools
+import json
+import math
+import os
+from typing import Any
+
+import numpy as np
+
+from moe_jax import figures, metrics
+
+FILE = 'report.html'
+HEAT_CELLS = 500_000  # of all heat maps together: bounds the file's size
+
+
+def write(workdir: str) -> str:
+  """Writes report.html from what the run left in `workdir`."""
+  config = _load(workdir, 'config.json')
+  summary = _load(workdir, 'summary.json')
+  name = os.path.basename(os.path.abspath(workdir))
+  path = os.path.join(workdir, FILE)
+  metrics.replace(path, page(metrics.read(workdir), config, summary, name))
+  return path
+
+
+def page(
+  lines: list[dict[str, Any]],
+  config: dict[str, Any],
+  summary: dict[str, Any],
+  name: str,
+) -> str:
+  """The report as one HTML text: the same inputs give the same text."""
+  lines = [{k: _finite(v) for k, v in x.items()} for x in lines]
+  lines.sort(key=lambda x: x['step'])
+  title = summary.get('config_description') or name
+  sections = [
+    _header(title, name, summary),
+    _training(lines),
+    _load_maps(lines, config),
+    _router(lines, config),
+    _config(config),
+    _summary(summary),
+  ]
+  return (
+    '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+    '<meta name="viewport" content="width=device-width,initial-scale=1">'
+    '<meta name="color-scheme" content="light dark">'
+    f'<title>{_esc(title)}</title><style>{figures.CSS}{CSS}</style></head>\n'
+    '<body><main>'
+    + '\n'.join(x for x in sections if x)
+    + '\n</main></body></html>\n'
+  )
+
+
+def _load(workdir, name):
+  path = os.path.join(workdir, name)
+  if not os.path.exists(path):
+    return {}
+  with open(path, encoding='utf-8') as f:
+    return json.load(f)
+
+
+def _big(x):
+  return f'{x:,.0f}' if abs(x) < 1e6 else metrics.si(x)
+
+
+TILES = (  # key of the summary, label, format
+  ('eval_bits_per_byte', 'held-out bits/byte', '{:.3f}'.format),
+  ('eval_loss', 'held-out loss', '{:.3f}'.format),
+  ('initial_loss', 'initial loss', '{:.3f}'.format),
+  ('steps', 'steps', _big),
+  ('tokens', 'training tokens', _big),
+  ('tokens_per_second', 'tokens per second', _big),
+  ('wall_seconds', 'wall time', metrics.duration),
+  ('params_total', 'parameters', _big),
+  ('params_active', 'active per token', _big),
+  ('expert_params', 'in experts', _big),
+  ('flops_per_token', 'FLOPs per token', metrics.si),
+)
+
+
+def _header(title, name, summary):
+  out = [
+    f'<header><p class="kicker">moe_jax run · {_esc(name)}</p>',
+    f'<h1>{_esc(title)}</h1>',
+  ]
+  if not summary:
+    out.append(
+      '<p class="note">There is no summary: the run has not finished.</p>'
+    )
+  tiles = [
+    (label, '\u2013' if _number(summary[k]) is None else f(summary[k]))
+    for k, label, f in TILES
+    if k in summary
+  ]
+  if tiles:
+    out.append(
+      '<dl class="tiles">'
+      + ''.join(f'<div><dt>{a}</dt><dd>{b}</dd></div>' for a, b in tiles)
+      + '</dl>'
+    )
+  facts = [
+    (k, _brief(summary[k]))
+    for k in ('implementation', 'devices', 'versions')
+    if summary.get(k)
+  ]
+  if facts:
+    out.append(
+      '<dl class="facts">'
+      + ''.join(f'<div><dt>{k}</dt><dd>{_esc(v)}</dd></div>' for k, v in facts)
+      + '</dl>'
+    )
+  return '\n'.join(out) + '</header>'
+
+
+def _training(lines):
+  if not lines:
+    return '<p class="note">There are no metrics.</p>'
+  axis = figures.Axis(lines)
+  loss, evals = _points(lines, 'loss'), _points(lines, 'eval_loss')
+  bits = _points(lines, 'eval_bits_per_byte')
+  smooth = _smooth(loss)
+  few = len(evals) <= 60
+  curves = [
+    figures.Series('training', loss, faint=bool(smooth), said=not smooth),
+    figures.Series('training, smoothed', smooth),
+    figures.Series('held-out', evals, 'var(--b)', dots=few),
+  ]
+  one = lambda key: [figures.Series('', _points(lines, key))]
+  return _section(
+    'Training',
+    [
+      figures.chart(
+        'Loss', 'nats per token', curves, axis, log=True, wide=True
+      ),
+      figures.chart(
+        'Held-out bits per byte',
+        '',
+        [figures.Series('', bits, 'var(--b)', dots=few)],
+        axis,
+      ),
+      figures.chart('Learning rate', '', one('learning_rate'), axis, zero=True),
+      figures.chart(
+        'Gradient norm', 'before clipping', one('grad_norm'), axis, log=True
+      ),
+      figures.chart(
+        'Speed', 'tokens per second', one('tokens_per_second'), axis, zero=True
+      ),
+    ],
+  )
+
+
+def _load_maps(lines, config):
+  loads = _loads(lines)
+  if not loads:
+    return ''
+  axis = figures.Axis(lines)
+  names = _layer_names(len(loads), config)
+  experts = sum(ratio_NxE.shape[1] for _, ratio_NxE in loads)
+  columns = min(240, max(HEAT_CELLS // experts, 40))
+  maps = [
+    figures.heat_map(name, steps, ratio_NxE, axis, columns)
+    for name, (steps, ratio_NxE) in zip(names, loads, strict=True)
+  ]
+  hint = (
+    'The share of the assignments that each expert (a row) got, relative '
+    'to an even share, before any is dropped.'
+  )
+  return _section(
+    'Load of each expert',
+    maps,
+    'grid maps many' if len(maps) > 9 else 'grid maps',
+    f'<p class="hint">{hint}</p>{figures.heat_key()}',
+  )
+
+
+PER_LAYER = {  # key of a line: title, hint, options of the chart
+  'entropy': ('Router entropy', '1 = all experts equally likely', {}),
+  'dropped': ('Dropped', 'share of the assignments', {'zero': True}),
+  'balance': ('Balance loss', '1 = perfect balance', {}),
+  'z': ('Router z-loss', '', {}),
+}
+
+
+def _router(lines, config):
+  out = []
+  axis = figures.Axis(lines) if lines else None
+  loads = _loads(lines)
+  if loads:
+    peaks = [
+      [
+        (s, _number(float(x)))
+        for s, x in zip(steps, ratio_NxE.max(1), strict=True)
+      ]
+      for steps, ratio_NxE in loads
+    ]
+    out.append(
+      figures.layers(
+        'Busiest expert',
+        '1 = an even share',
+        peaks,
+        _layer_names(len(peaks), config),
+        axis,
+        log=True,
+      )
+    )
+  keys = {k for x in lines for k, v in x.items() if isinstance(v, list)}
+  others = sorted(keys - set(PER_LAYER) - {'load'})
+  for key in [k for k in PER_LAYER if k in keys] + others:
+    title, hint, options = PER_LAYER.get(key, (key, '', {}))
+    count = max(len(x[key]) for x in lines if isinstance(x.get(key), list))
+    curves = [_points(lines, key, i) for i in range(count)]
+    if key == 'dropped' and not any(y for curve in curves for _, y in curve):
+      out.append('<p class="note">No assignment was dropped.</p>')
+      continue
+    out.append(
+      figures.layers(
+        title, hint, curves, _layer_names(count, config), axis, **options
+      )
+    )
+  return _section('Router', out) if any(out) else ''
+
+
+def _config(config):
+  if not config:
+    return ''
+  nested = {k: v for k, v in config.items() if isinstance(v, dict) and v}
+  plain = {k: v for k, v in config.items() if k not in nested}
+  groups = [('run', plain), *nested.items()] if plain else nested.items()
+  return _section('Config', [_table(k, v) for k, v in groups], 'columns')
+
+
+def _summary(summary):
+  if not summary:
+    return ''
+  return _section('All numbers', [_table('summary.json', summary)])
+
+
+def _section(title, parts, kind='grid', before=''):
+  return (
+    f'<section><h2>{title}</h2>{before}<div class="{kind}">'
+    + '\n'.join(x for x in parts if x)
+    + '</div></section>'
+  )
+
+
+def _table(title, values):
+  rows = ''.join(
+    f'<tr><th scope="row">{_esc(k)}</th><td>{_esc(v)}</td></tr>'
+    for k, v in _leaves(values)
+  )
+  return (
+    f'<details open><summary>{_esc(title)}</summary>'
+    f'<table>{rows}</table></details>'
+  )
+
+
+def _leaves(value, prefix=''):
+  """(dotted key, text) of every leaf."""
+  if isinstance(value, dict) and value:
+    for k, v in value.items():
+      yield from _leaves(v, f'{prefix}.{k}' if prefix else str(k))
+  elif isinstance(value, str):
+    yield prefix, value or "''"
+  elif isinstance(value, int) and not isinstance(value, bool):
+    yield prefix, f'{value:,}' if abs(value) >= 10_000 else str(value)
+  else:
+    yield prefix, json.dumps(value, ensure_ascii=False)
+
+
+def _brief(value):
+  """One line for a dict, a list (equal neighbours counted), anything else."""
+  if isinstance(value, dict):
+    return ' · '.join(f'{k} {_brief(v)}' for k, v in value.items())
+  if isinstance(value, list):
+    runs = [(k, len(list(g))) for k, g in itertools.groupby(map(_brief, value))]
+    return ', '.join(k if n == 1 else f'{n} \u00d7 {k}' for k, n in runs)
+  return 'none' if value is None else str(value)
+
+
+def _layer_names(count, config):
+  model = config.get('model')
+  rounds = model.get('iterations') if isinstance(model, dict) else 1
+  if not isinstance(rounds, int) or rounds < 2 or count % rounds:
+    return [f'MoE layer {i}' for i in range(count)]
+  return [
+    f'MoE layer {i // rounds}, iteration {i % rounds}' for i in range(count)
+  ]
+
+
+def _loads(lines):
+  """For each layer (steps, load of each expert relative to an even share)."""
+  lines = [
+    (x['step'], x['load']) for x in lines if isinstance(x.get('load'), list)
+  ]
+  out = []
+  for i, last in enumerate(lines[-1][1] if lines else []):
+    rows = [
+      (step, load[i])
+      for step, load in lines
+      if i < len(load) and len(load[i]) == len(last)
+    ]
+    if last:
+      out.append(
+        (
+          [step for step, _ in rows],
+          np.array([x for _, x in rows], np.float64) * len(last),
+        )
+      )
+  return out
+
+
+def _points(lines, key, i=None):
+  """(step, number or None) of the lines that carry the key."""
+  values = [(x['step'], x[key]) for x in lines if key in x]
+  if i is not None:
+    values = [
+      (step, v[i] if isinstance(v, list) and i < len(v) else None)
+      for step, v in values
+    ]
+  return [(step, _number(v)) for step, v in values]
+
+
+def _smooth(points):
+  """A running mean over a 25th of the run; none for a short one."""
+  points = [(x, y) for x, y in points if y is not None]
+  if len(points) < 25:
+    return []
+  total = np.cumsum([0.0] + [y for _, y in points])
+  half = len(points) // 50 + 1
+  out = []
+  for i, (x, _) in enumerate(points):
+    left = min(half, i)  # even about x at the start, where the loss is steep
+    right = min(left, len(points) - 1 - i)
+    mean = (total[i + right + 1] - total[i - left]) / (left + right + 1)
+    out.append((x, float(mean)))
+  return out
+
+
+def _number(x):
+  ok = isinstance(x, (int, float)) and math.isfinite(x)
+  return x if ok else None
+
+
+def _finite(x):
+  return _number(x) if isinstance(x, float) else x
+
+
+def _esc(x):
+  return html.escape(str(x))
+
+
+CSS = """
+:root{--page:#f6f6f4}
+@media screen and (prefers-color-scheme:dark){:root{--page:#121315}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--page);color:var(--ink);
+font:15px/1.5 system-ui,sans-serif;font-variant-numeric:tabular-nums}
+main{max-width:1180px;margin:auto;padding:28px 16px 48px}
+h1{font-size:26px;line-height:1.25;margin:0 0 20px;text-wrap:balance;
+overflow-wrap:anywhere}
+h2{font-size:18px;margin:36px 0 10px}
+.kicker,.hint,.note,dt{color:var(--dim)}
+.kicker{margin:0 0 4px;font-size:13px}.hint{margin:-6px 0 12px}
+.note{margin:0}dl,dd{margin:0}
+.tiles{display:grid;background:var(--card);border:1px solid var(--rule);
+border-radius:8px;overflow:hidden;
+grid-template-columns:repeat(auto-fill,minmax(152px,1fr))}
+.tiles div{padding:11px 14px;box-shadow:1px 1px 0 var(--rule)}
+.tiles dt{font-size:13px}.tiles dd{font-size:23px;font-weight:600}
+.facts{margin-top:14px;font-size:13px}.facts div{display:flex;gap:10px}
+.facts dt{flex:0 0 112px}.facts dd{overflow-wrap:anywhere}
+.grid{display:grid;gap:14px;align-items:stretch;
+grid-template-columns:repeat(auto-fill,minmax(min(340px,100%),1fr))}
+.many{grid-template-columns:repeat(auto-fill,minmax(min(258px,100%),1fr))}
+@media(min-width:740px){.wide{grid-column:span 2}}
+.columns{columns:340px;column-gap:14px}
+details{background:var(--card);border:1px solid var(--rule);border-radius:8px;
+padding:8px 14px;margin:0 0 14px;break-inside:avoid}
+.grid details{grid-column:1/-1;margin:0}
+summary{font-weight:600;cursor:pointer}
+table{border-collapse:collapse;width:100%;font-size:13px;margin-top:4px}
+th,td{text-align:left;vertical-align:top;padding:3px 0;
+border-top:1px solid var(--rule)}
+th{font-weight:400;color:var(--dim);padding-right:14px}
+td{text-align:right;overflow-wrap:anywhere;
+font-family:ui-monospace,monospace;font-size:12.5px}
+@media print{:root{--page:#fff}body{font-size:12px;print-color-adjust:exact;
+-webkit-print-color-adjust:exact}main{padding:0}h2{break-after:avoid}
+.tiles,tr{break-inside:avoid}}
+"""

@@ -1,0 +1,85 @@
+"""Top-k of softmax or sigmoid scores: the router of most published models."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moe_jax import balance, plan, routers
+
+
+class Router(routers.Router):
+  """The k best experts of each token.
+
+  softmax: Mixtral, OLMoE, Qwen3-MoE; with renormalise=False DeepSeek-V2
+  (arXiv 2405.04434). sigmoid with bias_rate > 0: DeepSeek-V3 (2412.19437).
+
+  Args:
+    k: experts per token.
+    score: 'softmax' over all experts, or 'sigmoid' of each.
+    renormalise: gates are divided by their sum over the k chosen.
+    scale: gates are multiplied by it, after renormalising.
+    bias_rate: step of the loss-free bias (2408.15664), which is added to the
+      scores for the choice, never to the gates; 0 keeps no bias.
+    capacity: factor on the mean load; None is dropless.
+    group: tokens that share a capacity; None is one sequence.
+  """
+
+  def __init__(
+    self,
+    D: int,
+    E: int,
+    *,
+    k: int = 2,
+    score: str = 'softmax',
+    renormalise: bool = True,
+    scale: float = 1.0,
+    bias_rate: float = 0.0,
+    capacity: float | None = None,
+    group: int | None = None,
+    rngs: nnx.Rngs,
+  ):
+    routers.check(E, k=k, capacity=capacity, group=group)
+    if score not in ('softmax', 'sigmoid'):
+      raise ValueError(f"score is {score!r}, not 'softmax' or 'sigmoid'")
+    self.k, self.score, self.renormalise = k, score, renormalise
+    self.scale, self.bias_rate = scale, bias_rate
+    self.capacity, self.group = capacity, group
+    # A later token's first choice takes the place of an earlier one's second.
+    self.causal = capacity is None or k == 1
+    self.equivariant = capacity is None
+    self.w_DxE = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (D, E)))
+    if bias_rate:
+      self.bias_E = routers.RouterState(jnp.zeros((E,), jnp.float32))
+
+  def __call__(self, x_TxD, ctx, memory):
+    logits_TxE = routers.logits(x_TxD, self.w_DxE[...])
+    T, E = logits_TxE.shape
+    if self.score == 'softmax':
+      score_TxE = probs_TxE = jax.nn.softmax(logits_TxE, axis=-1)
+    else:
+      score_TxE = jax.nn.sigmoid(logits_TxE)
+      probs_TxE = score_TxE / jnp.sum(score_TxE, axis=-1, keepdims=True)
+    choice_TxE = score_TxE
+    if self.bias_rate:
+      choice_TxE += self.bias_E[...].astype(score_TxE.dtype)[None]
+    expert_TxK = routers.choose(choice_TxE, self.k, ctx)
+    gate_TxK = jnp.take_along_axis(score_TxE, expert_TxK, axis=1)
+    if self.renormalise:
+      gate_TxK /= jnp.sum(gate_TxK, axis=1, keepdims=True) + 1e-20
+    group = min(self.group or ctx.length, T)
+    decision = plan.by_token(
+      expert_TxK,
+      gate_TxK * self.scale,
+      E,
+      capacity=routers.capacity_rows(self.capacity, group, self.k, E),
+      group=group,
+    )
+    aux = routers.report(decision, expert_TxK, probs_TxE, ctx)
+    aux['losses']['z'] = balance.z(logits_TxE)
+    return decision, aux, memory
+
+  def update(self, state, load_E):
+    if not self.bias_rate:
+      return state
+    bias_E = balance.nudge(state['bias_E'], load_E, self.bias_rate)
+    return {'bias_E': bias_E}

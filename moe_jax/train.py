@@ -1,0 +1,323 @@
+"""The training loop: one jitted step, evaluation, checkpoints, a report."""
+
+import contextlib
+import json
+import math
+import platform
+import time
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from moe_jax import checkpoint, metrics, models, parallel, report, routers
+from moe_jax.job import Job
+
+
+class TrainState(NamedTuple):
+  step: jax.Array  # int32, optimiser steps done
+  params: Any
+  router_state: Any  # over steps, without gradient
+  opt_state: Any
+
+
+def initial_state(job: Job) -> TrainState:
+  """The state before the first step, on every device of the mesh."""
+
+  def init():
+    params, router_state = models.split(job.init())
+    if job.config['model']['dtype'] == 'float64':
+      params = jax.tree.map(lambda a: a.astype(jnp.float64), params)
+    opt_state = job.optimizer.init(params)
+    return TrainState(jnp.int32(0), params, router_state, opt_state)
+
+  return parallel.put_replicated(jax.jit(init)(), job.mesh)
+
+
+def make_step(job: Job) -> Callable[[TrainState, Any], tuple]:
+  """(state, batch) -> state, metrics: one optimiser step."""
+  seed_key = jax.random.key(job.config['seed'])
+  parts = job.config['optimizer']['accumulate']
+
+  def loss_of(params, state, batch, microbatch):
+    model = models.bind(job.model, params, state.router_state)
+
+    def forward(batch, pass_):
+      ctx = routers.context(
+        batch,
+        seed_key,
+        state.step,
+        train=True,
+        microbatch=microbatch,
+        pass_=pass_,
+      )
+      return model(batch, ctx)
+
+    loss, found = job.objective(forward, batch)
+    return loss, {'loss': loss, **found, 'aux': _fixed_size(found['aux'])}
+
+  def gradient(total, scanned):
+    state, total = total
+    grads, found = jax.grad(loss_of, has_aux=True)(
+      state.params, state, *scanned
+    )
+    return (state, jax.tree.map(jnp.add, total, grads)), found
+
+  def step(state, batch):
+    # Row i goes to microbatch i % parts, so that no row changes its device.
+    cut = lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1)
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    scanned = (jax.tree.map(cut, batch), jnp.arange(parts, dtype=jnp.int32))
+    (_, grads), found = jax.lax.scan(gradient, (state, zeros), scanned)
+    grads = jax.tree.map(lambda g: g / parts, grads)
+    with jax.numpy_dtype_promotion('standard'):  # optax mixes types
+      norm = optax.global_norm(grads)
+      updates, opt_state = job.optimizer.update(
+        grads, state.opt_state, state.params
+      )
+      params = optax.apply_updates(state.params, updates)
+    found = _join(found)
+    router_state = state.router_state
+    if found['aux']:
+      model = models.bind(job.model, params, router_state)
+      router_state = model.updated_state(found['aux']['load_E'])
+    state = TrainState(state.step + 1, params, router_state, opt_state)
+    return state, {**found, 'grad_norm': norm}
+
+  return jax.jit(step, donate_argnums=0)
+
+
+def make_eval(job: Job) -> Callable[..., tuple]:
+  """(state, batch, index) -> the sum of nats, of targets and of their bytes."""
+  seed_key = jax.random.key(job.config['seed'])
+  token_bytes_V = job.tokenizer.token_bytes
+
+  def evaluate(state, batch, index):
+    model = models.bind(job.model, state.params, state.router_state)
+
+    def forward(batch, pass_):
+      ctx = routers.context(
+        batch,
+        seed_key,
+        state.step,
+        train=False,
+        microbatch=index,
+        pass_=pass_,
+      )
+      return model(batch, ctx)
+
+    batch['row_B'] += index * batch['row_B'].shape[0]
+    _, found = job.objective(forward, batch)
+    bytes_BxL = jnp.asarray(token_bytes_V)[batch['target_BxL']]
+    count = jnp.sum(jnp.where(batch['mask_BxL'] > 0, bytes_BxL, 0))
+    return found['nll_sum'], found['tokens'], count
+
+  return jax.jit(evaluate)
+
+
+def evaluate(
+  job: Job, run_eval: Callable[..., tuple], state: TrainState, share: float
+) -> dict[str, float]:
+  """Mean nats per token and bits per byte over that share of held-out text."""
+  sums = np.zeros(3)
+  for index, batch in enumerate(job.eval_batches(share)):
+    batch = parallel.put_batch(batch, job.mesh)
+    found = run_eval(state, batch, jnp.int32(index))
+    sums += np.array([float(x) for x in found])
+  nats, tokens, count = sums
+  return {
+    'eval_loss': nats / tokens,
+    'eval_bits_per_byte': nats / math.log(2) / count,
+  }
+
+
+def run(job: Job) -> dict[str, Any]:
+  """Trains to the end, continuing what the work directory holds.
+
+  Leaves config.json, tokenizer.json, metrics.jsonl, checkpoints and, at the
+  end, summary.json and report.html. Returns the summary.
+  """
+  wide = job.config['model']['dtype'] == 'float64'
+  with jax.enable_x64(True) if wide else contextlib.nullcontext():
+    return _run(job)
+
+
+def _run(job):
+  c, began = job.config, time.monotonic()
+  tokens_per_step = c['batch_size'] * c['seq_len']
+  job.workdir.mkdir(parents=True, exist_ok=True)
+  _write_json(job.workdir / 'config.json', c)
+  job.tokenizer.save(job.workdir / 'tokenizer.json')
+  state, batches = initial_state(job), job.train_batches()
+  saved = checkpoint.Checkpoints(job.workdir, c['keep_checkpoints'])
+  past = {'seconds': 0.0, 'train_seconds': 0.0, 'train_steps': 0}
+  if saved.latest() is not None:
+    state, past = saved.restore(saved.latest(), state)
+    batches.set_state(past.pop('batches'))
+  start = int(state.step)
+  stopwatch = _Stopwatch(past['train_seconds'], past['train_steps'])
+  run_step, run_eval = make_step(job), make_eval(job)
+  writer = metrics.Writer(job.workdir, start)
+  cost = models.get(c['model']['name']).cost(job.model, c['seq_len'])
+  share = job.corpus.eval_share(c['data']['eval_bytes'])
+
+  def every(period, step):
+    return period > 0 and step % period == 0
+
+  with metrics.Progress(c['steps'], tokens_per_step, start) as progress:
+    for line in _introduction(job, cost, start):
+      progress.note(line)
+    for step in range(start + 1, c['steps'] + 1):
+      batch = parallel.put_batch(next(batches), job.mesh)
+      state, found = run_step(state, batch)
+      if step == start + 1:  # compiling is not the run's speed
+        jax.block_until_ready(state)
+        stopwatch.start(step)
+      loss = found['nll_sum'] / found['tokens']
+      if step == 1:
+        past['initial_loss'] = float(loss)
+      if c['log_every'] and (step == 1 or every(c['log_every'], step)):
+        line = _line(job, step, found)
+        rate = stopwatch.rate(step) * tokens_per_step
+        writer.write(step, {**line, 'tokens_per_second': rate or None})
+      progress.update(step, loss)
+      last = step == c['steps']
+      save = last or every(c['checkpoint_every'], step)
+      evaluation = last or every(c['eval_every'], step)
+      if not (save or evaluation):
+        continue
+      jax.block_until_ready(state)
+      stopwatch.stop(step)
+      if evaluation:
+        found = evaluate(job, run_eval, state, 1.0 if last else share)
+        writer.write(step, found)
+        progress.evaluation(step, *found.values())
+      if save:
+        past['seconds'] += time.monotonic() - began
+        began = time.monotonic()
+        past['train_seconds'], past['train_steps'] = stopwatch.total()
+        saved.save(step, state, {**past, 'batches': batches.get_state()})
+      stopwatch.start(step)
+  saved.close()
+  if start == c['steps']:  # it was killed after its last checkpoint
+    found = evaluate(job, run_eval, state, 1.0)
+  seconds, steps = past['train_seconds'], past['train_steps']
+  summary = {
+    'initial_loss': past['initial_loss'],
+    **found,
+    'steps': c['steps'],
+    'tokens': c['steps'] * tokens_per_step,
+    'tokens_per_second': steps * tokens_per_step / seconds if steps else None,
+    **cost,
+    'wall_seconds': past['seconds'] + time.monotonic() - began,
+    'implementation': job.implementation,
+    'devices': [str(d) for d in job.mesh.devices.flat],
+    'versions': versions(),
+    'corpus_sha256': job.corpus.sha256,
+    'corpus': job.corpus.description,
+    'config_description': c['description'],
+  }
+  _write_json(job.workdir / 'summary.json', summary)
+  report.write(job.workdir)
+  print(f'report: {job.workdir / report.FILE}')
+  return summary
+
+
+class _Stopwatch:
+  """Time and steps spent training: compiling, evaluating, saving left out."""
+
+  def __init__(self, seconds: float, steps: int):
+    self._seconds, self._steps = seconds, steps
+    self._began = self._rated = None
+
+  def start(self, step: int) -> None:
+    self._began = self._rated = (time.monotonic(), step)
+
+  def stop(self, step: int) -> None:
+    began, first = self._began
+    self._seconds += time.monotonic() - began
+    self._steps += step - first
+
+  def rate(self, step: int) -> float:
+    """Steps a second since the last call or start; 0 where none were made."""
+    now, (began, first) = time.monotonic(), self._rated
+    self._rated = (now, step)
+    return (step - first) / (now - began)
+
+  def total(self) -> tuple[float, int]:
+    return self._seconds, self._steps
+
+
+def _fixed_size(aux):
+  """What is logged of a model's aux: nothing that grows with the batch."""
+  return {k: v for k, v in aux.items() if k != 'route'}
+
+
+def _join(found):
+  """Metrics of a whole batch from those of its microbatches."""
+  mean = jax.tree.map(lambda a: jnp.mean(a, axis=0), found)
+  add = lambda a: jnp.sum(a, axis=0)
+  mean['nll_sum'] = add(found['nll_sum'])
+  mean['tokens'] = add(found['tokens'])
+  if found['aux']:
+    mean['aux']['load_E'] = add(found['aux']['load_E'])
+  return mean
+
+
+def _line(job, step, found):
+  """A training line of metrics.jsonl; lists run over layers and iterations."""
+  found = jax.device_get(found)
+  c = job.config
+  line = {
+    'loss': found['nll_sum'] / found['tokens'],
+    'total_loss': found['loss'],
+    'grad_norm': found['grad_norm'],
+    'learning_rate': job.schedule(step - 1),
+    'tokens': step * c['batch_size'] * c['seq_len'],
+  }
+  if aux := found['aux']:
+    load = aux['load_E'].reshape(-1, aux['load_E'].shape[-1])
+    line['load'] = load / load.sum(axis=1, keepdims=True)
+    line['entropy'] = aux['entropy'].reshape(-1)
+    line['dropped'] = aux['dropped'].reshape(-1)
+    for name, value in aux['losses'].items():
+      line[name] = value.reshape(-1)
+  return line
+
+
+def _introduction(job, cost, start):
+  """What a run says before it begins."""
+  c = job.config
+  device = job.mesh.devices.flat[0]
+  yield f'{c["description"] or "moe_jax"}: {job.workdir}'
+  yield (
+    f'{job.mesh.size} x {device.device_kind}, '
+    + ', '.join(f'{k} {v}' for k, v in job.implementation.items())
+  )
+  yield f'data: {job.corpus.description}'
+  yield (
+    f'parameters: {metrics.si(cost["params_total"])}, '
+    f'{metrics.si(cost["params_active"])} active,'
+    f' {metrics.si(cost["expert_params"])} in experts'
+  )
+  if start:
+    yield f'continuing after step {start}'
+  for text in job.changed:
+    yield f'changed: {text}'
+
+
+def versions() -> dict[str, str]:
+  """Of Python and the packages that a result depends on."""
+  names = (
+    'moe_jax jax jaxlib flax optax orbax-checkpoint grain tokenizers numpy'
+  ).split()
+  found = {name: metadata.version(name) for name in names}
+  return {'python': platform.python_version(), **found}
+
+
+def _write_json(path, values):
+  metrics.replace(path, json.dumps(values, indent=2) + '\n')

@@ -1,0 +1,280 @@
+"""What is read, what is held out, and the one line each bad input gets."""
+
+import gzip
+import hashlib
+import json
+import lzma
+import pathlib
+
+import pytest
+
+from moe_jax import corpus
+from moe_jax.corpus import DataConfig, DataError
+
+
+def _write(path, content):
+  """Writes text or bytes, packed as the name says."""
+  raw = content.encode() if isinstance(content, str) else content
+  pack = {'.xz': lzma.compress, '.gz': gzip.compress}
+  path.write_bytes(pack.get(path.suffix, bytes)(raw))
+  return path
+
+
+def _load(path, **options):
+  return corpus.load(DataConfig(source='text', path=str(path), **options))
+
+
+def _refusal(path, **options):
+  with pytest.raises(DataError) as error:
+    _load(path, **options)
+  message = str(error.value)
+  assert '\n' not in message
+  return message
+
+
+def _lines(first, last):
+  return ''.join(f'line {i:06d}\n' for i in range(first, last))
+
+
+# --- the standard library ---------------------------------------------------
+
+
+def test_stdlib_is_real_code_without_tests():
+  found = corpus.load(DataConfig())
+  text = '\n'.join(found.train + found.eval)
+  assert 1_000_000 <= found.eval_bytes < found.train_bytes
+  assert found.eval_bytes == sum(len(t.encode()) for t in found.eval)
+  assert found.train_bytes == sum(len(t.encode()) for t in found.train)
+  assert 'class ArgumentParser' in text
+  assert 'class AbstractMemoryTests' not in text  # of test_memoryview
+  assert not set(found.train) & set(found.eval)
+
+
+def test_stdlib_holds_out_by_hash_of_the_path(tmp_path, monkeypatch):
+  names = [f'{folder}m{i}.py' for folder in ('', 'p/q/') for i in range(20)]
+  left_out = [f'{name}/m.py' for name in corpus.STDLIB_LEFT_OUT]
+  left_out += ['p/tests/m.py', 'notes.txt']
+  for name in names + left_out:
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'{name:<300000}')
+  (tmp_path / 'p' / '__init__.py').write_text('')
+  monkeypatch.setattr(corpus.sysconfig, 'get_path', lambda _: str(tmp_path))
+  found = corpus.load(DataConfig())
+
+  ranked = sorted(names, key=lambda n: hashlib.sha256(n.encode()).hexdigest())
+  held = set(ranked[:4])  # 3 files of 300,000 bytes are too few
+  assert [t.strip() for t in found.eval] == sorted(held)
+  assert [t.strip() for t in found.train] == sorted(set(names) - held)
+
+
+def test_stdlib_without_sources_is_refused(tmp_path, monkeypatch):
+  monkeypatch.setattr(corpus.sysconfig, 'get_path', lambda _: str(tmp_path))
+  with pytest.raises(DataError, match='holds 0 bytes'):
+    corpus.load(DataConfig())
+
+
+# --- files ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('suffix', ['.txt', '.txt.xz', '.txt.gz'])
+def test_text_is_read_exactly(tmp_path, suffix):
+  content = 'ä\r\nb\n\n' * 50 + '\ufeff€\x00 end'
+  path = _write(tmp_path / f'a{suffix}', content)
+  found = _load(path)
+  assert ''.join(found.train + found.eval) == content
+
+
+@pytest.mark.parametrize('suffix', ['.jsonl', '.jsonl.xz', '.jsonl.gz'])
+def test_jsonl_records_are_documents(tmp_path, suffix):
+  texts = [f'text {i}\u2028\n' for i in range(20)]
+  lines = [json.dumps({'id': 1, 'body': t}, ensure_ascii=False) for t in texts]
+  lines.insert(3, '')
+  lines.insert(5, json.dumps({'body': ''}))
+  path = _write(tmp_path / f'a{suffix}', '\r\n'.join(lines))
+  found = _load(path, field='body')
+  assert sorted(found.train + found.eval) == sorted(texts)
+  assert len(found.eval) == 2
+  assert [t for t in texts if t in found.train] == found.train  # order kept
+
+
+def test_globs_are_a_list_sorted_and_read_once(tmp_path):
+  for name in ('b.txt', 'a.txt', 'sub/c.txt'):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    _write(tmp_path / name, name)
+  _write(tmp_path / 'eval.md', 'held out')
+  found = _load(
+    f'{tmp_path}/**/c.txt, {tmp_path}/*.txt,{tmp_path}/a*',
+    eval_path=f'{tmp_path}/eval.md',
+  )
+  assert found.train == ['a.txt', 'b.txt', 'sub/c.txt']
+  assert found.eval == ['held out']
+
+
+def test_eval_path_is_taken_out_of_path(tmp_path):
+  for name in ('a.txt', 'b.txt'):
+    _write(tmp_path / name, name)
+  (tmp_path / 'link.txt').symlink_to(tmp_path / 'b.txt')
+  found = _load(tmp_path / '*.txt', eval_path=str(tmp_path / 'link.txt'))
+  assert (found.train, found.eval) == (['a.txt'], ['b.txt'])
+  message = _refusal(tmp_path / 'a.txt', eval_path=str(tmp_path / '*.txt'))
+  assert 'holds out every file' in message
+
+
+def test_fraction_holds_out_whole_documents_by_content(tmp_path):
+  for i in range(100):
+    _write(tmp_path / f'{i:02d}.txt', f'{i:<1000}')
+  found = _load(tmp_path / '*.txt', eval_fraction=0.1)
+  assert len(found.eval) == 10 and len(found.train) == 90
+  # Another name or place of a document does not change its side.
+  for i in range(100):
+    (tmp_path / f'{i:02d}.txt').rename(tmp_path / f'{99 - i:02d}.text')
+  again = _load(tmp_path / '*.text', eval_fraction=0.1)
+  assert set(again.eval) == set(found.eval)
+  assert again.sha256 != found.sha256
+
+
+@pytest.mark.parametrize('others', [0, 2])
+def test_fraction_of_few_documents_is_the_end_of_the_largest(tmp_path, others):
+  for i in range(others):
+    _write(tmp_path / f'{i}.txt', 'small')
+  _write(tmp_path / 'x.txt', _lines(0, 1000))
+  found = _load(tmp_path / '*.txt', eval_fraction=0.2)
+  assert found.eval == [_lines(800, 1000)]
+  assert found.train == ['small'] * others + [_lines(0, 800)]
+
+
+@pytest.mark.parametrize('fraction', [1e-9, 0.3, 1 - 1e-9])
+def test_fraction_leaves_text_on_both_sides(tmp_path, fraction):
+  path = _write(tmp_path / 'a.txt', 'one\ntwo')
+  found = _load(path, eval_fraction=fraction)
+  assert (found.train, found.eval) == (['one\n'], ['two'])
+
+
+def test_sha256_sees_content_order_and_split(tmp_path):
+  def digest(train, held_out):
+    for old in tmp_path.iterdir():
+      old.unlink()
+    for i, text in enumerate(train):
+      _write(tmp_path / f'train{i}.txt', text)
+    for i, text in enumerate(held_out):
+      _write(tmp_path / f'eval{i}.txt', text)
+    return _load(tmp_path / 'train*', eval_path=str(tmp_path / 'eval*')).sha256
+
+  assert digest(['a', 'b'], ['c']) == digest(['a', 'b'], ['c'])
+  variants = [
+    digest(['a', 'b'], ['c']),
+    digest(['b', 'a'], ['c']),
+    digest(['ab'], ['c']),
+    digest(['a'], ['b', 'c']),
+    digest(['a', 'B'], ['c']),
+  ]
+  assert len(set(variants)) == len(variants)
+
+
+def test_eval_share():
+  found = corpus.Corpus([], [], '', 0, 200, '')
+  assert [found.eval_share(n) for n in (0, 50, 200, 999)] == [1, 0.25, 1, 1]
+
+
+# --- bad input --------------------------------------------------------------
+
+
+def test_refuses_paths_without_files(tmp_path):
+  _write(tmp_path / 'a.txt', _lines(0, 9))
+  assert 'matches no file' in _refusal(tmp_path / 'b.txt')
+  assert 'b*' in _refusal(f'{tmp_path}/a.txt,{tmp_path}/b*')
+  assert 'is a directory' in _refusal(tmp_path)
+  message = _refusal(tmp_path / 'a.txt', eval_path=str(tmp_path / 'none'))
+  assert 'data.eval_path' in message and 'matches no file' in message
+
+
+def test_refuses_text_that_is_empty_or_one_line(tmp_path):
+  assert 'no text in' in _refusal(_write(tmp_path / 'a.txt', ''))
+  assert 'no text in' in _refusal(
+    _write(tmp_path / 'a.jsonl', '{"body": ""}\n\n'), field='body'
+  )
+  assert 'single line' in _refusal(_write(tmp_path / 'b.txt', 'one line\n'))
+
+
+@pytest.mark.parametrize('suffix', ['.txt', '.txt.xz', '.txt.gz', '.jsonl'])
+def test_refuses_bytes_that_are_no_utf8(tmp_path, suffix):
+  raw = 'ä\n'.encode() * 4 + b'{"\xff"}'
+  path = _write(tmp_path / f'bad{suffix}', raw)
+  message = _refusal(path, field='body' if suffix == '.jsonl' else '')
+  assert str(path) in message and '0xff at offset 14' in message
+  assert ('uncompressed' in message) == (suffix[-2:] in ('xz', 'gz'))
+
+
+@pytest.mark.parametrize('suffix', ['.xz', '.gz'])
+@pytest.mark.parametrize('harm', ['cut', 'flip', 'other', 'empty'])
+def test_refuses_broken_archives(tmp_path, suffix, harm):
+  path = _write(tmp_path / f'a.txt{suffix}', _lines(0, 999))
+  raw = bytearray(path.read_bytes())
+  if harm == 'cut':
+    raw = raw[: len(raw) // 2]
+  elif harm == 'flip':
+    raw[len(raw) // 2] ^= 0xFF
+  elif harm == 'other':
+    raw = b'no archive at all'
+  else:
+    raw = b''
+  path.write_bytes(raw)
+  assert f'{path} is broken' in _refusal(path)
+
+
+@pytest.mark.parametrize(
+  ('line', 'words'),
+  [
+    ('{"body": "a"', 'is not JSON'),
+    ('[' * 100_000, 'too deep'),
+    ('["body"]', 'JSON list, not an object'),
+    ('{"text": "a", "id": 1}', "no field 'body'; it has 'text', 'id'"),
+    ('{}', "no field 'body'; it has none"),
+    ('{"body": 3}', 'is a int, not a string'),
+    ('{"body": "a\\ud800"}', 'half a surrogate pair at character 1'),
+  ],
+)
+def test_refuses_bad_records(tmp_path, line, words):
+  path = _write(tmp_path / 'a.jsonl', f'{{"body": "good"}}\n\n{line}\n')
+  message = _refusal(path, field='body')
+  assert f'{path} line 3' in message and words in message
+
+
+def test_refuses_a_field_that_is_not_used_or_not_named(tmp_path):
+  jsonl = _write(tmp_path / 'a.jsonl', '{"body": "good"}\n')
+  assert 'data.field is empty; name the text field' in _refusal(jsonl)
+  assert "it has 'body'" in _refusal(jsonl)
+  text = _write(tmp_path / 'a.json', '{"body": "good"}\n')
+  assert 'is no .jsonl file' in _refusal(text, field='body')
+
+
+def test_refuses_a_file_that_cannot_be_read(tmp_path, monkeypatch):
+  path = _write(tmp_path / 'a.txt', 'text')
+
+  def denied(self):
+    raise PermissionError(13, 'Permission denied')
+
+  monkeypatch.setattr(pathlib.Path, 'read_bytes', denied)
+  assert f'cannot read {path}: Permission denied' in _refusal(path)
+
+
+@pytest.mark.parametrize(
+  ('options', 'words'),
+  [
+    ({'source': 'web'}, "'web'; it can be python_stdlib or text"),
+    ({'tokenizer': 'words'}, "'words'; it can be bytes or bpe"),
+    ({'vocab_size': 256}, 'is 256; bpe needs at least 257'),
+    ({'eval_fraction': 0.0}, 'between 0 and 1'),
+    ({'eval_fraction': 1.0}, 'between 0 and 1'),
+    ({'eval_bytes': -1}, 'is -1'),
+    ({'source': 'text'}, 'data.path is empty'),
+    ({'path': 'a.txt'}, "data.source='text' reads files"),
+    ({'eval_path': 'a.txt'}, "data.source='text' reads files"),
+    ({'field': 'body'}, "data.source='text' reads files"),
+  ],
+)
+def test_config_refuses(options, words):
+  with pytest.raises(DataError) as error:
+    DataConfig(**options)
+  assert words in str(error.value) and '\n' not in str(error.value)
