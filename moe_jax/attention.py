@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 
@@ -13,7 +14,7 @@ class Norm(nnx.Module):
     self.scale_D = nnx.Param(jnp.ones((D,)))
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = np.promote_types(x.dtype, jnp.float32)
     y = x.astype(wide)
     y *= jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
     scale_D = self.scale_D[...].astype(wide)
@@ -54,22 +55,42 @@ class Attention(nnx.Module):
     q_BxLxHxS = rotate(project(self.query_DxHxS[...]), self.theta)
     k_BxLxJxS = rotate(project(self.key_DxJxS[...]), self.theta)
     v_BxLxJxS = project(self.value_DxJxS[...])
-    same_BxLxL = segment_BxL[:, :, None] == segment_BxL[:, None, :]
-    y_BxLxHxS = jax.nn.dot_product_attention(
-      q_BxLxHxS,
-      k_BxLxJxS,
-      v_BxLxJxS,
-      mask=same_BxLxL[:, None],
-      is_causal=True,
-    )
+    y_BxLxHxS = attend(q_BxLxHxS, k_BxLxJxS, v_BxLxJxS, segment_BxL)
     out_HxSxD = self.out_HxSxD[...].astype(dtype)
     return jnp.einsum('blhs,hsd->bld', y_BxLxHxS, out_HxSxD)
+
+
+def attend(
+  q_BxLxHxS: jax.Array,
+  k_BxLxJxS: jax.Array,
+  v_BxLxJxS: jax.Array,
+  segment_BxL: jax.Array,
+) -> jax.Array:
+  """softmax(q k / sqrt(S)) v over the tokens of the same segment up to here.
+
+  Head h reads key-value head h // (H / J). The softmax is in at least float32.
+  """
+  B, L, H, S = q_BxLxHxS.shape
+  J, dtype = k_BxLxJxS.shape[2], q_BxLxHxS.dtype
+  wide = np.promote_types(dtype, jnp.float32)
+  q_BxLxJxGxS = q_BxLxHxS.reshape(B, L, J, H // J, S)
+  score_BxJxGxLxL = jnp.einsum(
+    'bljgs,bmjs->bjglm', q_BxLxJxGxS, k_BxLxJxS, preferred_element_type=wide
+  )
+  same_BxLxL = segment_BxL[:, :, None] == segment_BxL[:, None, :]
+  seen_BxLxL = same_BxLxL & jnp.tri(L, dtype=bool)[None]
+  score_BxJxGxLxL = jnp.where(
+    seen_BxLxL[:, None, None], score_BxJxGxLxL * S**-0.5, -jnp.inf
+  )
+  probs_BxJxGxLxL = jax.nn.softmax(score_BxJxGxLxL, axis=-1).astype(dtype)
+  y_BxLxJxGxS = jnp.einsum('bjglm,bmjs->bljgs', probs_BxJxGxLxL, v_BxLxJxS)
+  return y_BxLxJxGxS.reshape(B, L, H, S)
 
 
 def rotate(x_BxLxHxS: jax.Array, theta: float) -> jax.Array:
   """Rotates the pairs (i, i + S/2) of each head by position * frequency."""
   L, S = x_BxLxHxS.shape[1], x_BxLxHxS.shape[3]
-  wide = jnp.promote_types(x_BxLxHxS.dtype, jnp.float32)
+  wide = np.promote_types(x_BxLxHxS.dtype, jnp.float32)
   frequency = theta ** (-jnp.arange(0, S, 2, dtype=wide) / S)
   angle_LxS = jnp.arange(L, dtype=wide)[:, None] * frequency[None]
   cos = jnp.cos(angle_LxS)[None, :, None]

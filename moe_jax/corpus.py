@@ -347,7 +347,7 @@ def _field(record: object, field: str, where: str) -> str:
     raise DataError(f'{where} has no field {field!r}; it has {present}')
   if not isinstance(record[field], str):
     raise DataError(
-      f'{where}: field {field!r} is a {type(record[field]).__name__},'
+      f'{where}: field {field!r} is {type(record[field]).__name__},'
       ' not a string'
     )
   return record[field]

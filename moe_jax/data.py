@@ -25,6 +25,7 @@ batch, from row `shard_index` on: row i of shard s is row i * shard_count + s.
 
 import functools
 import hashlib
+import math
 import pathlib
 from collections.abc import Iterator
 
@@ -48,10 +49,11 @@ READ = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
 
 def pack(documents: list[np.ndarray], separator: int) -> np.ndarray:
   """int32 [N], N = tokens + documents + 1: each after a separator, one last."""
+  mark = np.array([separator], np.int32)
   parts = []
   for document in documents:
-    parts += [[separator], document]
-  return np.concatenate([*parts, [separator]]).astype(np.int32)
+    parts += [mark, document]
+  return np.concatenate([*parts, mark], dtype=np.int32, casting='same_kind')
 
 
 def streams(
@@ -218,7 +220,7 @@ def eval_batches(
   """
   _check_sizes('held-out', eval_N, batch_size, seq_len, shard_count)
   rows = -(-(len(eval_N) - 1) // seq_len)
-  batches = max(1, -(-int(share * rows) // batch_size))
+  batches = max(1, math.ceil(share * rows / batch_size))
   count = min(rows, batches * batch_size)
   return EvalBatches(
     eval_N=eval_N,

@@ -72,13 +72,16 @@ class Experts(nnx.Module):
       bias_ExB = getattr(self, bias)[...].astype(dtype)
       y_MxB += _per_row(bias_ExB, group_E, y_MxB.shape[0])
     row_M = jnp.arange(y_MxB.shape[0], dtype=jnp.int32)
-    return jnp.where((row_M < jnp.sum(group_E))[:, None], y_MxB, 0)
+    rows = jnp.sum(group_E, dtype=jnp.int32)
+    return jnp.where((row_M < rows)[:, None], y_MxB, 0)
 
 
 def _per_row(bias_ExB, group_E, M):
   """[M, B]: the bias of each row's expert; its gradient is one per group."""
   expert_M = jnp.searchsorted(
-    jnp.cumsum(group_E), jnp.arange(M, dtype=jnp.int32), side='right'
+    jnp.cumsum(group_E, dtype=jnp.int32),
+    jnp.arange(M, dtype=jnp.int32),
+    side='right',
   )
   return bias_ExB.at[expert_M].get(mode='clip')
 

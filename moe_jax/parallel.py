@@ -43,7 +43,9 @@ def mesh(sizes: dict[str, int]) -> jax.sharding.Mesh:
   devices = jax.devices()
   need = int(np.prod(shape))
   if need > len(devices):
-    text = ' x '.join(f'{axis}={n}' for axis, n in zip(AXES, shape))
+    text = ' x '.join(
+      f'{axis}={n}' for axis, n in zip(AXES, shape, strict=True)
+    )
     raise ValueError(
       f'mesh {text} needs {need} devices, there are {len(devices)}'
     )

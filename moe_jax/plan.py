@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 
@@ -96,7 +97,7 @@ def count(expert_M: jax.Array, E: int) -> jax.Array:
 def dropped(plan: Plan) -> jax.Array:
   """float32 scalar: the fraction of the plan's M assignments without a row."""
   M = plan.token_M.shape[0]
-  return 1.0 - jnp.sum(plan.group_E).astype(jnp.float32) / M
+  return (M - _rows(plan.group_E)).astype(jnp.float32) / M
 
 
 def _drop_overflow(expert_TxK, E, capacity, group):
@@ -147,17 +148,18 @@ _permute.defvjp(_permute_fwd, _permute_bwd)
 
 def _weighted(y_MxD, weight_M):
   """Rows times their gates, in the wider of the two types."""
-  wide = jnp.promote_types(y_MxD.dtype, weight_M.dtype)
+  wide = np.promote_types(y_MxD.dtype, weight_M.dtype)
   return y_MxD.astype(wide) * weight_M[:, None].astype(wide)
 
 
-def _kept(home_TxK, group_E):
-  return home_TxK < jnp.sum(group_E)
+def _rows(group_E):
+  """int32 scalar: the rows that belong to an expert."""
+  return jnp.sum(group_E, dtype=jnp.int32)
 
 
 def _gather_sum(rows_MxD, home_TxK, group_E):
   """[T, D]: the sum of the kept rows of each token, choice by choice."""
-  kept_TxK = _kept(home_TxK, group_E)
+  kept_TxK = home_TxK < _rows(group_E)
   total_TxD = None
   for k in range(home_TxK.shape[1]):
     y_TxD = jnp.where(kept_TxK[:, k, None], rows_MxD[home_TxK[:, k]], 0)
@@ -168,7 +170,7 @@ def _gather_sum(rows_MxD, home_TxK, group_E):
 def _gather_rows(x_TxD, token_M, group_E):
   """[M, D]: each row's token; zero from sum(group_E) on."""
   row_M = jnp.arange(token_M.shape[0], dtype=jnp.int32)
-  return jnp.where((row_M < jnp.sum(group_E))[:, None], x_TxD[token_M], 0)
+  return jnp.where((row_M < _rows(group_E))[:, None], x_TxD[token_M], 0)
 
 
 @jax.custom_vjp
@@ -204,9 +206,9 @@ def _combine_bwd(saved, d_y_TxD):
   d_rows_MxD = _gather_rows(d_y_TxD, token_M, group_E)
   # where, not a product with zero: rows past the groups may hold anything.
   row_M = jnp.arange(token_M.shape[0], dtype=jnp.int32)
-  wide = jnp.promote_types(y_MxD.dtype, weight_M.dtype)
+  wide = np.promote_types(y_MxD.dtype, weight_M.dtype)
   dot_M = jnp.sum(y_MxD.astype(wide) * d_rows_MxD.astype(wide), axis=1)
-  d_weight_M = jnp.where(row_M < jnp.sum(group_E), dot_M, 0)
+  d_weight_M = jnp.where(row_M < _rows(group_E), dot_M, 0)
   d_y_MxD = _weighted(d_rows_MxD, weight_M).astype(y_MxD.dtype)
   return d_y_MxD, d_weight_M.astype(weight_M.dtype), None, None, None
 

@@ -75,7 +75,7 @@ def make_step(job: Job) -> Callable[[TrainState, Any], tuple]:
     (_, grads), found = jax.lax.scan(gradient, (state, zeros), scanned)
     grads = jax.tree.map(lambda g: g / parts, grads)
     with jax.numpy_dtype_promotion('standard'):  # optax mixes types
-      norm = optax.global_norm(grads)
+      norm = optax.tree.norm(grads)
       updates, opt_state = job.optimizer.update(
         grads, state.opt_state, state.params
       )

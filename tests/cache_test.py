@@ -33,7 +33,9 @@ def test_makes_once_then_reads(tmp_path):
 def test_damage_costs_one_line_and_is_repaired(tmp_path, caplog):
   path = tmp_path / 'file'
   path.write_text('rotten')
-  assert _cached(path, 'sound 1') == 'sound 1'
+  with path.open() as reader:
+    assert _cached(path, 'sound 1') == 'sound 1'
+    assert reader.read() == 'rotten'  # replaced, not written over
   assert [r.levelno for r in caplog.records] == [logging.WARNING]
   assert str(path) in caplog.text and 'not sound' in caplog.text
   assert path.read_text() == 'sound 1'

@@ -8,6 +8,16 @@ os.environ['XLA_FLAGS'] = (
 )
 
 import jax
+import pytest
 
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+
+@pytest.fixture(scope='session')
+def corpus(tmp_path_factory):
+  """A text file that a small model learns something from at once."""
+  path = tmp_path_factory.mktemp('corpus') / 'text.txt'
+  lines = [f'{i} squared is {i * i}, and so it goes\n' for i in range(300)]
+  path.write_text(''.join(lines))
+  return path

@@ -5,6 +5,7 @@ import hashlib
 import json
 import lzma
 import pathlib
+import shutil
 
 import pytest
 
@@ -99,15 +100,15 @@ def test_jsonl_records_are_documents(tmp_path, suffix):
 
 
 def test_globs_are_a_list_sorted_and_read_once(tmp_path):
-  for name in ('b.txt', 'a.txt', 'sub/c.txt'):
-    (tmp_path / name).parent.mkdir(exist_ok=True)
+  for name in ('b.txt', 'a.txt', 'sub/deep/c.txt'):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     _write(tmp_path / name, name)
   _write(tmp_path / 'eval.md', 'held out')
   found = _load(
     f'{tmp_path}/**/c.txt, {tmp_path}/*.txt,{tmp_path}/a*',
     eval_path=f'{tmp_path}/eval.md',
   )
-  assert found.train == ['a.txt', 'b.txt', 'sub/c.txt']
+  assert found.train == ['a.txt', 'b.txt', 'sub/deep/c.txt']
   assert found.eval == ['held out']
 
 
@@ -153,13 +154,12 @@ def test_fraction_leaves_text_on_both_sides(tmp_path, fraction):
 
 def test_sha256_sees_content_order_and_split(tmp_path):
   def digest(train, held_out):
-    for old in tmp_path.iterdir():
-      old.unlink()
-    for i, text in enumerate(train):
-      _write(tmp_path / f'train{i}.txt', text)
-    for i, text in enumerate(held_out):
-      _write(tmp_path / f'eval{i}.txt', text)
-    return _load(tmp_path / 'train*', eval_path=str(tmp_path / 'eval*')).sha256
+    shutil.rmtree(tmp_path)
+    for i, text in enumerate(train + held_out):
+      folder = tmp_path / ('train' if i < len(train) else 'eval')
+      folder.mkdir(parents=True, exist_ok=True)
+      _write(folder / f'{i}.txt', text)
+    return _load(f'{tmp_path}/train/*', eval_path=f'{tmp_path}/eval/*').sha256
 
   assert digest(['a', 'b'], ['c']) == digest(['a', 'b'], ['c'])
   variants = [
@@ -207,7 +207,7 @@ def test_refuses_bytes_that_are_no_utf8(tmp_path, suffix):
 
 
 @pytest.mark.parametrize('suffix', ['.xz', '.gz'])
-@pytest.mark.parametrize('harm', ['cut', 'flip', 'other', 'empty'])
+@pytest.mark.parametrize('harm', ['cut', 'flip', 'stain', 'other', 'empty'])
 def test_refuses_broken_archives(tmp_path, suffix, harm):
   path = _write(tmp_path / f'a.txt{suffix}', _lines(0, 999))
   raw = bytearray(path.read_bytes())
@@ -215,6 +215,8 @@ def test_refuses_broken_archives(tmp_path, suffix, harm):
     raw = raw[: len(raw) // 2]
   elif harm == 'flip':
     raw[len(raw) // 2] ^= 0xFF
+  elif harm == 'stain':
+    raw[20:40] = b'\xff' * 20
   elif harm == 'other':
     raw = b'no archive at all'
   else:
@@ -231,7 +233,7 @@ def test_refuses_broken_archives(tmp_path, suffix, harm):
     ('["body"]', 'JSON list, not an object'),
     ('{"text": "a", "id": 1}', "no field 'body'; it has 'text', 'id'"),
     ('{}', "no field 'body'; it has none"),
-    ('{"body": 3}', 'is a int, not a string'),
+    ('{"body": 3}', 'is int, not a string'),
     ('{"body": "a\\ud800"}', 'half a surrogate pair at character 1'),
   ],
 )

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from moe_jax import block, ops
@@ -53,7 +54,7 @@ class Config:
 
   def __post_init__(self):
     sizes = ('V', 'N', 'D', 'H', 'J', 'F', 'E', 'expert_F')
-    for name in sizes + ('layers_per_pool', 'iterations'):
+    for name in (*sizes, 'layers_per_pool', 'iterations'):
       _require(getattr(self, name) >= 1, f'{name}={getattr(self, name)} is < 1')
     for name in ('shared_F', 'first_dense'):
       _require(getattr(self, name) >= 0, f'{name}={getattr(self, name)} is < 0')
@@ -166,7 +167,7 @@ class Decoder(nnx.Module):
       x_BxLxD, aux = self._pools(x_BxLxD, batch['segment_BxL'], ctx)
     head_DxV = self.embed_VxD[...].T if c.tied else self.head_DxV[...]
     logits_BxLxV = self.norm(x_BxLxD) @ head_DxV.astype(c.dtype)
-    wide = jnp.promote_types(logits_BxLxV.dtype, jnp.float32)
+    wide = np.promote_types(logits_BxLxV.dtype, jnp.float32)
     return logits_BxLxV.astype(wide), aux
 
   def _first(self, x_BxLxD, segment_BxL):

@@ -16,6 +16,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
@@ -167,7 +168,7 @@ def option_type(name: str, option: str) -> type:
 
 def logits(x_TxD: jax.Array, w_DxE: jax.Array) -> jax.Array:
   """[T, E] logits, in at least float32 whatever the model computes in."""
-  wide = jnp.promote_types(x_TxD.dtype, jnp.float32)
+  wide = np.promote_types(x_TxD.dtype, jnp.float32)
   return x_TxD.astype(wide) @ w_DxE.astype(wide)
 
 
@@ -197,7 +198,7 @@ def report(
   E = probs_TxE.shape[1]
   expert_BxLK = expert_TxK.reshape(-1, ctx.length * expert_TxK.shape[1])
   load_BxE = jax.vmap(lambda expert: count(expert, E))(expert_BxLK)
-  load_E = jnp.sum(load_BxE, axis=0)
+  load_E = jnp.sum(load_BxE, axis=0, dtype=jnp.int32)
   probs_BxLxE = probs_TxE.reshape(-1, ctx.length, E)
   return {
     'load_E': load_E,

@@ -32,6 +32,7 @@ class Router(routers.Router):
   ):
     routers.check(E, k=k, group=group)
     self.k, self.group = k, group
+    self.equivariant = group is None
     self.w_DxE = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (D, E)))
 
   def __call__(self, x_TxD, ctx, memory):
@@ -46,10 +47,10 @@ class Router(routers.Router):
       token_ExC = ctx.forced
     token_ExC = checkpoint_name(token_ExC, 'route')
     gate_ExC = jnp.take_along_axis(probs_TxE.T, token_ExC, axis=1)
-    chosen_T = jnp.zeros((T,), bool).at[token_ExC.reshape(-1)].set(True)
+    left_T = jnp.ones((T,), bool).at[token_ExC.reshape(-1)].set(False)
     aux = {
       'load_E': jnp.full((E,), token_ExC.shape[1], jnp.int32),
-      'dropped': 1 - jnp.mean(chosen_T.astype(jnp.float32)),  # of the tokens
+      'dropped': jnp.mean(left_T.astype(jnp.float32)),  # of the tokens
       'route': token_ExC,
       'entropy': balance.entropy(jax.lax.stop_gradient(probs_TxE)),
       'losses': {'z': balance.z(logits_TxE)},

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from moe_jax import plan, routers
@@ -37,7 +38,7 @@ class Router(routers.Router):
       keys_T = fold(ctx.key, ctx.row_T)
     else:
       keys_T = ctx.token_keys()
-    wide = jnp.promote_types(x_TxD.dtype, jnp.float32)
+    wide = np.promote_types(x_TxD.dtype, jnp.float32)
     score_TxE = jax.vmap(lambda key: jax.random.uniform(key, (self.E,)))(keys_T)
     expert_TxK = routers.choose(score_TxE, self.k, ctx)
     gate_TxK = jnp.full((T, self.k), 1 / self.k, wide)

@@ -17,7 +17,6 @@ class Router(routers.Router):
       uniform draws from [1 - jitter, 1 + jitter], a draw for each feature.
   """
 
-  equivariant = False  # tokens are dropped in their order
   k = 1
 
   def __init__(
@@ -34,6 +33,7 @@ class Router(routers.Router):
     if not 0 <= jitter < 1:
       raise ValueError(f'jitter is {jitter}, not in [0, 1)')
     self.capacity, self.group, self.jitter = capacity, group, jitter
+    self.equivariant = capacity is None and not jitter
     self.w_DxE = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (D, E)))
 
   def __call__(self, x_TxD, ctx, memory):

@@ -54,18 +54,20 @@ class Router(routers.Router):
   def __call__(self, x_TxD, ctx, memory):
     logits_TxE = routers.logits(x_TxD, self.w_DxE[...])
     T, E = logits_TxE.shape
+    # In logarithms: sigmoids may all be too small for a sum to divide by.
     if self.score == 'softmax':
-      score_TxE = probs_TxE = jax.nn.softmax(logits_TxE, axis=-1)
+      log_TxE = jax.nn.log_softmax(logits_TxE, axis=-1)
     else:
-      score_TxE = jax.nn.sigmoid(logits_TxE)
-      probs_TxE = score_TxE / jnp.sum(score_TxE, axis=-1, keepdims=True)
-    choice_TxE = score_TxE
+      log_TxE = jax.nn.log_sigmoid(logits_TxE)
+    choice_TxE = jnp.exp(log_TxE)
     if self.bias_rate:
-      choice_TxE += self.bias_E[...].astype(score_TxE.dtype)[None]
+      choice_TxE += self.bias_E[...].astype(choice_TxE.dtype)[None]
     expert_TxK = routers.choose(choice_TxE, self.k, ctx)
-    gate_TxK = jnp.take_along_axis(score_TxE, expert_TxK, axis=1)
+    log_TxK = jnp.take_along_axis(log_TxE, expert_TxK, axis=1)
     if self.renormalise:
-      gate_TxK /= jnp.sum(gate_TxK, axis=1, keepdims=True) + 1e-20
+      gate_TxK = jax.nn.softmax(log_TxK, axis=1)
+    else:
+      gate_TxK = jnp.exp(log_TxK)
     group = min(self.group or ctx.length, T)
     decision = plan.by_token(
       expert_TxK,
@@ -74,6 +76,7 @@ class Router(routers.Router):
       capacity=routers.capacity_rows(self.capacity, group, self.k, E),
       group=group,
     )
+    probs_TxE = jax.nn.softmax(log_TxE, axis=-1)
     aux = routers.report(decision, expert_TxK, probs_TxE, ctx)
     aux['losses']['z'] = balance.z(logits_TxE)
     return decision, aux, memory

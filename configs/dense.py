@@ -1,0 +1,18 @@
+"""The dense twin of configs/tiny.py: no experts, the same active parameters.
+
+Claim: at equal active parameters, data and steps, the experts of configs/tiny.py
+lower the held-out loss; experiments/LOG.md has the comparison.
+Run:   moe-train --config=configs/dense.py --workdir=runs/dense
+"""
+
+import pathlib
+import runpy
+
+
+def get_config():
+  tiny = pathlib.Path(__file__).with_name('tiny.py')
+  c = runpy.run_path(str(tiny))['get_config']()
+  c.description = 'The dense twin of the main job'
+  c.model.pattern = 'd'
+  c.model.F = c.model.router.k * c.model.expert_F
+  return c

@@ -1,0 +1,79 @@
+"""What cannot run is said in one line, before anything is compiled."""
+
+import pytest
+from small import small_config
+
+from moe_jax import config
+from moe_jax import job as jobs
+
+WRONG = {
+  'batch_size': (0, 'batch_size=0'),
+  'steps': (0, 'steps=0'),
+  'seq_len': (1, 'seq_len=1'),
+  'log_every': (-1, 'log_every=-1'),
+  'model.router.k': (5, 'k is 5.*4 experts'),
+  'model.router.capacity': (0.0, 'capacity is 0.0'),
+  'model.router.score': ('tanh', "'tanh'"),
+  'model.H': (3, r'H \(3\) does not divide D \(16\)'),
+  'model.J': (3, r'J \(3\) does not divide H \(2\)'),
+  'model.pattern': ('mx', "pattern='mx'"),
+  'model.first_dense': (3, 'first_dense=3.*N=2'),
+  'model.layers_per_pool': (3, r'layers_per_pool \(3\).*MoE layers \(2\)'),
+  'model.activation': ('tanh', "activation='tanh'.*swiglu"),
+  'model.residual.name': ('leaky', "'leaky'.*heavy_ball"),
+  'model.link': ('sum', "'sum'.*replace"),
+  'model.name': ('rnn', "'rnn'.*decoder"),
+  'model.gmm': ('gpu', "'gpu'.*xla"),
+  'model.dtype': ('float16', "dtype='float16'"),
+  'mesh.data': (16, 'data=16.*16 devices.*8'),
+  'mesh.fsdp': (3, 'batch_size=8.*3'),
+  'mesh.expert': (8, 'mesh.expert=8.*model.E=4'),
+  'optimizer.accumulate': (3, 'batch_size=8.*accumulate=3'),
+  'optimizer.schedule': ('linear', "'linear'.*cosine"),
+  'optimizer.warmup': (1.5, 'warmup=1.5'),
+  'objective.name': ('gan', "'gan'.*next_token"),
+  'parallel.strategy': ('ring', "'ring'.*local"),
+  'data.source': ('web', "'web'"),
+  'data.path': ('/no/such/file', '/no/such/file'),
+}
+
+
+@pytest.mark.parametrize('key', WRONG)
+def test_one_line_with_the_values(key, corpus, tmp_path):
+  value, message = WRONG[key]
+  c = small_config(corpus)
+  c.update_from_flattened_dict({key: value})
+  with pytest.raises(ValueError, match=message) as error:
+    jobs.prepare(c, str(tmp_path / 'run'))
+  assert '\n' not in str(error.value)
+  assert not (tmp_path / 'run').exists()
+
+
+def test_an_unknown_key_names_the_nearest(corpus, tmp_path):
+  c = small_config(corpus)
+  c.model.experts_F = 8
+  with pytest.raises(ValueError, match=r"'model.experts_F'.*'model.expert_F'"):
+    jobs.prepare(c, str(tmp_path))
+
+
+def test_a_router_option_that_does_not_exist():
+  with pytest.raises(ValueError, match=r"switch.*'capcity'.*'capacity'"):
+    config.router('switch', capcity=2.0)
+
+
+def test_a_corpus_too_small_for_one_batch(tmp_path):
+  path = tmp_path / 'text.txt'
+  path.write_text('a line\n' * 20)
+  with pytest.raises(ValueError, match='too small for one batch'):
+    jobs.prepare(small_config(path), str(tmp_path / 'run'))
+
+
+def test_a_file_where_the_work_directory_should_be(corpus):
+  with pytest.raises(ValueError, match='is a file'):
+    jobs.prepare(small_config(corpus), str(corpus))
+
+
+def test_files_of_an_unknown_run_are_not_touched(corpus, tmp_path):
+  (tmp_path / 'metrics.jsonl').write_text('{"step": 1}\n')
+  with pytest.raises(ValueError, match=r'metrics\.jsonl but no config\.json'):
+    jobs.prepare(small_config(corpus), str(tmp_path))

@@ -1,0 +1,274 @@
+"""The plan: which rows exist and where they go."""
+
+import functools
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+from moe_jax import plan as plans
+
+by_token = jax.jit(plans.by_token, static_argnames=('E', 'capacity', 'group'))
+dispatch = jax.jit(plans.dispatch)
+combine = jax.jit(plans.combine, static_argnames='T')
+
+# Token t holds the value t, so that a row says where it came from.
+EXPERT_4x2 = np.array([[2, 0], [0, 2], [2, 1], [0, 2]], np.int32)
+GATE_4x2 = np.array([[1, 2], [3, 4], [5, 6], [7, 8]], np.float32)
+
+
+def _values(T):
+  return jnp.arange(T, dtype=jnp.float32)[:, None]
+
+
+def _random(T, K, E, seed=0, none=0):
+  """Choices in [0, E + none) and gates."""
+  draw = np.random.default_rng(seed)
+  expert_TxK = draw.integers(0, E + none, (T, K)).astype(np.int32)
+  return expert_TxK, draw.normal(size=(T, K)).astype(np.float32)
+
+
+def _expert_of_rows(plan):
+  return np.repeat(np.arange(len(plan.group_E)), plan.group_E)
+
+
+def test_rows_of_a_plan_by_hand():
+  plan = by_token(EXPERT_4x2, GATE_4x2, 3)
+  np.testing.assert_array_equal(plan.group_E, [3, 1, 4])
+  np.testing.assert_array_equal(plan.token_M, [0, 1, 3, 2, 0, 1, 2, 3])
+  np.testing.assert_array_equal(plan.weight_M, [2, 3, 7, 6, 1, 4, 5, 8])
+  np.testing.assert_array_equal(plan.home_TxK, [[4, 0], [1, 5], [6, 3], [2, 7]])
+  rows_MxD = dispatch(_values(4), plan)
+  np.testing.assert_array_equal(rows_MxD[:, 0], plan.token_M)
+
+
+def test_capacity_by_hand_first_choices_come_first():
+  # Expert 0 takes the first choices of tokens 1 and 3, not 0's second choice;
+  # expert 2 those of 0 and 2, and no second choice.
+  plan = by_token(EXPERT_4x2, GATE_4x2, 3, capacity=2)
+  np.testing.assert_array_equal(plan.group_E, [2, 1, 2])
+  np.testing.assert_array_equal(plan.token_M[:5], [1, 3, 2, 0, 2])
+  assert float(plans.dropped(plan)) == 3 / 8
+  y_TxD = combine(dispatch(_values(4) + 1, plan), plan, 4)
+  np.testing.assert_array_equal(y_TxD[:, 0], [1 * 1, 3 * 2, 11 * 3, 7 * 4])
+
+
+def test_groups_have_capacities_of_their_own():
+  expert_Tx1 = np.zeros((6, 1), np.int32)
+  gate_Tx1 = np.ones((6, 1), np.float32)
+  plan = by_token(expert_Tx1, gate_Tx1, 2, capacity=2, group=3)
+  np.testing.assert_array_equal(plan.group_E, [4, 0])
+  np.testing.assert_array_equal(plan.token_M[:4], [0, 1, 3, 4])
+
+
+def test_a_group_that_does_not_divide_the_tokens_is_refused():
+  with pytest.raises(ValueError, match=r'6 tokens .* 4'):
+    plans.by_token(
+      jnp.zeros((6, 1), jnp.int32), jnp.ones((6, 1)), 2, capacity=1, group=4
+    )
+
+
+@pytest.mark.parametrize('capacity', [1, 3, 4, 24])
+def test_capacity_boundaries_agree_with_the_loops(capacity):
+  expert_TxK, gate_TxK = _random(16, 2, 4, seed=capacity)
+  for group in (None, 4):
+    plan = by_token(expert_TxK, gate_TxK, 4, capacity=capacity, group=group)
+    kept_TxK = oracle.keep(expert_TxK, 4, capacity, group)
+    rows = int(plan.group_E.sum())
+    np.testing.assert_array_equal(plan.home_TxK < rows, kept_TxK < 4)
+    assert round(float(plans.dropped(plan)) * 32) == (kept_TxK == 4).sum()
+
+
+@pytest.mark.parametrize(
+  'T, K, E, none',
+  [(24, 2, 4, 0), (1, 1, 1, 0), (1, 2, 4, 0), (8, 1, 1, 0), (24, 3, 4, 1)],
+)
+def test_dispatch_then_combine_is_the_gated_sum(T, K, E, none):
+  expert_TxK, gate_TxK = _random(T, K, E, none=none)
+  x_TxD = np.random.default_rng(1).normal(size=(T, 4)).astype(np.float32)
+  plan = by_token(expert_TxK, gate_TxK, E)
+  y_TxD = combine(dispatch(x_TxD, plan), plan, T)
+  total_T = np.where(expert_TxK < E, gate_TxK, 0).sum(axis=1)
+  np.testing.assert_allclose(y_TxD, total_T[:, None] * x_TxD, 1e-5, 1e-6)
+
+
+def test_an_expert_that_nobody_chose_has_no_rows():
+  expert_Tx1 = np.array([[0], [2], [0], [2]], np.int32)
+  plan = by_token(expert_Tx1, np.ones((4, 1), np.float32), 4)
+  np.testing.assert_array_equal(plan.group_E, [2, 0, 2, 0])
+  np.testing.assert_array_equal(plan.token_M, [0, 2, 1, 3])
+
+
+def test_one_expert_may_take_everything():
+  expert_TxK = np.full((8, 1), 3, np.int32)
+  plan = by_token(expert_TxK, np.ones((8, 1), np.float32), 4)
+  np.testing.assert_array_equal(plan.group_E, [0, 0, 0, 8])
+  np.testing.assert_array_equal(plan.token_M, np.arange(8))
+
+
+def test_the_id_E_is_dropped_and_takes_no_capacity():
+  expert_TxK = np.array([[2, 2], [2, 0], [0, 2], [1, 0]], np.int32)
+  plan = by_token(expert_TxK, GATE_4x2, 2, capacity=1)
+  np.testing.assert_array_equal(plan.group_E, [1, 1])
+  np.testing.assert_array_equal(plan.token_M[:2], [2, 3])
+  y_TxD = combine(dispatch(_values(4) + 1, plan), plan, 4)
+  np.testing.assert_array_equal(y_TxD[:, 0], [0, 0, 5 * 3, 7 * 4])
+
+
+def test_rows_of_dropped_assignments_are_zero():
+  expert_TxK, gate_TxK = _random(8, 2, 4, none=3)
+  expert_TxK = np.minimum(expert_TxK, 4)
+  plan = by_token(expert_TxK, gate_TxK, 4)
+  rows = int(plan.group_E.sum())
+  assert 0 < rows < 16
+  rows_MxD = dispatch(_values(8) + 1, plan)
+  assert (rows_MxD[:rows] > 0).all() and not rows_MxD[rows:].any()
+
+
+@functools.partial(jax.jit, static_argnames=('capacity', 'poison'))
+def _value_and_grads(args, expert_TxK, r_TxD, capacity, poison):
+  """Of <r, combine(rows * scale)>: the gradients of x, scale and gate.
+
+  `poison` writes NaN where an expert's answer is undefined, and lets NaN come
+  back there, as a grouped matmul's gradient may.
+  """
+
+  def f(args):
+    plan = plans.by_token(expert_TxK, args['gate_TxK'], 4, capacity=capacity)
+    rows_MxD = plans.dispatch(args['x_TxD'], plan)
+    defined_Mx1 = (jnp.arange(len(rows_MxD)) < plan.group_E.sum())[:, None]
+    if poison:
+      rows_MxD = _nan_gradient(rows_MxD, defined_Mx1)
+    y_MxD = rows_MxD * args['scale_MxD']
+    if poison:
+      y_MxD = jnp.where(defined_Mx1, y_MxD, jnp.nan)
+    return jnp.sum(r_TxD * plans.combine(y_MxD, plan, len(r_TxD)))
+
+  return jax.value_and_grad(f)(args)
+
+
+@jax.custom_vjp
+def _nan_gradient(rows_MxD, defined_Mx1):
+  return rows_MxD
+
+
+_nan_gradient.defvjp(
+  lambda rows_MxD, defined_Mx1: (rows_MxD, defined_Mx1),
+  lambda defined_Mx1, d_MxD: (jnp.where(defined_Mx1, d_MxD, jnp.nan), None),
+)
+
+
+def _arguments(T, K, D):
+  draw = np.random.default_rng(5)
+  args = {
+    'x_TxD': draw.normal(size=(T, D)),
+    'scale_MxD': draw.normal(size=(T * K, D)),
+    'gate_TxK': draw.normal(size=(T, K)),
+  }
+  return args, _random(T, K, 4, seed=6)[0], draw.normal(size=(T, D))
+
+
+@pytest.mark.parametrize('capacity', [None, 3])
+def test_undefined_rows_never_leak(capacity):
+  args, expert_TxK, r_TxD = _arguments(8, 2, 4)
+  expert_TxK[2] = 4
+  args, r_TxD = jax.tree.map(np.float32, (args, r_TxD))
+  clean = _value_and_grads(args, expert_TxK, r_TxD, capacity, False)
+  poisoned = _value_and_grads(args, expert_TxK, r_TxD, capacity, True)
+  jax.tree.map(np.testing.assert_array_equal, clean, poisoned)
+  assert np.isfinite(clean[0])
+
+
+@pytest.mark.parametrize('capacity', [None, 3])
+def test_gradients_are_slopes(capacity):
+  with jax.enable_x64(True):
+    args, expert_TxK, r_TxD = _arguments(8, 2, 4)
+    _, grads = _value_and_grads(args, expert_TxK, r_TxD, capacity, False)
+    value = lambda args: float(
+      _value_and_grads(args, expert_TxK, r_TxD, capacity, False)[0]
+    )
+    for name in args:
+      toward = jax.tree.map(np.zeros_like, args)
+      toward[name] = np.random.default_rng(7).normal(size=args[name].shape)
+      expected = oracle.slope(value, args, toward)
+      assert abs(expected) > 1e-2
+      found = float(jnp.sum(grads[name] * toward[name]))
+      np.testing.assert_allclose(found, expected, 1e-7, err_msg=name)
+
+
+def test_expert_choice_rows_by_hand():
+  token_ExC = jnp.array([[3, 0], [0, 1]], jnp.int32)
+  gate_ExC = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+  plan = plans.by_expert(token_ExC, gate_ExC)
+  np.testing.assert_array_equal(plan.group_E, [2, 2])
+  rows_MxD = dispatch(_values(4), plan)
+  np.testing.assert_array_equal(rows_MxD[:, 0], [3, 0, 0, 1])
+  y_TxD = combine(rows_MxD + 1, plan, 4)
+  np.testing.assert_array_equal(y_TxD[:, 0], [2 + 3, 4 * 2, 0, 1 * 4])
+
+
+def test_answers_keep_their_type_and_are_summed_in_the_gates():
+  expert_TxK = np.zeros((1, 3), np.int32)
+  gate_TxK = np.array([[1, 2**-8, 2**-8]], np.float32)
+  plan = by_token(expert_TxK, gate_TxK, 1)
+  y_TxD = combine(jnp.ones((3, 2), jnp.bfloat16), plan, 1)
+  assert y_TxD.dtype == jnp.bfloat16
+  # One by one, in bfloat16, both small gates would be rounded away.
+  np.testing.assert_array_equal(np.float32(y_TxD), 1 + 2**-7)
+
+
+def test_count_leaves_out_the_id_E():
+  expert_M = jnp.array([0, 3, 1, 3, 0, 2], jnp.int32)
+  np.testing.assert_array_equal(plans.count(expert_M, 3), [2, 1, 1])
+
+
+# Few shapes, so that few programs are compiled; what is in them is free.
+SHAPES = [
+  (1, 1, 1, None, None),
+  (1, 2, 4, 1, None),
+  (12, 1, 4, None, None),
+  (12, 2, 4, 2, 4),
+  (12, 3, 5, 1, 6),
+  (12, 2, 1, 5, None),
+]
+
+
+@st.composite
+def _routings(draw):
+  T, K, E, capacity, group = draw(st.sampled_from(SHAPES))
+  ids = st.integers(0, E) if draw(st.booleans()) else st.integers(0, 1)
+  flat = draw(st.lists(ids, min_size=T * K, max_size=T * K))
+  expert_TxK = np.array(flat, np.int32).reshape(T, K)
+  return expert_TxK, E, capacity, group
+
+
+@hypothesis.given(_routings())
+@hypothesis.settings(
+  deadline=None, max_examples=150, derandomize=True, database=None
+)
+def test_every_kept_choice_has_one_row_with_its_expert(routing):
+  expert_TxK, E, capacity, group = routing
+  T, K = expert_TxK.shape
+  gate_TxK = np.arange(T * K, dtype=np.float32).reshape(T, K)
+  plan = jax.device_get(
+    by_token(expert_TxK, gate_TxK, E, capacity=capacity, group=group)
+  )
+  kept_TxK = expert_TxK
+  if capacity is not None:
+    kept_TxK = oracle.keep(expert_TxK, E, capacity, group)
+  np.testing.assert_array_equal(
+    plan.group_E, [(kept_TxK == e).sum() for e in range(E)]
+  )
+  # home_TxK is a permutation of all rows, and names the row of each choice.
+  assert sorted(plan.home_TxK.reshape(-1)) == list(range(T * K))
+  expert_of_row = [*_expert_of_rows(plan)] + [E] * (T * K)
+  for t in range(T):
+    for k in range(K):
+      row = plan.home_TxK[t, k]
+      assert plan.token_M[row] == t
+      assert plan.weight_M[row] == gate_TxK[t, k]
+      assert expert_of_row[row] == kept_TxK[t, k]

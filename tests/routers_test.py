@@ -1,0 +1,714 @@
+"""The contract of a router, for every file in moe_jax/routers/ unasked."""
+
+import collections
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from flax import nnx
+
+from moe_jax import parallel, routers
+from moe_jax.experts import Experts
+from moe_jax.moe import moe
+
+B, L, D, E, F = 2, 12, 16, 4, 8
+T = B * L
+
+# Options to hold to the contract besides the defaults; a new router needs no
+# entry.
+VARIANTS = {
+  'topk': [
+    {'score': 'sigmoid', 'bias_rate': 0.1, 'scale': 2.5},
+    {'renormalise': False, 'k': 3},
+    {'capacity': 0.5},
+    {'capacity': 1.0, 'k': 1, 'group': 6},
+  ],
+  'switch': [{'capacity': None}, {'jitter': 0.3, 'capacity': 0.5}],
+  'expert_choice': [{'k': 1.5, 'group': 6}],
+  'random': [{'k': 2, 'per': 'sequence'}, {'per': 'batch'}],
+}
+CASES = [
+  (name, options)
+  for name in routers.names()
+  for options in [{}, *VARIANTS.get(name, [])]
+]
+
+
+def _id(case):
+  name, options = case
+  return '-'.join([name, *(f'{k}={v}' for k, v in options.items())])
+
+
+@pytest.fixture(scope='module', params=CASES, ids=_id)
+def case(request):
+  """Each router in turn; of module scope, so that it is compiled once."""
+  return request.param
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+  """A router and experts that are the same for all routers, as functions.
+
+  Attributes:
+    router: abstract; its parameters are in `params`.
+    params: numpy, {'router': ..., 'experts': ...}.
+    route: (params, x_TxD, ctx) -> plan, aux.
+    run: (params, x_TxD, ctx) -> y_TxD, plan, aux.
+    grads: (params, x_TxD, r_TxD, ctx) -> of <r, y> + the router's losses, for
+      params and x, and y_TxD.
+    route_grads: the same of <r, gates> + losses, without experts.
+    traces: how often `run` was traced.
+  """
+
+  router: routers.Router
+  params: dict
+  route: collections.abc.Callable
+  run: collections.abc.Callable
+  grads: collections.abc.Callable
+  route_grads: collections.abc.Callable
+  traces: list
+
+
+@jax.custom_vjp
+def _worst_gmm(x_MxA, w_ExAxB, group_E):
+  """A grouped matmul that leaves NaN in all that its contract leaves open."""
+  y_ExMxB = jnp.einsum('ma,eab->emb', x_MxA, w_ExAxB)
+  return jnp.where(
+    _defined(group_E, x_MxA), _own_rows(y_ExMxB, group_E), jnp.nan
+  )
+
+
+def _worst_gmm_bwd(saved, dy_MxB):
+  x_MxA, w_ExAxB, group_E = saved
+  dx_ExMxA = jnp.einsum('mb,eab->ema', dy_MxB, w_ExAxB)
+  dx_MxA = jnp.where(
+    _defined(group_E, x_MxA), _own_rows(dx_ExMxA, group_E), jnp.nan
+  )
+  mine_ExM = _mine(group_E, len(x_MxA)).astype(x_MxA.dtype)
+  return dx_MxA, jnp.einsum('em,ma,mb->eab', mine_ExM, x_MxA, dy_MxB), None
+
+
+_worst_gmm.defvjp(lambda *args: (_worst_gmm(*args), args), _worst_gmm_bwd)
+
+
+def _mine(group_E, M):
+  """bool [E, M]: whether a row is of an expert."""
+  end_Ex1 = jnp.cumsum(group_E, dtype=jnp.int32)[:, None]
+  row_1xM = jnp.arange(M, dtype=jnp.int32)[None]
+  return (row_1xM >= end_Ex1 - group_E[:, None]) & (row_1xM < end_Ex1)
+
+
+def _own_rows(y_ExMxB, group_E):
+  mine_ExM = _mine(group_E, y_ExMxB.shape[1])
+  return jnp.sum(jnp.where(mine_ExM[..., None], y_ExMxB, 0), axis=0)
+
+
+def _defined(group_E, x_MxA):
+  return _mine(group_E, len(x_MxA)).any(axis=0)[:, None]
+
+
+@functools.cache
+def _layer(name, options):
+  make = lambda: routers.get(name)(D, E, rngs=nnx.Rngs(0), **dict(options))
+  router = nnx.eval_shape(make)
+  experts = nnx.eval_shape(
+    lambda: Experts(
+      E, D, F, activation='swiglu', gmm=_worst_gmm, bias=True, rngs=nnx.Rngs(0)
+    )
+  )
+  graph, w, state = nnx.split(router, nnx.Param, ...)
+  if state:
+    state = nnx.state(make(), nnx.Not(nnx.Param))
+  graph_experts, w_experts = nnx.split(experts)
+  draw = np.random.default_rng(1)
+  fill = lambda a: draw.normal(0, 0.3, a.shape).astype(np.float32)
+  params = {
+    'router': jax.tree.map(fill, nnx.to_pure_dict(w)),
+    'experts': jax.tree.map(fill, nnx.to_pure_dict(w_experts)),
+  }
+  traces = []
+
+  def bound(params):
+    nnx.replace_by_pure_dict(w, params['router'])
+    return nnx.merge(graph, w, state)
+
+  def route(params, x_TxD, ctx):
+    router = bound(params)
+    return router(x_TxD, ctx, router.memory(x_TxD))[:2]
+
+  def forward(params, x_TxD, ctx):
+    nnx.replace_by_pure_dict(w_experts, params['experts'])
+    experts = nnx.merge(graph_experts, w_experts)
+    router = bound(params)
+    y_TxD, aux, _ = moe(
+      x_TxD, router, experts, parallel.local, ctx, router.memory(x_TxD)
+    )
+    return y_TxD, aux
+
+  def run(params, x_TxD, ctx):
+    traces.append(1)
+    return forward(params, x_TxD, ctx)[0], *route(params, x_TxD, ctx)
+
+  def grads(params, x_TxD, r_TxD, ctx):
+    def objective(params, x_TxD):
+      y_TxD, aux = forward(params, x_TxD, ctx)
+      return sum(aux['losses'].values(), jnp.sum(r_TxD * y_TxD)), y_TxD
+
+    return jax.grad(objective, argnums=(0, 1), has_aux=True)(params, x_TxD)
+
+  def route_grads(params, x_TxD, ctx):
+    def objective(params, x_TxD):
+      plan, aux = route(params, x_TxD, ctx)
+      r_M = jnp.arange(len(plan.weight_M), dtype=x_TxD.dtype)
+      return sum(aux['losses'].values(), jnp.sum(r_M * plan.weight_M))
+
+    return jax.grad(objective, argnums=(0, 1))(params, x_TxD)
+
+  return Layer(
+    router, params, *map(jax.jit, (route, run, grads, route_grads)), traces
+  )
+
+
+def _of(case):
+  name, options = case
+  return _layer(name, tuple(options.items()))
+
+
+def _ctx(seed=0, forced=None, train=True, microbatch=0, step=0):
+  places_BxL = np.broadcast_to(np.arange(L, dtype=np.int32), (B, L))
+  batch = {
+    'ids_BxL': np.random.default_rng(2).integers(0, 9, (B, L), np.int32),
+    'pos_BxL': places_BxL,
+    'row_B': np.arange(B, dtype=np.int32),
+  }
+  ctx = routers.context(
+    batch,
+    jax.random.key(seed),
+    jnp.int32(step),
+    train=train,
+    microbatch=microbatch,
+  )
+  return ctx.at_layer(jnp.int32(1), forced)
+
+
+def _x(seed=0):
+  return np.random.default_rng(seed).normal(size=(T, D)).astype(np.float32)
+
+
+def _experts_of_rows(plan):
+  return np.repeat(np.arange(E), plan.group_E)
+
+
+def _gates(plan):
+  """gate_TxE in float64, from the rows of a plan."""
+  gate_TxE = np.zeros((T, E))
+  for row, e in enumerate(_experts_of_rows(plan)):
+    gate_TxE[plan.token_M[row], e] += float(plan.weight_M[row])
+  return gate_TxE
+
+
+def _experts_of_tokens(plan):
+  """The sorted experts of each token."""
+  experts = [[] for _ in range(T)]
+  for row, e in enumerate(_experts_of_rows(plan)):
+    experts[plan.token_M[row]].append(int(e))
+  return [sorted(e) for e in experts]
+
+
+def _draws(layer):
+  """Whether its routing depends on the key."""
+  a, b = (layer.run(layer.params, _x(), _ctx(seed))[0] for seed in (0, 1))
+  return not np.array_equal(a, b)
+
+
+def test_aux_has_what_the_contract_says(case):
+  layer = _of(case)
+  _, plan, aux = layer.run(layer.params, _x(), _ctx())
+  assert {'load_E', 'dropped', 'route', 'entropy', 'losses'} <= set(aux)
+  assert aux['load_E'].shape == (E,) and aux['load_E'].dtype == jnp.int32
+  assert aux['route'].dtype == jnp.int32
+  assert aux['dropped'].shape == aux['entropy'].shape == ()
+  assert 0 <= aux['dropped'] <= 1 and 0 <= aux['entropy'] <= 1
+  for name, loss in aux['losses'].items():
+    assert loss.shape == () and loss >= 0, name
+  assert 0 < layer.router.k <= E
+  assert plan.weight_M.shape == plan.token_M.shape
+
+
+def test_rows_are_grouped_and_none_is_lost(case):
+  layer = _of(case)
+  plan, aux = jax.device_get(layer.run(layer.params, _x(), _ctx())[1:])
+  route = np.array(aux['route'])
+  rows = plan.group_E.sum()
+  assert rows <= len(plan.token_M)
+  assert (plan.weight_M >= 0).all()
+  token_choice = plan.home_TxK is not None
+  wanted = collections.Counter()
+  for i, j in np.ndindex(*route.shape):
+    wanted[(i, route[i, j]) if token_choice else (route[i, j], i)] += 1
+  found = collections.Counter(
+    zip(plan.token_M.tolist(), _experts_of_rows(plan).tolist(), strict=False)
+  )
+  assert not found - wanted  # no row that was not chosen
+  assert max(found.values()) == 1
+  load_E = [sum(n for (_, e), n in wanted.items() if e == i) for i in range(E)]
+  np.testing.assert_array_equal(aux['load_E'], load_E)  # before dropping
+  if token_choice:
+    fraction = 1 - rows / wanted.total()
+  else:
+    fraction = 1 - len(set(plan.token_M.tolist())) / T
+  np.testing.assert_allclose(aux['dropped'], fraction, atol=1e-6)
+
+
+def test_layer_agrees_with_the_oracle(case):
+  layer = _of(case)
+  y_TxD, plan, _ = jax.device_get(layer.run(layer.params, _x(), _ctx()))
+  expected = oracle.moe_dense(_x(), _gates(plan), layer.params['experts'])
+  assert np.abs(expected).max() > 0.1
+  np.testing.assert_allclose(y_TxD, expected, 1e-4, 1e-5)
+
+
+def test_gradients_agree_with_the_oracle(case):
+  """Slopes of the oracle; each expert's weights are a direction of their own.
+
+  The routing is replayed, because a choice has no slope; gates, and what the
+  router's own losses add, are recomputed in float64.
+  """
+  layer = _of(case)
+  forced = layer.route(layer.params, _x(), _ctx())[1]['route']
+  with jax.enable_x64(True):
+    at = jax.tree.map(np.float64, {**layer.params, 'x': _x()})
+    r_TxD = np.random.default_rng(3).normal(size=(T, D))
+    ctx = _ctx(forced=forced)
+    (grads, d_x_TxD), y_TxD = layer.grads(at, at['x'], r_TxD, ctx)
+
+    def value(at, toward, s):
+      at = jax.tree.map(lambda a, v: a + s * v, at, toward)
+      plan, aux = jax.device_get(layer.route(at, at['x'], ctx))
+      expected_TxD = oracle.moe_dense(at['x'], _gates(plan), at['experts'])
+      return np.sum(r_TxD * expected_TxD) + sum(aux['losses'].values())
+
+    for name, toward in _directions(at):
+      expected = (value(at, toward, 1e-5) - value(at, toward, -1e-5)) / 2e-5
+      products = jax.tree.map(
+        lambda g, v: np.sum(g * v), {**grads, 'x': d_x_TxD}, toward
+      )
+      found = sum(jax.tree.leaves(products))
+      np.testing.assert_allclose(found, expected, 1e-5, 1e-7, err_msg=name)
+
+    plan, aux = jax.device_get(layer.route(at, at['x'], ctx))
+    # Nothing was narrowed on the way.
+    assert y_TxD.dtype == d_x_TxD.dtype == plan.weight_M.dtype == np.float64
+    for number in (*aux['losses'].values(), aux['entropy']):
+      assert number.dtype == np.float64
+    expected_TxD = oracle.moe_dense(at['x'], _gates(plan), at['experts'])
+    np.testing.assert_allclose(y_TxD, expected_TxD, 1e-12, 1e-13)
+
+
+def _directions(at):
+  """Names and random directions: x, router, and every expert's weights."""
+  draw = np.random.default_rng(4)
+  zero = jax.tree.map(np.zeros_like, at)
+  some = lambda a: draw.normal(size=a.shape)
+  yield 'x', {**zero, 'x': some(at['x'])}
+  if at['router']:
+    yield 'router', {**zero, 'router': jax.tree.map(some, at['router'])}
+  for e in range(E):
+    one = jax.tree.map(np.zeros_like, at['experts'])
+    for a in jax.tree.leaves(one):
+      a[e] = some(a[e])
+    yield f'expert {e}', {**zero, 'experts': one}
+
+
+@pytest.mark.parametrize('scale', [0.0, 1e3])
+def test_gradients_are_finite_where_scores_are_extreme(case, scale):
+  layer = _of(case)
+  params = jax.tree.map(lambda a: scale * a, layer.params)
+  grads = layer.route_grads(params, _x(), _ctx())
+  for leaf in jax.tree.leaves(grads):
+    assert np.isfinite(leaf).all()
+
+
+def test_permuted_tokens_are_routed_alike_where_declared(case):
+  layer = _of(case)
+  ctx = _ctx()
+  order_BxL = np.stack(
+    [np.random.default_rng(b).permutation(L) for b in (5, 6)]
+  )
+  order_T = (order_BxL + L * np.arange(B)[:, None]).reshape(-1)
+  y_TxD = np.array(layer.run(layer.params, _x(), ctx)[0])
+  moved_TxD = layer.run(
+    layer.params, _x()[order_T], ctx.replace(ids_T=ctx.ids_T[order_T])
+  )[0]
+  differs = np.abs(moved_TxD - y_TxD[order_T]).max()
+  if layer.router.equivariant:
+    assert differs < 1e-5
+  elif not _draws(layer):
+    assert differs > 1e-2
+
+
+def test_later_tokens_matter_only_where_declared(case):
+  layer = _of(case)
+  y_TxD = np.array(layer.run(layer.params, _x(), _ctx())[0])
+  moved = 0.0
+  for seed in (1, 2, 3):
+    for cut in (3, 8):
+      x_BxLxD = _x().reshape(B, L, D).copy()
+      x_BxLxD[:, cut:] = _x(seed).reshape(B, L, D)[:, cut:]
+      other_TxD = layer.run(layer.params, x_BxLxD.reshape(T, D), _ctx())[0]
+      before = np.s_[:, :cut]
+      difference = y_TxD.reshape(B, L, D) - other_TxD.reshape(B, L, D)
+      moved = max(moved, np.abs(difference[before]).max())
+  if layer.router.causal:
+    assert moved < 1e-6
+  else:
+    assert moved > 1e-2
+
+
+def test_same_key_same_plan(case):
+  layer = _of(case)
+  a, b = (layer.run(layer.params, _x(), _ctx(seed=7)) for _ in range(2))
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_without_training_only_declared_randomness_is_left(case):
+  """A router that draws in evaluation is `random`; no other does."""
+  layer = _of(case)
+  a, b = (
+    layer.run(layer.params, _x(), _ctx(seed, train=False))[0] for seed in (0, 1)
+  )
+  assert np.array_equal(a, b) == (case[0] != 'random')
+
+
+def test_compiles_once(case):
+  layer = _of(case)
+  layer.run(layer.params, _x(), _ctx())
+  traced = len(layer.traces)
+  for seed in (1, 2, 3):
+    params = jax.tree.map(lambda a, s=seed: s * a, layer.params)
+    layer.run(params, _x(seed), _ctx(seed, step=seed))
+  assert len(layer.traces) == traced
+
+
+def test_a_recorded_routing_is_replayed_and_its_gates_recomputed(case):
+  layer = _of(case)
+  plan, aux = jax.device_get(layer.route(layer.params, _x(), _ctx()))
+  ctx = _ctx(forced=aux['route'])
+  again = jax.device_get(layer.route(layer.params, _x(), ctx))
+  jax.tree.map(np.testing.assert_array_equal, (plan, aux), again)
+  elsewhere, other = jax.device_get(layer.route(layer.params, _x(9), ctx))
+  np.testing.assert_array_equal(aux['route'], other['route'])
+  assert _experts_of_tokens(plan) == _experts_of_tokens(elsewhere)
+  gates_move = not np.array_equal(plan.weight_M, elsewhere.weight_M)
+  one_gate = layer.router.k == 1 and getattr(layer.router, 'renormalise', False)
+  assert gates_move == (case[0] != 'random' and not one_gate)
+
+
+def test_bfloat16_tokens_are_routed_in_float32(case):
+  layer = _of(case)
+  if dict(case[1]).get('jitter'):  # drawn in the type of the tokens
+    ctx = _ctx(train=False)
+  else:
+    ctx = _ctx()
+  x_TxD = jnp.asarray(_x(), jnp.bfloat16)
+  low, high = (
+    jax.eval_shape(layer.run, layer.params, x, ctx)
+    for x in (x_TxD, x_TxD.astype(jnp.float32))
+  )
+  assert low[0].dtype == jnp.bfloat16
+  assert jax.tree.map(lambda a: a.dtype, low[1:]) == jax.tree.map(
+    lambda a: a.dtype, high[1:]
+  )
+
+
+# What each router in particular decides.
+
+
+def _route(case, x_TxD, ctx=None):
+  """Plan and aux, of the router alone."""
+  layer = _of(case)
+  return jax.device_get(layer.route(layer.params, x_TxD, ctx or _ctx()))
+
+
+def _logits(case, x_TxD):
+  return np.float64(x_TxD) @ np.float64(_of(case).params['router']['w_DxE'])
+
+
+@pytest.mark.parametrize(
+  'case', [c for c in CASES if c[0] in ('topk', 'switch')], ids=_id
+)
+def test_token_choice_follows_its_papers(case):
+  name, options = case
+  if options.get('jitter'):
+    ctx = _ctx(train=False)  # no jitter
+  else:
+    ctx = _ctx()
+  plan, aux = _route(case, _x(), ctx)
+  k = options.get('k', 1 if name == 'switch' else 2)
+  logits_TxE = _logits(case, _x())
+  if options.get('score') == 'sigmoid':
+    score_TxE = 1 / (1 + np.exp(-logits_TxE))
+    probs_TxE = score_TxE / score_TxE.sum(1, keepdims=True)
+  else:
+    score_TxE = probs_TxE = oracle.softmax(logits_TxE)
+  expert_TxK = np.array([oracle.best(score_E, k) for score_E in score_TxE])
+  np.testing.assert_array_equal(aux['route'], expert_TxK)
+  gate_TxK = np.take_along_axis(score_TxE, expert_TxK, axis=1)
+  if name == 'topk' and options.get('renormalise', True):
+    gate_TxK /= gate_TxK.sum(1, keepdims=True)
+  gate_TxK *= options.get('scale', 1.0)
+  factor = options.get('capacity', 1.25 if name == 'switch' else None)
+  kept_TxK = expert_TxK
+  if factor is not None:
+    group = options.get('group', L)
+    capacity = math.ceil(factor * group * k / E)
+    kept_TxK = oracle.keep(expert_TxK, E, capacity, group)
+    dropped = (kept_TxK == E).sum()
+    assert dropped > 0
+    assert round(float(aux['dropped']) * T * k) == dropped
+  gate_TxE = np.zeros((T, E + 1))
+  np.put_along_axis(gate_TxE, kept_TxK, gate_TxK, axis=1)
+  np.testing.assert_allclose(_gates(plan), gate_TxE[:, :E], 1e-5, 1e-6)
+  share_E = np.bincount(expert_TxK.reshape(-1), minlength=E) / (T * k)
+  np.testing.assert_allclose(
+    aux['losses']['balance'], E * share_E @ probs_TxE.mean(0), 1e-5
+  )
+  z = np.mean(np.log(np.exp(logits_TxE).sum(1)) ** 2)
+  np.testing.assert_allclose(aux['losses']['z'], z, 1e-5)
+
+
+@pytest.mark.parametrize(
+  'case', [c for c in CASES if c[0] == 'expert_choice'], ids=_id
+)
+def test_expert_choice_takes_the_best_tokens_of_each_group(case):
+  group, k = case[1].get('group', L), case[1].get('k', 2)
+  plan, aux = _route(case, _x())
+  probs_TxE = oracle.softmax(_logits(case, _x()))
+  capacity = math.ceil(group * k / E)
+  gate_TxE = np.zeros((T, E))
+  for start in range(0, T, group):
+    for e in range(E):
+      here = probs_TxE[start : start + group, e]
+      for t in oracle.best(here, capacity):
+        gate_TxE[start + t, e] = here[t]
+  np.testing.assert_allclose(_gates(plan), gate_TxE, 1e-5, 1e-6)
+  np.testing.assert_array_equal(aux['load_E'], [T // group * capacity] * E)
+  assert aux['dropped'] == np.float32((gate_TxE.sum(1) == 0).mean())
+
+
+def test_capacity_under_skew_drops_exactly_the_overflow():
+  case = ('switch', {'capacity': None})
+  layer, crowded = _of(case), _of(('switch', {}))
+  x_TxD = np.broadcast_to(_x()[:1], (T, D))  # all want the same expert
+  assert layer.route(layer.params, x_TxD, _ctx())[1]['dropped'] == 0
+  plan, aux = crowded.route(layer.params, x_TxD, _ctx())
+  capacity = math.ceil(1.25 * L / E)
+  assert plan.group_E.sum() == B * capacity
+  assert float(aux['dropped']) == pytest.approx(1 - capacity / L)
+  assert aux['load_E'].max() == T
+  assert float(aux['losses']['balance']) > 1.5
+
+
+def test_sigmoid_gates_are_those_of_the_best_and_sum_to_the_scale():
+  plan, _ = _route(('topk', VARIANTS['topk'][0]), _x())
+  np.testing.assert_allclose(_gates(plan).sum(1), 2.5, 1e-5)
+
+
+def _topk(**options):
+  router = routers.get('topk')(D, E, rngs=nnx.Rngs(0), **options)
+  router.w_DxE[...] = jnp.asarray(
+    np.random.default_rng(1).normal(0, 0.3, (D, E)), jnp.float32
+  )
+  return router
+
+
+def test_bias_moves_choices_and_never_gates():
+  route = _biased(score='sigmoid', renormalise=False)
+  plain, _ = route(np.zeros(E, np.float32))
+  assert plain.group_E[2] < T
+  plan, _ = route(np.float32([0, 0, 5, 0]))
+  np.testing.assert_array_equal(plan.group_E, [0, 0, T, 0])
+  logit_T = (_x() @ _topk().w_DxE[...])[:, 2]
+  np.testing.assert_allclose(plan.weight_M, 1 / (1 + np.exp(-logit_T)), 1e-5)
+
+
+def test_bias_update_moves_the_load_towards_balance():
+  router = _topk(bias_rate=0.02)
+  x_TxD = _x() + 2 * np.asarray(router.w_DxE[...])[:, 0]  # expert 0 is loved
+  route = _biased(x_TxD, score='sigmoid')
+  bias_E = np.zeros(E, np.float32)
+  first = load_E = route(bias_E)[1]['load_E']
+  for _ in range(60):
+    bias_E = router.update({'bias_E': bias_E}, load_E)['bias_E']
+    load_E = route(bias_E)[1]['load_E']
+  assert bias_E[0] == bias_E.min() < 0
+  assert first.max() > 0.8 * T
+  assert load_E.max() < 0.5 * T
+
+
+def _biased(x_TxD=None, **options):
+  """bias_E -> plan, aux of a top-1 router, jitted."""
+  graph, params, state = nnx.split(
+    _topk(k=1, bias_rate=0.1, **options), nnx.Param, routers.RouterState
+  )
+  x_TxD = _x() if x_TxD is None else x_TxD
+
+  def route(bias_E):
+    nnx.replace_by_pure_dict(state, {'bias_E': bias_E})
+    return nnx.merge(graph, params, state)(x_TxD, _ctx(), ())[:2]
+
+  return jax.jit(route)
+
+
+def test_without_a_rate_there_is_no_state():
+  router = _topk()
+  assert not jax.tree.leaves(nnx.state(router, routers.RouterState))
+  assert router.update({}, jnp.ones(E)) == {}
+
+
+def test_jitter_is_drawn_in_training_alone():
+  case = ('switch', VARIANTS['switch'][1])
+  still, _ = _route(case, _x(), _ctx(train=False))
+  moved, _ = _route(case, _x(), _ctx())
+  assert not np.array_equal(still.weight_M, moved.weight_M)
+
+
+# What shares a draw of the random router.
+
+
+def _drawn(ctx, **options):
+  """[B, L, k]: the experts that `random` draws."""
+  _, aux = _route(('random', options), _x(), ctx)
+  return aux['route'].reshape(B, L, -1)
+
+
+def test_random_draws_distinct_experts():
+  drawn = _drawn(_ctx(), k=3)
+  assert all(len(set(chosen)) == 3 for chosen in drawn.reshape(T, 3).tolist())
+
+
+def test_random_is_uniform():
+  drawn = np.stack([_drawn(_ctx(seed), k=1) for seed in range(12)])
+  share_E = np.bincount(drawn.reshape(-1), minlength=E) / drawn.size
+  assert np.abs(share_E - 1 / E).max() < 5 * math.sqrt(1 / E / drawn.size)
+
+
+def test_random_per_token_differs_between_tokens_and_rows():
+  drawn = _drawn(_ctx(), k=2)
+  assert len({tuple(c) for c in drawn[0].tolist()}) > 2
+  assert not np.array_equal(drawn[0], drawn[1])
+
+
+def test_random_per_sequence_is_one_draw_for_each_row():
+  rows = [_drawn(_ctx(seed), k=2, per='sequence') for seed in range(4)]
+  for drawn in rows:
+    assert (drawn == drawn[:, :1]).all()
+  assert any((drawn[0] != drawn[1]).any() for drawn in rows)
+
+
+def test_random_per_batch_is_one_draw_for_each_microbatch():
+  drawn = [
+    _drawn(_ctx(seed, microbatch=m), k=2, per='batch')
+    for seed, m in ((0, 0), (0, 1), (0, 2), (1, 0), (2, 0))
+  ]
+  assert all((d == d[:1, :1]).all() for d in drawn)
+  firsts = [tuple(d[0, 0]) for d in drawn]
+  assert len(set(firsts[:3])) > 1 and len(set(firsts[2:])) > 1
+
+
+@pytest.mark.parametrize('per', ['token', 'sequence'])
+def test_a_row_draws_the_same_wherever_it_lies_in_the_batch(per):
+  ctx = _ctx()
+  swapped = ctx.replace(row_T=ctx.row_T[::-1])
+  drawn = _drawn(ctx, k=2, per=per)
+  np.testing.assert_array_equal(_drawn(swapped, k=2, per=per), drawn[::-1])
+
+
+def test_layers_steps_and_passes_draw_anew():
+  base = _ctx()
+  first = _drawn(base, k=2)
+  for other in (base.at_layer(jnp.int32(2), None), _ctx(step=1), _ctx(seed=1)):
+    assert not np.array_equal(first, _drawn(other, k=2))
+
+
+def test_keys_of_a_step_are_those_of_its_parts():
+  """step_key is the same for all microbatches and passes, key is not."""
+  batch = {
+    'ids_BxL': np.zeros((1, 2), np.int32),
+    'pos_BxL': np.zeros((1, 2), np.int32),
+    'row_B': np.zeros(1, np.int32),
+  }
+  make = functools.partial(
+    routers.context, batch, jax.random.key(0), 3, train=True
+  )
+  data = lambda key: tuple(np.asarray(jax.random.key_data(key)).tolist())
+  made = [make(), make(pass_=1), make(microbatch=1)]
+  assert len({data(c.step_key) for c in made}) == 1
+  assert len({data(c.batch_key) for c in made}) == 3
+  assert data(made[0].key) == data(made[2].key) != data(made[1].key)
+
+
+# Names and options.
+
+
+def test_every_router_is_found_by_its_file():
+  assert {'topk', 'switch', 'expert_choice', 'random'} <= set(routers.names())
+  for name in routers.names():
+    assert issubclass(routers.get(name), routers.Router)
+
+
+def test_an_unknown_router_is_named():
+  with pytest.raises(ValueError, match=r"no router 'topkk'.*switch.*topk"):
+    routers.get('topkk')
+
+
+def test_options_and_their_types():
+  assert routers.options('random') == {'k': 1, 'per': 'token'}
+  assert routers.options('topk')['capacity'] is None
+  assert routers.option_type('topk', 'capacity') is float
+  assert routers.option_type('topk', 'group') is int
+
+
+@pytest.mark.parametrize(
+  'name, options, told',
+  [
+    ('topk', {'k': 5}, 'k is 5, .* 4 experts'),
+    ('topk', {'k': 0}, 'k is 0'),
+    ('topk', {'capacity': 0.0}, 'capacity is 0'),
+    ('topk', {'capacity': -1.5}, 'capacity is -1.5'),
+    ('topk', {'capacity': 1.0, 'group': 0}, 'group is 0'),
+    ('topk', {'score': 'tanh'}, "'tanh'"),
+    ('switch', {'capacity': 0.0}, 'capacity is 0'),
+    ('switch', {'jitter': 1.0}, 'jitter is 1'),
+    ('expert_choice', {'k': 4.5}, 'k is 4.5, .* 4 experts'),
+    ('expert_choice', {'group': 0}, 'group is 0'),
+    ('random', {'k': 5}, 'k is 5, .* 4 experts'),
+    ('random', {'per': 'year'}, "'year'"),
+  ],
+)
+def test_options_that_no_router_could_follow_are_refused(name, options, told):
+  with pytest.raises(ValueError, match=told):
+    routers.get(name)(D, E, rngs=nnx.Rngs(0), **options)
+
+
+@pytest.mark.parametrize(
+  'name, options',
+  [('switch', {'group': 7}), ('expert_choice', {'group': 7})],
+)
+def test_a_group_that_does_not_divide_the_tokens_is_refused(name, options):
+  router = routers.get(name)(D, E, rngs=nnx.Rngs(0), **options)
+  with pytest.raises(ValueError, match=r'24 tokens .* 7'):
+    jax.eval_shape(lambda x: router(x, _ctx(), ())[1], _x())
+
+
+@pytest.mark.parametrize(
+  'factor, group, k, expected',
+  [(1.0, 12, 2, 6), (1.25, 12, 1, 4), (0.01, 12, 1, 1), (None, 12, 2, None)],
+)
+def test_capacity_is_a_factor_on_the_mean_load(factor, group, k, expected):
+  assert routers.capacity_rows(factor, group, k, E) == expected

@@ -1,0 +1,183 @@
+"""Whole runs of a very small model, in this process."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from small import small_config
+
+from moe_jax import job as jobs
+from moe_jax import train
+
+
+def go(c, workdir):
+  return train.run(jobs.prepare(c, str(workdir)))
+
+
+def lines_of(workdir):
+  text = (workdir / 'metrics.jsonl').read_text()
+  return [json.loads(line) for line in text.splitlines()]
+
+
+def without_clocks(lines):
+  return [
+    {k: v for k, v in line.items() if k != 'tokens_per_second'}
+    for line in lines
+  ]
+
+
+def files_of(workdir):
+  return {
+    p: (p.read_bytes(), p.stat().st_mtime_ns)
+    for p in sorted(workdir.rglob('*'))
+    if p.is_file()
+  }
+
+
+@pytest.fixture(scope='session')
+def whole(corpus, tmp_path_factory):
+  """An uninterrupted run with every period on, and its summary."""
+  workdir = tmp_path_factory.mktemp('whole')
+  c = small_config(corpus, checkpoint_every=2, eval_every=3, steps=8)
+  return c, workdir, go(c, workdir)
+
+
+def test_it_learns_and_says_so(whole):
+  c, workdir, summary = whole
+  assert summary == json.loads((workdir / 'summary.json').read_text())
+  assert summary['eval_loss'] < summary['initial_loss'] - 0.3
+  assert abs(summary['initial_loss'] - np.log(257)) < 0.3
+  assert summary['steps'] == 8
+  assert summary['tokens'] == 8 * c.batch_size * c.seq_len
+  assert summary['implementation'] == {'gmm': 'cpu', 'strategy': 'local'}
+  # Bytes are tokens here, but for the separators that stand for no byte.
+  bits = summary['eval_loss'] / np.log(2)
+  assert bits <= summary['eval_bits_per_byte'] < 1.02 * bits
+  for key in ('tokens_per_second', 'wall_seconds', 'flops_per_token'):
+    assert summary[key] > 0
+  assert (workdir / 'report.html').stat().st_size > 10_000
+
+
+def test_metrics_have_each_step_once_and_evaluations(whole):
+  _, workdir, summary = whole
+  lines = lines_of(workdir)
+  training = [line for line in lines if 'loss' in line]
+  assert [line['step'] for line in training] == list(range(1, 9))
+  evaluations = [line for line in lines if 'eval_loss' in line]
+  assert [line['step'] for line in evaluations] == [3, 6, 8]
+  assert evaluations[-1]['eval_loss'] == pytest.approx(summary['eval_loss'])
+  load = np.array(training[0]['load'])
+  assert load.shape == (2, 4)
+  np.testing.assert_allclose(load.sum(axis=1), 1, atol=1e-4)
+  assert training[0]['dropped'] == [0.0, 0.0]
+  assert all(1 <= b < 3 for b in training[0]['balance'])
+
+
+def test_a_finished_run_changes_no_file(whole):
+  c, workdir, _ = whole
+  before = files_of(workdir)
+  assert jobs.prepare(c, str(workdir)) is None
+  assert files_of(workdir) == before
+
+
+def test_a_killed_run_continues_bit_for_bit(whole, tmp_path, monkeypatch):
+  c, workdir, summary = whole
+  put, count = train.parallel.put_batch, []
+
+  def put_then_die(batch, mesh):
+    count.append(1)
+    if len(count) == 7:  # steps 1-3, an evaluation of 2 batches, then step 5
+      raise KeyboardInterrupt
+    return put(batch, mesh)
+
+  monkeypatch.setattr(train.parallel, 'put_batch', put_then_die)
+  with pytest.raises(KeyboardInterrupt):
+    go(c, tmp_path)
+  monkeypatch.undo()
+  assert not (tmp_path / 'summary.json').exists()
+  died_at = lines_of(tmp_path)[-1]['step']
+  assert 3 <= died_at < 8
+  again = go(c, tmp_path)
+  assert without_clocks(lines_of(tmp_path)) == without_clocks(lines_of(workdir))
+  for key in ('initial_loss', 'eval_loss', 'eval_bits_per_byte'):
+    assert again[key] == summary[key]
+
+
+def test_another_run_in_the_way_is_named_and_kept(whole, corpus):
+  c, workdir, _ = whole
+  before = files_of(workdir)
+  other = small_config(corpus, steps=8, model__D=32, checkpoint_every=1)
+  with pytest.raises(ValueError, match=r'model\.D: 16 -> 32') as error:
+    jobs.prepare(other, str(workdir))
+  assert 'checkpoint_every' not in str(error.value)
+  assert files_of(workdir) == before
+
+
+def test_another_corpus_is_named(whole, tmp_path):
+  c, workdir, _ = whole
+  path = tmp_path / 'other.txt'
+  path.write_text('other text\n' * 1000)
+  changed = c.copy_and_resolve_references()
+  changed.steps = 9  # else it is finished, whatever the data
+  changed.data.path = str(path)
+  with pytest.raises(ValueError, match='data.path'):
+    jobs.prepare(changed, str(workdir))
+
+
+def test_more_steps_continue_a_finished_run(corpus, tmp_path):
+  go(small_config(corpus, steps=2), tmp_path)
+  summary = go(small_config(corpus, steps=4), tmp_path)
+  assert summary['steps'] == 4
+  steps = [line['step'] for line in lines_of(tmp_path) if 'loss' in line]
+  assert steps == [1, 2, 3, 4]
+
+
+def test_one_step_and_nothing_logged(corpus, tmp_path):
+  summary = go(small_config(corpus, steps=1, log_every=0), tmp_path)
+  assert [set(line) for line in lines_of(tmp_path)] == [
+    {'step', 'eval_loss', 'eval_bits_per_byte'}
+  ]
+  assert np.isfinite(summary['initial_loss'])
+  assert (tmp_path / 'report.html').exists()
+
+
+@pytest.mark.parametrize(
+  'changes',
+  [
+    {'model__pattern': 'd'},
+    {'model__dtype': 'bfloat16', 'model__remat': True},
+    {'model__dtype': 'float64'},
+    {'optimizer__schedule': 'wsd', 'model__router__bias_rate': 0.01},
+  ],
+  ids=['dense', 'bfloat16', 'float64', 'bias'],
+)
+def test_it_trains(corpus, tmp_path, changes):
+  summary = go(small_config(corpus, **changes), tmp_path)
+  assert summary['eval_loss'] < summary['initial_loss'] - 0.2
+
+
+def first_losses(corpus, workdir, **changes):
+  go(small_config(corpus, steps=3, **changes), workdir)
+  return [line['loss'] for line in lines_of(workdir) if 'loss' in line]
+
+
+def test_accumulation_and_mesh_change_no_loss(corpus, tmp_path):
+  # z is a mean over tokens; the balance loss is a product of means, so it
+  # differs between a batch and its microbatches.
+  z_only = {'objective__losses__balance': 0.0, 'model__dtype': 'float64'}
+  losses = [
+    first_losses(corpus, tmp_path / name, **changes, **z_only)
+    for name, changes in {
+      'plain': {},
+      'accumulated': {'optimizer__accumulate': 4},
+      'mesh': {'mesh__data': 2, 'mesh__fsdp': 2},
+    }.items()
+  ]
+  np.testing.assert_allclose(losses[1], losses[0], rtol=1e-9)
+  np.testing.assert_allclose(losses[2], losses[0], rtol=1e-9)
+
+
+def test_a_mesh_uses_the_first_devices(corpus, tmp_path):
+  job = jobs.prepare(small_config(corpus, mesh__data=2), str(tmp_path))
+  assert list(job.mesh.devices.flat) == jax.devices()[:2]
