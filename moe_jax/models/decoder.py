@@ -231,18 +231,16 @@ class Decoder(nnx.Module):
     policy = jax.checkpoint_policies.save_only_these_names('route', 'plan')
     return jax.checkpoint(body, policy=policy, prevent_cse=False)
 
-  def updated_state(self, load_GxRxIxE: jax.Array) -> nnx.State:
+  def updated_state(self, load_GxRxIxE: jax.Array) -> dict[str, Any]:
     """The model's router state after an optimiser step with that load."""
-    whole = nnx.state(self, routing.RouterState)
-    if not jax.tree.leaves(whole):
+    whole = nnx.to_pure_dict(nnx.state(self, routing.RouterState))
+    if not whole:
       return whole
     graph, old, rest = nnx.split(self.moe.routers, routing.RouterState, ...)
 
     def update(old, rest, load_E):
       router = nnx.merge(graph, old, rest)
-      new = router.update(nnx.to_pure_dict(old), load_E)
-      nnx.replace_by_pure_dict(old, new)
-      return old
+      return router.update(nnx.to_pure_dict(old), load_E)
 
     for _ in range(3):
       update = jax.vmap(update)

@@ -1,0 +1,111 @@
+"""The import law of moe_jax/__init__.py, kept by reading the sources."""
+
+import ast
+import pathlib
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+SOURCES = [
+  path.relative_to(ROOT).as_posix()
+  for package in ('moe_jax', 'pallas_kernels')
+  for path in sorted((ROOT / package).rglob('*.py'))
+]
+
+# Left imports right only. A new module has to be given its place here.
+LEVELS = (
+  {'main', 'commands'},
+  {'train'},
+  {'job'},
+  {'objective', 'data', 'tokenizer', 'corpus', 'cache', 'optimizer', 'metrics'}
+  | {'report', 'figures', 'checkpoint', 'models', 'config'},
+  {'block', 'moe', 'routers', 'experts', 'residual', 'attention', 'parallel'},
+  {'plan', 'balance', 'ops'},
+)
+# Within a level.
+BESIDE = {
+  'data': {'tokenizer', 'corpus', 'cache'},
+  'tokenizer': {'corpus', 'cache'},
+  'corpus': {'cache'},
+  'report': {'figures', 'metrics'},
+  'figures': {'metrics'},
+  'block': {'moe', 'routers', 'experts', 'residual', 'attention'},
+  'moe': {'routers'},
+}
+# Who may import a package that the others must not know.
+ALONE = {
+  'absl': {'main', 'commands'},
+  'ml_collections': {'config', 'main', 'commands'},
+  'pallas_kernels': {'ops'},
+}
+
+
+def _imported(path):
+  """Dotted names; of `from a import b`, both a and a.b."""
+  for node in ast.walk(ast.parse((ROOT / path).read_text())):
+    if isinstance(node, ast.Import):
+      yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+      assert node.level == 0, f'{path}: import by the whole name'
+      yield node.module
+      yield from (f'{node.module}.{alias.name}' for alias in node.names)
+
+
+def _is_module(name):
+  path = ROOT / name.replace('.', '/')
+  return path.is_dir() or path.with_suffix('.py').exists()
+
+
+def _module(path):
+  """The part of moe_jax that a file belongs to, '' for its __init__."""
+  parts = pathlib.Path(path).with_suffix('').parts[1:]
+  return parts[0] if parts != ('__init__',) else ''
+
+
+def _level(module):
+  return next(i for i, modules in enumerate(LEVELS) if module in modules)
+
+
+@pytest.mark.parametrize('path', [p for p in SOURCES if 'moe_jax' in p])
+def test_imports_go_down(path):
+  module = _module(path)
+  for name in filter(_is_module, _imported(path)):
+    parts = name.split('.')
+    if parts[0] != 'moe_jax' or parts[1:2] in ([], [module]):
+      continue
+    target = parts[1]
+    lower = module and _level(target) > _level(module)
+    beside = target in BESIDE.get(module, ())
+    assert lower or beside, f'{path} imports {target}'
+
+
+@pytest.mark.parametrize('path', [p for p in SOURCES if 'moe_jax' in p])
+def test_some_packages_are_known_to_one_module(path):
+  module = _module(path)
+  for name in _imported(path):
+    package = name.split('.')[0]
+    assert module in ALONE.get(package, {module}), f'{path} imports {package}'
+  if module not in ALONE['pallas_kernels']:  # nor by importlib
+    code = ast.walk(ast.parse((ROOT / path).read_text()))
+    strings = [n.value for n in code if isinstance(n, ast.Constant)]
+    assert not [s for s in strings if str(s).startswith('pallas_kernels')]
+
+
+@pytest.mark.parametrize('folder', ['routers', 'models'])
+def test_those_that_are_found_by_name_do_not_know_each_other(folder):
+  files = [p for p in SOURCES if p.startswith(f'moe_jax/{folder}/')]
+  assert len(files) > 1
+  for path in files:
+    inside = [n for n in _imported(path) if n.startswith(f'moe_jax.{folder}.')]
+    assert not list(filter(_is_module, inside)), path
+
+
+@pytest.mark.parametrize('path', [p for p in SOURCES if 'pallas' in p])
+def test_kernels_need_jax_alone(path):
+  for name in _imported(path):
+    package = name.split('.')[0]
+    known = package in ('jax', 'pallas_kernels') or (
+      package in sys.stdlib_module_names
+    )
+    assert known, f'{path} imports {package}'

@@ -1,0 +1,61 @@
+"""The command line as a user meets it, in processes of its own."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def moe_train(*arguments, config='configs/tiny.py'):
+  return subprocess.run(
+    [sys.executable, '-m', 'moe_jax.main', f'--config={config}', *arguments],
+    cwd=ROOT,
+    env={**os.environ, 'XLA_FLAGS': ''},
+    capture_output=True,
+    text=True,
+    timeout=600,
+  )
+
+
+@pytest.mark.parametrize(
+  'argument, message',
+  [
+    ('--config.stesp=3', "unknown config key 'stesp'; the nearest is 'steps'"),
+    ('--config.model.experts_F=3', "nearest is 'model.expert_F'"),
+    ('--config.steps=many', '--config.steps=many: invalid literal for int()'),
+    ('--confg.steps=3', "Unknown command line flag 'confg.steps'"),
+    ('steps=3', "unexpected argument 'steps=3'"),
+    ('--config.seq_len=1', 'seq_len=1 is < 2'),
+  ],
+)
+def test_a_mistake_is_one_line(tmp_path, argument, message):
+  run = moe_train(f'--workdir={tmp_path}/run', argument)
+  assert run.returncode == 2
+  assert message in run.stderr
+  assert run.stderr.startswith('moe-train: ') and run.stderr.count('\n') == 1
+  assert not (tmp_path / 'run').exists()
+
+
+def test_a_config_that_is_not_there_is_one_line(tmp_path):
+  run = moe_train(f'--workdir={tmp_path}/run', config='configs/none.py')
+  assert run.returncode == 2
+  assert 'configs/none.py' in run.stderr and run.stderr.count('\n') == 1
+
+
+@pytest.mark.slow
+def test_the_main_job_in_few_steps(tmp_path):
+  arguments = (f'--workdir={tmp_path}/run', '--config.steps=6')
+  first = moe_train(*arguments, '--config.log_every=2')
+  assert first.returncode == 0, first.stderr
+  assert '\r' not in first.stderr  # not a terminal
+  summary = json.loads((tmp_path / 'run/summary.json').read_text())
+  assert summary['eval_bits_per_byte'] < 8
+  assert 'standard library' in summary['corpus']
+  again = moe_train(*arguments)
+  assert again.returncode == 0
+  assert 'finished already' in again.stdout

@@ -1,0 +1,152 @@
+"""Learning rates at any length of run, and what decays."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from moe_jax import optimizer
+
+DEFAULT = {
+  'learning_rate': 0.5,
+  'schedule': 'cosine',
+  'warmup': 0.1,
+  'decay': 0.2,
+  'end': 0.1,
+  'b1': 0.9,
+  'b2': 0.95,
+  'eps': 1e-8,
+  'weight_decay': 0.0,
+  'clip': 0.0,
+  'accumulate': 1,
+}
+
+
+def _config(**changes):
+  return optimizer.Config(**{**DEFAULT, **changes})
+
+
+def _rates(steps, **changes):
+  """The rate of every step, and that after the last."""
+  rate = jax.jit(jax.vmap(optimizer.schedule(_config(**changes), steps)))
+  return np.asarray(rate(np.arange(steps + 1, dtype=np.int32)))
+
+
+every_schedule = pytest.mark.parametrize('name', optimizer.SCHEDULES)
+
+
+@every_schedule
+@pytest.mark.parametrize('steps', [1, 2, 10, 1000])
+@pytest.mark.parametrize('warmup', [0.02, 0.5, 1.0])
+def test_rates_rise_then_never_rise_again(name, steps, warmup):
+  rates = _rates(steps, schedule=name, warmup=warmup, decay=0.3)
+  assert np.isfinite(rates).all() and (rates > 0).all()
+  assert rates.max() <= 0.5 * (1 + 1e-6)
+  assert rates[:-1].max() == pytest.approx(0.5, rel=0.2)
+  top = int(np.argmax(rates >= rates.max() * (1 - 1e-6)))
+  assert (np.diff(rates[: top + 1]) > 0).all()
+  assert (np.diff(rates[top:]) <= 1e-7).all()
+  assert top <= max(1, warmup * steps)
+
+
+@every_schedule
+def test_warm_up_is_linear_and_its_first_step_is_not_zero(name):
+  rates = _rates(1000, schedule=name)
+  np.testing.assert_allclose(rates[:100], 0.5 * np.arange(1, 101) / 100, 1e-5)
+
+
+@every_schedule
+@pytest.mark.parametrize('steps', [1, 2, 10])
+def test_without_warm_up_the_first_step_is_at_the_top(name, steps):
+  if name == 'inverse_sqrt':
+    with pytest.raises(ValueError, match='inverse_sqrt .*warmup=0'):
+      _config(schedule=name, warmup=0.0)
+    return
+  rates = _rates(steps, schedule=name, warmup=0.0, decay=0.3)
+  assert rates[0] == pytest.approx(0.5)
+
+
+def test_cosine_ends_where_it_is_told():
+  rates = _rates(1000)
+  assert rates[-1] == pytest.approx(0.05, rel=1e-4)
+  half = rates[550]
+  assert half == pytest.approx((0.5 + 0.05) / 2, rel=1e-3)
+
+
+def test_wsd_is_level_and_then_falls_in_a_line():
+  rates = _rates(1000, schedule='wsd')
+  np.testing.assert_allclose(rates[100:801], 0.5, 1e-6)
+  assert rates[900] == pytest.approx((0.5 + 0.05) / 2, rel=1e-4)
+  assert rates[-1] == pytest.approx(0.05, rel=1e-4)
+
+
+def test_inverse_sqrt_halves_when_four_times_the_warm_up_is_done():
+  rates = _rates(1000, schedule='inverse_sqrt')
+  assert rates[400] == pytest.approx(0.25, rel=1e-5)
+
+
+def test_constant_stays():
+  np.testing.assert_allclose(_rates(10, schedule='constant'), 0.5, 1e-6)
+
+
+def _step(grads, params, **changes):
+  rule = optimizer.make(_config(schedule='constant', **changes), 10)
+  with jax.numpy_dtype_promotion('standard'):
+    updates, _ = rule.update(grads, rule.init(params), params)
+    return optax.apply_updates(params, updates)
+
+
+def test_scales_and_biases_do_not_decay():
+  params = {
+    'norm': {'scale_D': jnp.ones(2)},
+    'pools': {'bias_up_ExF': jnp.ones((1, 2)), 'up_ExDxF': jnp.ones((1, 2, 2))},
+    'embed_VxD': jnp.ones((2, 2)),
+  }
+  zero = jax.tree.map(jnp.zeros_like, params)
+  new = _step(zero, params, weight_decay=0.2, warmup=0.0)
+  left = jax.tree.map(lambda a: float(a.reshape(-1)[0]), new)
+  assert left['norm']['scale_D'] == left['pools']['bias_up_ExF'] == 1
+  assert left['embed_VxD'] == pytest.approx(1 - 0.5 * 0.2)
+  assert left['pools']['up_ExDxF'] == pytest.approx(1 - 0.5 * 0.2)
+
+
+def _first_moment(clip, grads):
+  rule = optimizer.make(_config(clip=clip), 10)
+  params = jax.tree.map(jnp.zeros_like, grads)
+  with jax.numpy_dtype_promotion('standard'):
+    _, state = rule.update(grads, rule.init(params), params)
+  return optax.tree.get(state, 'mu')
+
+
+def test_clip_bounds_the_norm_of_all_gradients_together():
+  grads = {'a': jnp.array([3.0, 0.0]), 'b': jnp.array([0.0, 4.0])}
+  clipped = _first_moment(1.0, grads)
+  np.testing.assert_allclose(clipped['a'], [0.1 * 0.6, 0], 1e-5)
+  np.testing.assert_allclose(clipped['b'], [0, 0.1 * 0.8], 1e-5)
+  np.testing.assert_allclose(_first_moment(9.0, grads)['a'], [0.3, 0], 1e-5)
+  np.testing.assert_allclose(_first_moment(0.0, grads)['b'], [0, 0.4], 1e-5)
+
+
+def test_the_rate_of_a_step_is_that_of_the_schedule():
+  """Adam's first step moves each weight by its rate."""
+  params = {'w': jnp.zeros(3)}
+  moved = _step({'w': jnp.array([1.0, -2.0, 5.0])}, params, warmup=0.5)
+  np.testing.assert_allclose(moved['w'], [-0.1, 0.1, -0.1], 1e-5)
+
+
+@pytest.mark.parametrize(
+  'changes, told',
+  [
+    ({'schedule': 'step'}, "'step'; there are cosine"),
+    ({'warmup': 1.5}, 'warmup=1.5'),
+    ({'decay': -0.1}, 'decay=-0.1'),
+    ({'end': 2}, 'end=2'),
+    ({'learning_rate': -1.0}, 'learning_rate=-1.0'),
+    ({'clip': -1.0}, 'clip=-1.0'),
+    ({'accumulate': 0}, 'accumulate=0'),
+  ],
+)
+def test_what_cannot_be_is_told(changes, told):
+  with pytest.raises(ValueError, match=told):
+    _config(**changes)
