@@ -16,11 +16,13 @@ A layer, whole:
   plan, aux, memory = router(x_TxD, ctx, memory)
   y_TxD = combine(experts(dispatch(x_TxD, plan), plan.group_E), plan, T)
 
-Who may import whom (left imports right only; tests/imports_test.py checks):
+Who may import whom (left imports right only; tests/imports_test.py checks, and
+lists the few imports within a level):
 
-  main -> train -> {objective, data, optimizer, metrics, report, checkpoint,
-  models} -> {block, moe, routers, experts, residual, attention, parallel}
-  -> {plan, balance, ops} -> pallas_kernels -> jax
+  main -> train -> job -> {objective, data, tokenizer, corpus, cache, optimizer,
+  metrics, figures, report, checkpoint, models, config} -> {block, moe, routers,
+  experts, residual, attention, parallel} -> {plan, balance, ops} ->
+  pallas_kernels -> jax
 
 Two words that are never mixed: *memory* lives over depth inside one forward
 pass; *state* lives over training steps.

@@ -87,6 +87,7 @@ def default() -> ml_collections.ConfigDict:
     losses=dict(balance=0.01, sequence_balance=0.0, z=0.001),
   )
   c.optimizer = dict(
+    name='adamw',  # or muon: orthogonal momentum for matrices
     learning_rate=3e-3,  # at its highest
     schedule='cosine',  # or constant, inverse_sqrt, wsd
     warmup=0.02,  # part of the steps in which the rate rises

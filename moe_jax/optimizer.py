@@ -1,4 +1,4 @@
-"""The optimiser: AdamW with clipping, and learning rates as fractions."""
+"""The optimiser: AdamW or Muon, clipping, learning rates as fractions."""
 
 import dataclasses
 import math
@@ -7,12 +7,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
+from optax import contrib
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
   """config.default() says what each field means."""
 
+  name: str
   learning_rate: float
   schedule: str
   warmup: float
@@ -26,9 +28,10 @@ class Config:
   accumulate: int
 
   def __post_init__(self):
-    if self.schedule not in SCHEDULES:
-      known = ', '.join(SCHEDULES)
-      raise ValueError(f'schedule={self.schedule!r}; there are {known}')
+    for field, known in (('name', OPTIMIZERS), ('schedule', SCHEDULES)):
+      if getattr(self, field) not in known:
+        value, known = getattr(self, field), ', '.join(known)
+        raise ValueError(f'optimizer.{field}={value!r}; there are {known}')
     for name in ('warmup', 'decay', 'end'):
       value = getattr(self, name)
       if not 0 <= value <= 1:
@@ -36,6 +39,15 @@ class Config:
     for name in ('learning_rate', 'clip', 'weight_decay'):
       if getattr(self, name) < 0:
         raise ValueError(f'{name}={getattr(self, name)} is negative')
+    if self.schedule == 'inverse_sqrt' and self.warmup == 0:
+      raise ValueError(
+        'schedule=inverse_sqrt falls from the end of a warm-up,'
+        ' warmup=0 has none'
+      )
+    if self.schedule == 'wsd' and self.warmup + self.decay > 1 + 1e-9:
+      raise ValueError(
+        f'warmup={self.warmup} and decay={self.decay} are more than all steps'
+      )
     if self.accumulate < 1:
       raise ValueError(f'accumulate={self.accumulate} is < 1')
 
@@ -84,17 +96,61 @@ def schedule(c: Config, steps: int) -> Callable[[jax.Array], jax.Array]:
 
 
 def make(c: Config, steps: int) -> optax.GradientTransformation:
-  """AdamW; norms' scales and biases do not decay. clip=0 does not clip."""
+  """The optimiser that `c.name` names, after clipping; clip=0 does not clip."""
   clip = optax.clip_by_global_norm(c.clip) if c.clip else optax.identity()
-  adamw = optax.adamw(
-    schedule(c, steps),
+  return optax.chain(clip, OPTIMIZERS[c.name](c, schedule(c, steps)))
+
+
+def _adamw(c, rate):
+  """Norms' scales and biases do not decay (Loshchilov, Hutter, 1711.05101)."""
+  return optax.adamw(
+    rate,
     b1=c.b1,
     b2=c.b2,
     eps=c.eps,
     weight_decay=c.weight_decay,
     mask=_decays,
   )
-  return optax.chain(clip, adamw)
+
+
+def _muon(c, rate):
+  """Orthogonal momentum for matrices, which alone decay; Adam for the rest.
+
+  Steps of matrices have the size of Adam's, RMS 0.2, so that one learning rate
+  serves both (Liu et al. 2025, arXiv 2502.16982, eq. 4).
+  """
+  return contrib.muon(
+    rate,
+    consistent_rms=0.2,
+    weight_decay=c.weight_decay,
+    adam_b1=c.b1,
+    adam_b2=c.b2,
+    muon_weight_dimension_numbers=_matrices,
+  )
+
+
+OPTIMIZERS = {'adamw': _adamw, 'muon': _muon}
+
+
+def _matrices(params):
+  """By the axes in its name, which dimensions of a parameter are its matrix.
+
+  Of `up_ExDxF` D and F, of `query_DxHxS` D and HS, of `out_HxSxD` HS and D.
+  Embeddings, heads, routers, scales and biases have none.
+  """
+
+  def one(path, leaf):
+    name, _, suffix = str(path[-1].key).rpartition('_')
+    axes = [a for a in suffix.split('x') if a != 'E']
+    if name.startswith(('scale', 'bias')) or 'V' in axes or len(axes) < 2:
+      return None
+    places = list(range(leaf.ndim - len(axes), leaf.ndim))
+    cut = -1 if axes[-1] == 'D' else 1
+    return contrib.MuonDimensionNumbers(
+      tuple(places[:cut]), tuple(places[cut:])
+    )
+
+  return jax.tree_util.tree_map_with_path(one, params)
 
 
 def _decays(params):
