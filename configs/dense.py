@@ -1,7 +1,7 @@
 """The dense twin of configs/tiny.py: no experts, the same active parameters.
 
-Claim: at equal active parameters, data and steps, the experts of configs/tiny.py
-lower the held-out loss; experiments/LOG.md has the comparison.
+Claim: at equal active parameters, data and steps, the experts of tiny.py lower
+the held-out loss; experiments/LOG.md has the comparison.
 Run:   moe-train --config=configs/dense.py --workdir=runs/dense
 """
 

@@ -2,7 +2,6 @@
 
 import collections
 import functools
-import math
 import zlib
 
 import jax
@@ -122,10 +121,14 @@ def _grads(model, params):
 
 @functools.cache
 def _plain():
-  """The model that most variants are neutral to: model, params, loss, grads."""
+  """The model that most variants are neutral to, its parameters."""
   model = _model()
-  params = _params(model)
-  return model, params, *_grads(model, params)
+  return model, _params(model)
+
+
+@functools.cache
+def _plain_grads():
+  return _grads(*_plain())
 
 
 def _assert_equal(a, b):
@@ -203,7 +206,7 @@ WIRINGS = {
   'dense': {'pattern': 'd', 'tied': False},
   'dm in pools of two, first dense, momentum, two iterations': {
     'pattern': 'dm',
-    'N': 9,
+    'N': 5,
     'first_dense': 1,
     'layers_per_pool': 2,
     'iterations': 2,
@@ -218,7 +221,7 @@ WIRINGS = {
   },
   'ddm, link init, shared expert': {
     'pattern': 'ddm',
-    'N': 6,
+    'N': 3,
     'iterations': 2,
     'link': 'init',
     'shared_F': 8,
@@ -271,10 +274,9 @@ def test_layers_and_iterations_draw_anew():
 
 
 def test_momentum_without_memory_is_the_plain_rule_bit_for_bit():
-  _, params, loss, grads = _plain()
   neutral = {'name': 'heavy_ball', 'mu': 0.0, 'gamma': 1.0, 'sign': 1.0}
-  found = _grads(_model(residual=neutral), params)
-  _assert_equal(found, (loss, grads))
+  found = _grads(_model(residual=neutral), _plain()[1])
+  _assert_equal(found, _plain_grads())
 
 
 def test_with_one_iteration_two_links_are_one():
@@ -352,8 +354,8 @@ def test_k_may_exceed_E_where_a_pool_has_more_candidates():
 
 
 def test_rematerialisation_changes_no_number():
-  _, params, loss, grads = _plain()
-  found_loss, found = _grads(_model(remat=True), params)
+  loss, grads = _plain_grads()
+  found_loss, found = _grads(_model(remat=True), _plain()[1])
   np.testing.assert_allclose(found_loss, loss, 1e-6)
   _assert_close(found, grads, 1e-5)
 
@@ -553,8 +555,7 @@ def test_a_gradient_reaches_the_first_router_through_memory(remembering):
 
 @functools.cache
 def _routed():
-  model, params, _, _ = _plain()
-  return _run(model, params, _batch())
+  return _run(*_plain(), _batch())
 
 
 def test_bfloat16_is_close_and_ends_in_float32():
@@ -622,27 +623,31 @@ def test_split_and_bind_are_inverse():
   _assert_equal(found, (params, state))
 
 
-def test_every_layer_starts_from_its_own_draws():
-  c = _config(N=6, pattern='ddm', shared_F=8, iterations=2, tied=False)
-  key = jax.random.key(0, impl='rbg')  # compiles fast
-  init = lambda: models.split(
-    decoder.build(c, parallel.local, rngs=nnx.Rngs(key))
-  )[0]
+def test_a_stack_is_made_of_different_modules():
+  make = lambda rngs: Remembering(3, 2, rngs=rngs)
+  stacked = block.stack(make, (2, 3), nnx.Rngs(0))
+  assert stacked.w_DxE.shape == (2, 3, 3, 2)
+  w = np.asarray(stacked.w_DxE[...]).reshape(6, 6)
+  assert len(np.unique(w, axis=0)) == 6
+  last = block.at(block.at(stacked, 1), 2)
+  np.testing.assert_array_equal(last.w_DxE[...].reshape(-1), w[5])
+
+
+def test_projections_into_the_stream_start_smaller_the_deeper_the_model():
+  def init():
+    rngs = nnx.Rngs(jax.random.key(0, impl='rbg'))  # compiles fast
+    c = _config(N=8, layers_per_pool=2)
+    return models.split(decoder.build(c, parallel.local, rngs=rngs))[0]
+
   params = jax.device_get(jax.jit(init)())
-  axes = {'moe': 2, 'dense': 3, 'pools': 1}
-  for path, a in jax.tree_util.tree_leaves_with_path(params):
-    names = [k.key for k in path]
-    n = axes.get(names[0], 0) + ('routers' in names)
-    rows = a.reshape(math.prod(a.shape[:n]), -1)
-    if names[-1].startswith('scale'):
-      assert (a == 1).all()
-    else:
-      assert len(np.unique(rows, axis=0)) == len(rows), names
-  # Projections into the stream shrink with depth, others do not.
-  std = lambda a: float(np.std(a))
-  assert std(params['pools']['up_ExDxF']) == pytest.approx(16**-0.5, rel=0.1)
-  down = (8 * 2 * 6) ** -0.5
-  assert std(params['pools']['down_ExFxD']) == pytest.approx(down, rel=0.1)
+  assert jax.tree.map(np.shape, params) == _shapes(N=8, layers_per_pool=2)
+  attention = params['moe']['attention']
+  std = lambda a, inputs: float(np.std(a)) * inputs**0.5
+  assert std(params['pools']['up_ExDxF'], 16) == pytest.approx(1, rel=0.1)
+  assert std(attention['query_DxHxS'], 16) == pytest.approx(1, rel=0.1)
+  assert std(params['pools']['down_ExFxD'], 8) == pytest.approx(0.25, rel=0.1)
+  assert std(attention['out_HxSxD'], 16) == pytest.approx(0.25, rel=0.1)
+  assert (params['norm']['scale_D'] == 1).all()
 
 
 def test_cost_by_hand():
