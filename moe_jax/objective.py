@@ -46,12 +46,14 @@ def cross_entropy(logits_BxLxV: jax.Array, target_BxL: jax.Array) -> jax.Array:
   return jax.nn.logsumexp(logits_BxLxV, axis=-1) - picked_BxL
 
 
-def weighted(losses: dict[str, float], aux: dict[str, Any]) -> jax.Array:
+def weighted(
+  losses: dict[str, float], aux: dict[str, Any]
+) -> jax.Array | float:
   """The router losses of all layers, each times its weight."""
-  total = jnp.zeros(())
+  total = 0.0
   for name, weight in losses.items():
     if weight and name in aux.get('losses', {}):
-      total += weight * jnp.sum(aux['losses'][name]).astype(total.dtype)
+      total += weight * jnp.sum(aux['losses'][name])
   return total
 
 

@@ -40,39 +40,27 @@ def initial_state(job: Job) -> TrainState:
 
 def make_step(job: Job) -> Callable[[TrainState, Any], tuple]:
   """(state, batch) -> state, metrics: one optimiser step."""
-  seed_key = jax.random.key(job.config['seed'])
   parts = job.config['optimizer']['accumulate']
 
   def loss_of(params, state, batch, microbatch):
-    model = models.bind(job.model, params, state.router_state)
-
-    def forward(batch, pass_):
-      ctx = routers.context(
-        batch,
-        seed_key,
-        state.step,
-        train=True,
-        microbatch=microbatch,
-        pass_=pass_,
-      )
-      return model(batch, ctx)
-
+    forward = _forward(job, state._replace(params=params), microbatch, True)
     loss, found = job.objective(forward, batch)
     return loss, {'loss': loss, **found, 'aux': _fixed_size(found['aux'])}
-
-  def gradient(total, scanned):
-    state, total = total
-    grads, found = jax.grad(loss_of, has_aux=True)(
-      state.params, state, *scanned
-    )
-    return (state, jax.tree.map(jnp.add, total, grads)), found
 
   def step(state, batch):
     # Row i goes to microbatch i % parts, so that no row changes its device.
     cut = lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1)
-    zeros = jax.tree.map(jnp.zeros_like, state.params)
-    scanned = (jax.tree.map(cut, batch), jnp.arange(parts, dtype=jnp.int32))
-    (_, grads), found = jax.lax.scan(gradient, (state, zeros), scanned)
+
+    def add_gradient(total, scanned):
+      gradient = jax.grad(loss_of, has_aux=True)
+      grads, found = gradient(state.params, state, *scanned)
+      return jax.tree.map(jnp.add, total, grads), found
+
+    grads, found = jax.lax.scan(
+      add_gradient,
+      jax.tree.map(jnp.zeros_like, state.params),
+      (jax.tree.map(cut, batch), jnp.arange(parts, dtype=jnp.int32)),
+    )
     grads = jax.tree.map(lambda g: g / parts, grads)
     with jax.numpy_dtype_promotion('standard'):  # optax mixes types
       norm = optax.tree.norm(grads)
@@ -91,27 +79,32 @@ def make_step(job: Job) -> Callable[[TrainState, Any], tuple]:
   return jax.jit(step, donate_argnums=0)
 
 
+def _forward(job, state, microbatch, train):
+  """The model of this state as an objective calls it."""
+  model = models.bind(job.model, state.params, state.router_state)
+  seed_key = jax.random.key(job.config['seed'])
+
+  def forward(batch, pass_):
+    ctx = routers.context(
+      batch,
+      seed_key,
+      state.step,
+      train=train,
+      microbatch=microbatch,
+      pass_=pass_,
+    )
+    return model(batch, ctx)
+
+  return forward
+
+
 def make_eval(job: Job) -> Callable[..., tuple]:
   """(state, batch, index) -> the sum of nats, of targets and of their bytes."""
-  seed_key = jax.random.key(job.config['seed'])
   token_bytes_V = job.tokenizer.token_bytes
 
   def evaluate(state, batch, index):
-    model = models.bind(job.model, state.params, state.router_state)
-
-    def forward(batch, pass_):
-      ctx = routers.context(
-        batch,
-        seed_key,
-        state.step,
-        train=False,
-        microbatch=index,
-        pass_=pass_,
-      )
-      return model(batch, ctx)
-
     batch['row_B'] += index * batch['row_B'].shape[0]
-    _, found = job.objective(forward, batch)
+    _, found = job.objective(_forward(job, state, index, False), batch)
     bytes_BxL = jnp.asarray(token_bytes_V)[batch['target_BxL']]
     count = jnp.sum(jnp.where(batch['mask_BxL'] > 0, bytes_BxL, 0))
     return found['nll_sum'], found['tokens'], count
@@ -154,24 +147,26 @@ def _run(job):
   job.tokenizer.save(job.workdir / 'tokenizer.json')
   state, batches = initial_state(job), job.train_batches()
   saved = checkpoint.Checkpoints(job.workdir, c['keep_checkpoints'])
-  past = {'seconds': 0.0, 'train_seconds': 0.0, 'train_steps': 0}
+  # What a checkpoint keeps beside the state.
+  record = {'seconds': 0.0, 'train_seconds': 0.0, 'train_steps': 0}
   if saved.latest() is not None:
-    state, past = saved.restore(saved.latest(), state)
-    batches.set_state(past.pop('batches'))
-  start = int(state.step)
-  stopwatch = _Stopwatch(past['train_seconds'], past['train_steps'])
+    state, record = saved.restore(saved.latest(), state)
+    batches.set_state(record.pop('batches'))
+    began -= record['seconds']
+  start, end = int(state.step), c['steps']
+  stopwatch = _Stopwatch(record['train_seconds'], record['train_steps'])
   run_step, run_eval = make_step(job), make_eval(job)
   writer = metrics.Writer(job.workdir, start)
   cost = models.get(c['model']['name']).cost(job.model, c['seq_len'])
   share = job.corpus.eval_share(c['data']['eval_bytes'])
 
-  def every(period, step):
-    return period > 0 and step % period == 0
+  def due(key, step):
+    return c[key] > 0 and step % c[key] == 0
 
-  with metrics.Progress(c['steps'], tokens_per_step, start) as progress:
+  with metrics.Progress(end, tokens_per_step, start) as progress:
     for line in _introduction(job, cost, start):
       progress.note(line)
-    for step in range(start + 1, c['steps'] + 1):
+    for step in range(start + 1, end + 1):
       batch = parallel.put_batch(next(batches), job.mesh)
       state, found = run_step(state, batch)
       if step == start + 1:  # compiling is not the run's speed
@@ -179,41 +174,51 @@ def _run(job):
         stopwatch.start(step)
       loss = found['nll_sum'] / found['tokens']
       if step == 1:
-        past['initial_loss'] = float(loss)
-      if c['log_every'] and (step == 1 or every(c['log_every'], step)):
-        line = _line(job, step, found)
+        record['initial_loss'] = float(loss)
+      if due('log_every', step) or (step == 1 and c['log_every']):
         rate = stopwatch.rate(step) * tokens_per_step
-        writer.write(step, {**line, 'tokens_per_second': rate or None})
+        line = {**_line(job, step, found), 'tokens_per_second': rate or None}
+        writer.write(step, line)
       progress.update(step, loss)
-      last = step == c['steps']
-      save = last or every(c['checkpoint_every'], step)
-      evaluation = last or every(c['eval_every'], step)
-      if not (save or evaluation):
-        continue
-      jax.block_until_ready(state)
-      stopwatch.stop(step)
-      if evaluation:
-        found = evaluate(job, run_eval, state, 1.0 if last else share)
-        writer.write(step, found)
-        progress.evaluation(step, *found.values())
-      if save:
-        past['seconds'] += time.monotonic() - began
-        began = time.monotonic()
-        past['train_seconds'], past['train_steps'] = stopwatch.total()
-        saved.save(step, state, {**past, 'batches': batches.get_state()})
-      stopwatch.start(step)
+      evaluates = step == end or due('eval_every', step)
+      saves = step == end or due('checkpoint_every', step)
+      if evaluates or saves:
+        jax.block_until_ready(state)
+        stopwatch.stop(step)
+        if evaluates:
+          part = 1.0 if step == end else share
+          record['evaluation'] = evaluate(job, run_eval, state, part)
+          writer.write(step, record['evaluation'])
+          progress.evaluation(step, *record['evaluation'].values())
+        if saves:
+          record['train_seconds'], record['train_steps'] = stopwatch.total()
+          record['seconds'] = time.monotonic() - began
+          saved.save(step, state, {**record, 'batches': batches.get_state()})
+        stopwatch.start(step)
   saved.close()
-  if start == c['steps']:  # it was killed after its last checkpoint
-    found = evaluate(job, run_eval, state, 1.0)
-  seconds, steps = past['train_seconds'], past['train_steps']
-  summary = {
-    'initial_loss': past['initial_loss'],
-    **found,
+  summary = _summary(job, cost, record, time.monotonic() - began)
+  _write_json(job.workdir / 'summary.json', summary)
+  report.write(job.workdir)
+  print(f'report: {job.workdir / report.FILE}')
+  return summary
+
+
+def _summary(job, cost, record, wall_seconds):
+  c = job.config
+  per_step = c['batch_size'] * c['seq_len']
+  tokens = c['steps'] * per_step
+  if record['train_steps']:
+    rate = record['train_steps'] * per_step / record['train_seconds']
+  else:  # the only step was the one that compiled
+    rate = tokens / wall_seconds
+  return {
+    'initial_loss': record['initial_loss'],
+    **record['evaluation'],
     'steps': c['steps'],
-    'tokens': c['steps'] * tokens_per_step,
-    'tokens_per_second': steps * tokens_per_step / seconds if steps else None,
+    'tokens': tokens,
+    'tokens_per_second': rate,
     **cost,
-    'wall_seconds': past['seconds'] + time.monotonic() - began,
+    'wall_seconds': wall_seconds,
     'implementation': job.implementation,
     'devices': [str(d) for d in job.mesh.devices.flat],
     'versions': versions(),
@@ -221,10 +226,6 @@ def _run(job):
     'corpus': job.corpus.description,
     'config_description': c['description'],
   }
-  _write_json(job.workdir / 'summary.json', summary)
-  report.write(job.workdir)
-  print(f'report: {job.workdir / report.FILE}')
-  return summary
 
 
 class _Stopwatch:
@@ -232,7 +233,7 @@ class _Stopwatch:
 
   def __init__(self, seconds: float, steps: int):
     self._seconds, self._steps = seconds, steps
-    self._began = self._rated = None
+    self._began = self._rated = (0.0, 0)
 
   def start(self, step: int) -> None:
     self._began = self._rated = (time.monotonic(), step)

@@ -39,7 +39,8 @@ def files_of(workdir):
 def whole(corpus, tmp_path_factory):
   """An uninterrupted run with every period on, and its summary."""
   workdir = tmp_path_factory.mktemp('whole')
-  c = small_config(corpus, checkpoint_every=2, eval_every=3, steps=8)
+  periods = {'checkpoint_every': 2, 'eval_every': 3}
+  c = small_config(corpus, steps=8, optimizer__name='muon', **periods)
   return c, workdir, go(c, workdir)
 
 
@@ -105,7 +106,7 @@ def test_a_killed_run_continues_bit_for_bit(whole, tmp_path, monkeypatch):
 
 
 def test_another_run_in_the_way_is_named_and_kept(whole, corpus):
-  c, workdir, _ = whole
+  _, workdir, _ = whole
   before = files_of(workdir)
   other = small_config(corpus, steps=8, model__D=32, checkpoint_every=1)
   with pytest.raises(ValueError, match=r'model\.D: 16 -> 32') as error:
@@ -121,7 +122,7 @@ def test_another_corpus_is_named(whole, tmp_path):
   changed = c.copy_and_resolve_references()
   changed.steps = 9  # else it is finished, whatever the data
   changed.data.path = str(path)
-  with pytest.raises(ValueError, match='data.path'):
+  with pytest.raises(ValueError, match=r'data\.path'):
     jobs.prepare(changed, str(workdir))
 
 

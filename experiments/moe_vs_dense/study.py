@@ -48,16 +48,14 @@ def done():
 def main(argv: list[str]) -> None:
   del argv
   logging.set_verbosity(logging.WARNING)
-  for seed in range(_SEEDS.value):
-    for arm, c in arms().items():
+  for arm, c in arms().items():
+    for seed in range(_SEEDS.value):
       if (arm, seed) in done():
         continue
       c.seed = seed
       c.eval_every = c.checkpoint_every = 0
       c.steps = _STEPS.value or c.steps
-      c.data.update(
-        source='text', path=_TRAIN.value, eval_path=_HELD_OUT.value
-      )
+      c.data.update(source='text', path=_TRAIN.value, eval_path=_HELD_OUT.value)
       workdir = pathlib.Path(_WORKDIR.value) / f'{arm}-{seed}'
       prepared = job.prepare(c, str(workdir))
       summary = train.run(prepared)
