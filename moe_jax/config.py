@@ -110,7 +110,11 @@ def router(name: str, **options) -> ml_collections.ConfigDict:
   known = routers.options(name)
   for key in options:
     if key not in known:
-      raise ValueError(unknown(key, known, f'router {name} has no option'))
+      text = unknown(key, known, f'router {name} has no option')
+      raise ValueError(
+        f"{text}; to switch routers, have config.router('{name}') in the"
+        ' config file'
+      )
   c = ml_collections.ConfigDict({'name': name})
   for key, value in {**known, **options}.items():
     placeholder = config_dict.placeholder(routers.option_type(name, key))

@@ -145,7 +145,7 @@ def _earlier(c, workdir):
       raise ValueError(f'{workdir} holds {left[0]} but no config.json')
     return False, []
   old = json.loads((workdir / 'config.json').read_text())
-  old = {k: v for k, v in old.items() if k in c}
+  old = {k: v for k, v in old.items() if k in c}  # c may lack the corpus yet
   mathematics, changed = configs.differences(old, c)
   if mathematics:
     raise ValueError(

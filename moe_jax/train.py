@@ -143,6 +143,7 @@ def _run(job):
   c, began = job.config, time.monotonic()
   tokens_per_step = c['batch_size'] * c['seq_len']
   job.workdir.mkdir(parents=True, exist_ok=True)
+  (job.workdir / 'summary.json').unlink(missing_ok=True)  # of fewer steps
   _write_json(job.workdir / 'config.json', c)
   job.tokenizer.save(job.workdir / 'tokenizer.json')
   state, batches = initial_state(job), job.train_batches()

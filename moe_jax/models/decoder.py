@@ -91,7 +91,7 @@ class Config:
       _require(
         value in known, f'{name}={value!r}; there are {", ".join(known)}'
       )
-    residuals.check(self.link, self.residual['name'])
+    residuals.check(self.link, self.residual.get('name'))
 
   @property
   def pools(self) -> int:
