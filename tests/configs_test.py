@@ -89,10 +89,10 @@ def test_every_other_key_is_read():
   )
   sections = {'data', 'model', 'optimizer', 'objective', 'mesh', 'parallel'}
   for key in config.default():
-    assert f"['{key}']" in source, key
+    assert f"'{key}'" in source, key
   for key, values in config.default().items():
     if key in sections - {'mesh'}:
-      assert f"['{key}']" in source, key
+      assert f"'{key}'" in source, key
       assert len(values)
   assert set(config.default().mesh) == set(parallel.AXES)
   assert list(config.default().parallel) == ['strategy']

@@ -21,3 +21,11 @@ def corpus(tmp_path_factory):
   lines = [f'{i} squared is {i * i}, and so it goes\n' for i in range(300)]
   path.write_text(''.join(lines))
   return path
+
+
+@pytest.fixture(scope='session', autouse=True)
+def _compile_once(tmp_path_factory):
+  """Runs that are killed and continued compile the same programs again."""
+  folder = tmp_path_factory.mktemp('compiled')
+  jax.config.update('jax_compilation_cache_dir', str(folder))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)

@@ -82,13 +82,18 @@ def test_a_finished_run_changes_no_file(whole):
   assert files_of(workdir) == before
 
 
-def test_a_killed_run_continues_bit_for_bit(whole, tmp_path, monkeypatch):
+# In batches: in step 2, before there is a checkpoint; in the first evaluation,
+# after step 3; in step 6, after a checkpoint and an evaluation.
+@pytest.mark.parametrize('dies_at', [2, 7, 24])
+def test_a_killed_run_continues_bit_for_bit(
+  whole, tmp_path, monkeypatch, dies_at
+):
   c, workdir, summary = whole
   put, count = train.parallel.put_batch, []
 
   def put_then_die(batch, mesh):
     count.append(1)
-    if len(count) == 7:  # steps 1-3, an evaluation of 2 batches, then step 5
+    if len(count) == dies_at:
       raise KeyboardInterrupt
     return put(batch, mesh)
 
@@ -97,8 +102,8 @@ def test_a_killed_run_continues_bit_for_bit(whole, tmp_path, monkeypatch):
     go(c, tmp_path)
   monkeypatch.undo()
   assert not (tmp_path / 'summary.json').exists()
-  died_at = lines_of(tmp_path)[-1]['step']
-  assert 3 <= died_at < 8
+  died_after = {2: 1, 7: 3, 24: 5}[dies_at]
+  assert lines_of(tmp_path)[-1]['step'] == died_after
   again = go(c, tmp_path)
   assert without_clocks(lines_of(tmp_path)) == without_clocks(lines_of(workdir))
   for key in ('initial_loss', 'eval_loss', 'eval_bits_per_byte'):
