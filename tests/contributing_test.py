@@ -1,0 +1,51 @@
+"""What CONTRIBUTING.md shows is run as it stands."""
+
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from small import small_config
+
+from moe_jax import config, routers, train
+from moe_jax import job as jobs
+
+TEXT = (pathlib.Path(__file__).parents[1] / 'CONTRIBUTING.md').read_text()
+ROUTER, CONFIG = re.findall(r'```python\n(.*?)```', TEXT, re.DOTALL)
+
+
+def test_its_router_is_found_trains_and_is_noisy(corpus, tmp_path, monkeypatch):
+  (tmp_path / 'noisy.py').write_text(ROUTER)
+  monkeypatch.setattr(routers, '__path__', [*routers.__path__, str(tmp_path)])
+  assert 'noisy' in routers.names()
+  c = small_config(corpus)
+  c.model.router = config.router('noisy', k=2)
+  summary = train.run(jobs.prepare(c, str(tmp_path / 'run')))
+  assert summary['eval_loss'] < summary['initial_loss'] - 0.2
+
+  router = routers.get('noisy')(8, 4, rngs=nnx.Rngs(0))
+  x_TxD = jax.random.normal(jax.random.key(1), (32, 8))
+  batch = {
+    'ids_BxL': jnp.zeros((2, 16), jnp.int32),
+    'pos_BxL': jnp.zeros((2, 16), jnp.int32),
+    'row_B': jnp.arange(2, dtype=jnp.int32),
+  }
+
+  @jax.jit
+  def route(seed, x_TxD):
+    ctx = routers.context(batch, jax.random.key(seed), 0, train=True)
+    return router(x_TxD, ctx, ())[1]['route']
+
+  assert not np.array_equal(route(0, x_TxD), route(1, x_TxD))
+  assert np.array_equal(route(0, x_TxD), route(0, x_TxD))
+
+
+def test_its_config_is_one(monkeypatch, tmp_path):
+  (tmp_path / 'noisy.py').write_text(ROUTER)
+  monkeypatch.setattr(routers, '__path__', [*routers.__path__, str(tmp_path)])
+  names = {}
+  exec(CONFIG, names)
+  c = config.resolve(names['get_config']())
+  assert c['model']['router'] == {'name': 'noisy', 'k': 2}
