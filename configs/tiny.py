@@ -12,7 +12,7 @@ def get_config():
   c = config.default()
   c.description = 'A small MoE language model on the Python standard library'
   # Few tokens a step: what four minutes lack is updates, not rows.
-  c.steps, c.batch_size, c.seq_len = 560, 8, 128
+  c.steps, c.batch_size, c.seq_len = 840, 8, 128
   c.eval_every, c.checkpoint_every = 200, 200
   c.data.vocab_size = 2048
   c.data.eval_bytes = 100_000
