@@ -177,9 +177,9 @@ def _run(job):
       if step == 1:
         record['initial_loss'] = float(loss)
       if due('log_every', step) or (step == 1 and c['log_every']):
+        line = _line(job, step, found)  # waits for the step
         rate = stopwatch.rate(step) * tokens_per_step
-        line = {**_line(job, step, found), 'tokens_per_second': rate or None}
-        writer.write(step, line)
+        writer.write(step, {**line, 'tokens_per_second': rate or None})
       progress.update(step, loss)
       evaluates = step == end or due('eval_every', step)
       saves = step == end or due('checkpoint_every', step)
