@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import pathlib
+import re
 import runpy
 
 import pytest
@@ -15,8 +16,24 @@ ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / 'configs').glob('*.py'))
 
 
+IDEAS = re.findall(
+  r'^\| .+ \| `(c\..+)` \|$', (ROOT / 'README.md').read_text(), re.MULTILINE
+)
+
+
 def load(path):
   return runpy.run_path(str(path))['get_config']()
+
+
+def build(c):
+  """The cost of the model of a resolved config, and the model, abstract."""
+  values = {**c['model'], 'gmm': 'cpu'}
+  module = models.get(values.pop('name'))
+  shape = module.Config(V=c['data']['vocab_size'], **values)
+  model = nnx.eval_shape(
+    lambda: module.build(shape, parallel.local, rngs=nnx.Rngs(0))
+  )
+  return module.cost(model, c['seq_len']), model
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)
@@ -25,11 +42,7 @@ def test_it_builds(path):
   optimizer.Config(**c['optimizer'])
   objective.get(**c['objective'])
   corpus.DataConfig(**c['data'])
-  values = {**c['model'], 'gmm': 'cpu'}
-  module = models.get(values.pop('name'))
-  shape = module.Config(V=c['data']['vocab_size'], **values)
-  build = lambda: module.build(shape, parallel.local, rngs=nnx.Rngs(0))
-  cost = module.cost(nnx.eval_shape(build), c['seq_len'])
+  cost, _ = build(c)
   assert cost['params_active'] <= cost['params_total']
   assert c['batch_size'] % 8 == 0 and c['model']['E'] % 8 == 0
 
@@ -44,19 +57,10 @@ def test_it_is_short_and_says_how_to_run_it(path):
 
 
 def test_the_dense_twin_has_the_active_parameters_of_the_main_job():
-  costs = []
-  for name in ('tiny', 'dense'):
-    c = config.resolve(load(ROOT / 'configs' / f'{name}.py'))
-    values = {**c['model'], 'gmm': 'cpu'}
-    del values['name']
-    shape = decoder.Config(V=c['data']['vocab_size'], **values)
-    model = nnx.eval_shape(
-      lambda shape=shape: decoder.Decoder(
-        shape, parallel.local, rngs=nnx.Rngs(0)
-      )
-    )
-    costs.append(decoder.cost(model, c['seq_len']))
-  tiny, dense = costs
+  load_config = lambda name: config.resolve(load(ROOT / 'configs' / name))
+  tiny, dense = (
+    build(load_config(name))[0] for name in ('tiny.py', 'dense.py')
+  )
   # But for the routers' matrices.
   assert dense['params_active'] == pytest.approx(
     tiny['params_active'], rel=0.01
@@ -120,3 +124,17 @@ def test_configs_differ_in_words_that_can_be_read():
   c.steps = 500
   mathematics, _ = config.differences(old, config.resolve(c))
   assert 'steps: 1000 -> 500' in mathematics
+
+
+@pytest.mark.parametrize('line', IDEAS)
+def test_the_lines_of_the_readme_are_one_idea_each(line):
+  tiny = load(ROOT / 'configs' / 'tiny.py')
+  c = load(ROOT / 'configs' / 'tiny.py')
+  exec(line, {'c': c, 'config': config})
+  assert config.resolve(c) != config.resolve(tiny)
+  cost, _ = build(config.resolve(c))
+  assert cost['flops_per_token'] > 0
+
+
+def test_the_readme_has_ideas():
+  assert len(IDEAS) >= 10
