@@ -1,4 +1,9 @@
-"""moe-train: trains what a config says, in a work directory."""
+"""moe-train: trains what a config says, in a work directory.
+
+  moe-train --config=configs/tiny.py --workdir=runs/tiny --config.steps=50
+
+The same command continues a run that was stopped.
+"""
 
 import runpy
 import sys
@@ -72,6 +77,12 @@ def _stop(error):
 
 def console() -> None:
   """The entry point `moe-train`."""
+  # --help tells of the program that was started: a script that imports this.
+  sys.modules['__main__'].__doc__ = __doc__
+  for flag in (_CONFIG, _WORKDIR):
+    flags.FLAGS.register_key_flag_for_module(
+      sys.argv[0], flags.FLAGS[flag.name]
+    )
   app.run(main, flags_parser=_parse)
 
 

@@ -41,6 +41,12 @@ def test_a_mistake_is_one_line(tmp_path, argument, message):
   assert not (tmp_path / 'run').exists()
 
 
+def test_help_tells_of_the_flags():
+  run = moe_train('--help')
+  assert '--config=configs/tiny.py' in run.stdout
+  assert 'Where checkpoints, metrics and the report go' in run.stdout
+
+
 def test_a_config_that_is_not_there_is_one_line(tmp_path):
   run = moe_train(f'--workdir={tmp_path}/run', config='configs/none.py')
   assert run.returncode == 2
