@@ -79,7 +79,7 @@ def default() -> ml_collections.ConfigDict:
     theta=10_000.0,  # base of the rotary frequencies
     dtype='float32',  # of the computation; or bfloat16, float64
     remat=False,  # recompute layers in the backward pass, not their routing
-    gmm='auto',  # grouped matmul: cpu, xla; auto chooses for the platform
+    gmm='auto',  # grouped matmul, see ops.gmm; auto chooses for the platform
   )
   c.objective = dict(
     name='next_token',

@@ -1,18 +1,38 @@
 """The grouped matmul by name: the only doorway to pallas_kernels."""
 
 import importlib
+import importlib.util
 
 import jax
+import jax.numpy as jnp
 
-GMM = ('cpu', 'xla')
+GMM = ('cpu', 'tpu', 'interpret', 'xla', 'tokamax')
+_PACKAGES = {
+  'cpu': 'pallas_kernels',
+  'tpu': 'pallas_kernels',
+  'interpret': 'pallas_kernels',
+  'tokamax': 'tokamax',
+}
 
 
 def choose_gmm(impl: str | None) -> str:
-  """The implementation that `gmm` runs here; ValueError for an unknown one."""
+  """The implementation that `gmm` runs here.
+
+  Raises ValueError for one that is unknown, not installed, or meant for another
+  platform than jax's default.
+  """
+  platform = jax.default_backend()
   if impl is None:
-    return 'cpu' if jax.default_backend() == 'cpu' else 'xla'
+    return platform if platform in ('cpu', 'tpu') else 'xla'
   if impl not in GMM:
     raise ValueError(f'gmm is {impl!r}; there are {", ".join(GMM)}')
+  package = _PACKAGES.get(impl)
+  if package and importlib.util.find_spec(package) is None:
+    raise ValueError(f'gmm is {impl!r}, but {package} is not installed')
+  if impl == 'tpu' and platform != 'tpu':
+    raise ValueError(
+      f"gmm is 'tpu' on {platform}; 'interpret' runs that kernel anywhere"
+    )
   return impl
 
 
@@ -32,13 +52,34 @@ def gmm(
     x_MxA: float rows, grouped by expert.
     w_ExAxB: a matrix per expert, of the same dtype.
     group_E: int32 rows per expert, with a sum of at most M.
-    impl: 'cpu' (plain JAX without E-fold work), 'xla' (`jax.lax.ragged_dot`);
-      None chooses for the platform. A named one runs or raises.
+    impl: 'cpu' (plain JAX without E-fold work), 'tpu' (a Mosaic kernel),
+      'interpret' (the same under Pallas' interpreter, on any platform), 'xla'
+      (`jax.lax.ragged_dot`), 'tokamax' (`tokamax.ragged_dot`, which chooses
+      among its own); None chooses for the platform. A named one runs or raises.
+
+  Raises:
+    NotImplementedError: the implementation has not the shape or dtype.
   """
-  impl = choose_gmm(impl)
-  if impl == 'xla':
-    return jax.lax.ragged_dot(x_MxA, w_ExAxB, group_E)
+  impl = impl or choose_gmm(None)
   # Imported here, so that 'xla' works where pallas_kernels is absent.
-  return importlib.import_module(f'pallas_kernels.{impl}').gmm(
-    x_MxA, w_ExAxB, group_E
-  )
+  match impl:
+    case 'xla':
+      return _ragged_dot(x_MxA, w_ExAxB, group_E)
+    case 'cpu':
+      kernel = importlib.import_module('pallas_kernels.cpu').gmm
+      return kernel(x_MxA, w_ExAxB, group_E)
+    case 'tpu' | 'interpret':
+      kernel = importlib.import_module('pallas_kernels.tpu').gmm
+      return kernel(x_MxA, w_ExAxB, group_E, interpret=impl == 'interpret')
+    case 'tokamax':
+      kernel = importlib.import_module('tokamax').ragged_dot
+      return kernel(x_MxA, w_ExAxB, group_sizes=group_E)
+  raise ValueError(f'gmm is {impl!r}; there are {", ".join(GMM)}')
+
+
+def _ragged_dot(x_MxA, w_ExAxB, group_E):
+  """`jax.lax.ragged_dot`, whose products reach past the groups, kept inside."""
+  row_Mx1 = jnp.arange(x_MxA.shape[0], dtype=jnp.int32)[:, None]
+  own_Mx1 = row_Mx1 < jnp.sum(group_E, dtype=jnp.int32)
+  y_MxB = jax.lax.ragged_dot(jnp.where(own_Mx1, x_MxA, 0), w_ExAxB, group_E)
+  return jnp.where(own_Mx1, y_MxB, 0)

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.varying import same_axes
+
 _DTYPES = ('float32', 'bfloat16', 'float64')
 
 
@@ -52,7 +54,7 @@ def gmm(x_MxA, w_ExAxB, group_E):
     )
   if group_E.dtype != jnp.int32:
     raise NotImplementedError(f'group must be int32, not {group_E.dtype}')
-  return _gmm(*_same_axes(x_MxA, w_ExAxB, group_E))
+  return _gmm(*same_axes(x_MxA, w_ExAxB, group_E))
 
 
 @jax.custom_vjp
@@ -189,16 +191,3 @@ def _own_rows(row, end, R, M):
   first = jnp.minimum(row, M - R)
   row_R = first + lax.iota(jnp.int32, R)
   return first, ((row_R >= row) & (row_R < end))[:, None]
-
-
-def _same_axes(*arrays):
-  """Lets all vary over the same mesh axes, inside a checked shard_map.
-
-  The transpose of this cast sums the gradient of a replicated weight.
-  """
-  axes = [jax.typeof(a).mat.varying for a in arrays]
-  every = frozenset().union(*axes)
-  return [
-    lax.pcast(a, tuple(every - own), to='varying') if every - own else a
-    for a, own in zip(arrays, axes, strict=True)
-  ]

@@ -187,3 +187,15 @@ def test_accumulation_and_mesh_change_no_loss(corpus, tmp_path):
 def test_a_mesh_uses_the_first_devices(corpus, tmp_path):
   job = jobs.prepare(small_config(corpus, mesh__data=2), str(tmp_path))
   assert list(job.mesh.devices.flat) == jax.devices()[:2]
+
+
+def test_the_interpreted_tpu_kernel_trains_as_the_cpu_one(corpus, tmp_path):
+  losses = {}
+  for gmm in 'cpu', 'interpret':
+    c = small_config(corpus, steps=3, model__gmm=gmm)
+    summary = go(c, tmp_path / gmm)
+    assert summary['implementation']['gmm'] == gmm
+    lines = [m for m in lines_of(tmp_path / gmm) if 'loss' in m]
+    losses[gmm] = [m['loss'] for m in lines] + [summary['eval_loss']]
+  assert len(losses['cpu']) >= 4
+  np.testing.assert_allclose(losses['interpret'], losses['cpu'], rtol=1e-5)

@@ -1,42 +1,33 @@
-"""Grouped matmul on CPU against a dumb float64 oracle."""
+"""Every grouped matmul against a dumb float64 oracle."""
 
 import contextlib
 import functools
+import importlib.util
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import cpu
+from moe_jax import ops
+from pallas_kernels.shapes import CASES
 
-# name: (M, A, B, group_E)
-CASES = {
-  'even': (256, 32, 48, (64, 64, 64, 64)),
-  'skewed': (300, 32, 24, (3, 251, 17, 1, 28)),
-  'empty_experts': (200, 16, 32, (0, 90, 0, 0, 110, 0)),
-  'one_hot': (257, 24, 16, (0, 0, 257, 0)),
-  'odd_rows': (331, 40, 24, (100, 131, 100)),
-  'one_expert': (65, 16, 16, (65,)),
-  'one_row': (1, 16, 16, (0, 1, 0)),
-  'sum_below_M': (300, 16, 24, (50, 0, 99, 40)),
-  'no_rows_used': (20, 8, 8, (0, 0)),
-  'no_rows': (0, 8, 8, (0, 0)),
-  'decode': (
-    8,
-    32,
-    16,
-    tuple(int(e in (1, 5, 6, 20, 33, 40, 41, 63)) for e in range(64)),
-  ),
-  'many_small': (256, 8, 8, tuple(e % 5 for e in range(128))),
-  'large_tiles': (5000, 8, 16, (1, 4000, 777, 222)),
-  'narrow': (90, 1, 1, (40, 0, 50)),
-}
+# Every implementation that runs on CPU, through the doorway.
+IMPLS = ('cpu', 'interpret', 'xla')
+GMM = {impl: functools.partial(ops.gmm, impl=impl) for impl in IMPLS}
 TOLERANCE = {'float32': 1e-5, 'bfloat16': 1e-2, 'float64': 1e-13}
-PAIRS = [(name, 'float32') for name in CASES] + [
-  (name, dtype)
-  for dtype in ('bfloat16', 'float64')
-  for name in ('empty_experts', 'sum_below_M')
+FEW = ('empty_experts', 'sum_below_M')
+ALL = [
+  (impl, name, dtype)
+  for impl in IMPLS
+  for dtype in TOLERANCE
+  for name in (CASES if dtype == 'float32' else FEW)
+  if (impl, dtype) != ('interpret', 'float64')
 ]
 
 
@@ -89,17 +80,18 @@ def check(got, want, tolerance):
       assert error <= tolerance, f'expert {e}: {error}'
 
 
-def vjp(x_MxA, w_ExAxB, dy_MxB, group_E, gmm=cpu.gmm):
+def vjp(x_MxA, w_ExAxB, dy_MxB, group_E, gmm=GMM['cpu']):
   y, back = jax.vjp(lambda x, w: gmm(x, w, group_E), x_MxA, w_ExAxB)
   return (y, *back(dy_MxB))
 
 
-@pytest.mark.parametrize('name,dtype', PAIRS)
-def test_values_and_gradients(name, dtype):
+@pytest.mark.parametrize('impl,name,dtype', ALL)
+def test_values_and_gradients(impl, name, dtype):
   x64 = dtype == 'float64'
   with jax.enable_x64(True) if x64 else contextlib.nullcontext():
     x, w, dy, group = draw(name, dtype)
-    y, dx, dw = jax.jit(vjp)(x, w, dy, group)
+    step = jax.jit(functools.partial(vjp, gmm=GMM[impl]))
+    y, dx, dw = step(x, w, dy, group)
     for got, like in (y, dy), (dx, x), (dw, w):
       assert got.shape == like.shape and got.dtype == like.dtype
     want_y, want_dx, want_dw = oracle(x, w, dy, group)
@@ -108,9 +100,10 @@ def test_values_and_gradients(name, dtype):
     check(dw, want_dw, TOLERANCE[dtype])
 
 
-def test_group_sizes_are_dynamic():
+@pytest.mark.parametrize('impl', IMPLS)
+def test_group_sizes_are_dynamic(impl):
   x, w, dy, group = draw('skewed')
-  step = jax.jit(functools.partial(vjp))
+  step = jax.jit(functools.partial(vjp, gmm=GMM[impl]))
   for sizes in (group, group[::-1], group // 2, jnp.zeros_like(group)):
     y, dx, dw = step(x, w, dy, sizes)
     want_y, want_dx, want_dw = oracle(x, w, dy, sizes)
@@ -120,13 +113,14 @@ def test_group_sizes_are_dynamic():
   assert step._cache_size() == 1
 
 
-def test_random_groups():
+@pytest.mark.parametrize('impl', IMPLS)
+def test_random_groups(impl):
   rng = np.random.default_rng(0)
   M, E = 700, 6
   x = jnp.asarray(rng.normal(size=(M, 8)), jnp.float32)
   dy = jnp.asarray(rng.normal(size=(M, 12)), jnp.float32)
   w = jnp.asarray(rng.normal(size=(E, 8, 12)), jnp.float32)
-  step = jax.jit(vjp)
+  step = jax.jit(functools.partial(vjp, gmm=GMM[impl]))
   for _ in range(40):
     share = rng.dirichlet(np.full(E + 1, 0.3))
     group = jnp.asarray(rng.multinomial(M, share)[:E], jnp.int32)
@@ -139,8 +133,9 @@ def test_random_groups():
     check(dw, want_dw, 1e-5)
 
 
+@pytest.mark.parametrize('impl', IMPLS)
 @pytest.mark.parametrize('remat', [False, True])
-def test_inside_scan_jit_grad(remat):
+def test_inside_scan_jit_grad(remat, impl):
   rng = np.random.default_rng(1)
   layers, M, A, group = 3, 120, 16, jnp.asarray((50, 0, 70), jnp.int32)
   x = jnp.asarray(rng.normal(size=(M, A)), jnp.float32)
@@ -159,21 +154,24 @@ def test_inside_scan_jit_grad(remat):
     layer = jax.checkpoint(layer) if remat else layer
     return jnp.sum(jax.lax.scan(layer, x, w)[0] ** 2)
 
-  got = jax.jit(jax.grad(lambda x, w: loss(x, w, cpu.gmm), (0, 1)))(x, w)
+  got = jax.jit(jax.grad(lambda x, w: loss(x, w, GMM[impl]), (0, 1)))(x, w)
   want = jax.grad(lambda x, w: loss(x, w, dense), (0, 1))(x, w)
   check(by_expert(got[0], group), by_expert(want[0], group), 1e-5)
   for layer in range(layers):
     check(got[1][layer], np.asarray(want[1][layer], np.float64), 1e-5)
 
 
+@pytest.mark.parametrize('impl', ['cpu', 'interpret'])
 @pytest.mark.parametrize('axes', [(0, 0, 0, 0), (0, None, 0, None)])
-def test_vmap(axes):
+def test_vmap(axes, impl):
   x, w, dy, group = draw('skewed')
   two = [
     jnp.stack([a, a[::-1]]) if axis == 0 else a
     for a, axis in zip((x, w, dy, group), axes, strict=True)
   ]
-  got = jax.jit(jax.vmap(vjp, in_axes=axes))(*two)
+  got = jax.jit(jax.vmap(functools.partial(vjp, gmm=GMM[impl]), in_axes=axes))(
+    *two
+  )
   for i in range(2):
     one = [a[i] if axis == 0 else a for a, axis in zip(two, axes, strict=True)]
     want_y, want_dx, want_dw = oracle(*one)
@@ -208,21 +206,68 @@ def test_checked_shard_map_sums_the_gradient_of_a_replicated_weight():
   check(dw, [g * len(devices) for g in want_dw], 1e-5)
 
 
-def test_refuses_what_it_does_not_support():
+@pytest.mark.parametrize('impl', ['cpu', 'interpret'])
+def test_refuses_what_it_does_not_support(impl):
+  gmm = GMM[impl]
   x, w, _, group = draw('even')
   with pytest.raises(ValueError, match='gmm wants'):
-    cpu.gmm(x[:, 1:], w, group)
+    gmm(x[:, 1:], w, group)
   with pytest.raises(ValueError, match='gmm wants'):
-    cpu.gmm(x, w, group[1:])
+    gmm(x, w, group[1:])
   with pytest.raises(NotImplementedError, match='float16'):
-    cpu.gmm(x.astype(jnp.float16), w.astype(jnp.float16), group)
+    gmm(x.astype(jnp.float16), w.astype(jnp.float16), group)
   with pytest.raises(NotImplementedError, match='one dtype'):
-    cpu.gmm(x, w.astype(jnp.bfloat16), group)
+    gmm(x, w.astype(jnp.bfloat16), group)
   with pytest.raises(NotImplementedError, match='int32'):
-    cpu.gmm(x, w, group.astype(jnp.int16))
+    gmm(x, w, group.astype(jnp.int16))
 
 
-def test_program_size_does_not_grow_with_experts_or_rows():
+def test_doorway_refuses_what_is_not_there():
+  with pytest.raises(ValueError, match="'triton'; there are cpu, tpu"):
+    ops.choose_gmm('triton')
+  with pytest.raises(ValueError, match="'tpu' on cpu; 'interpret' runs"):
+    ops.choose_gmm('tpu')
+  assert ops.choose_gmm(None) == 'cpu'
+
+
+def test_doorway_names_a_package_that_is_missing(monkeypatch):
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  for impl, package in ('tokamax', 'tokamax'), ('cpu', 'pallas_kernels'):
+    with pytest.raises(ValueError, match=f'{package} is not installed'):
+      ops.choose_gmm(impl)
+  assert ops.choose_gmm('xla') == 'xla'
+
+
+def test_xla_works_with_pallas_kernels_deleted(tmp_path):
+  root = pathlib.Path(ops.__file__).parent.parent
+  shutil.copytree(root / 'moe_jax', tmp_path / 'moe_jax')
+  code = """
+import jax.numpy as jnp
+from moe_jax import ops
+import sys
+x, w, group = jnp.ones((5, 2)), jnp.ones((2, 2, 3)), jnp.array([2, 1])
+y = ops.gmm(x, w, group, impl='xla')
+assert y[:3].tolist() == [[2.0] * 3] * 3, y
+assert ops.__file__.startswith(sys.argv[1]), ops.__file__
+try:
+  ops.choose_gmm('cpu')
+except ValueError as error:
+  print(error)
+"""
+  # -S: no site-packages hook that would find the package elsewhere.
+  paths = [str(tmp_path), *[p for p in sys.path if 'site-packages' in p]]
+  done = subprocess.run(
+    [sys.executable, '-S', '-c', code, str(tmp_path)],
+    env=os.environ | {'PYTHONPATH': os.pathsep.join(paths)},
+    cwd=tmp_path,
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  assert 'pallas_kernels is not installed' in done.stdout
+
+
+def test_cpu_program_size_does_not_grow_with_experts_or_rows():
   def lines(M, E):
     shapes = (
       jax.ShapeDtypeStruct((M, 8), jnp.float32),

@@ -1,0 +1,262 @@
+"""What the compiler's own schedule says of a grouped matmul on a TPU.
+
+  python -m pallas_kernels.cost --chip=v5p --shape=olmoe-up
+
+compiles the kernel for a named chip, with no TPU there, and reads the schedule
+that libtpu writes. A step of the grid is modelled as the largest of its
+bundles, its multiply-adds at the peak rate and its bytes at the HBM bandwidth;
+the modelled time is the sum over the steps. One TensorCore does all the work.
+Nothing is executed, stalls are not seen: all times are lower bounds.
+
+Needs the extra `aot` (libtpu); the rival `tokamax` needs the extra `tokamax`.
+"""
+
+import concurrent.futures
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from typing import NamedTuple
+
+import numpy as np
+from absl import app, flags
+
+from pallas_kernels import schedule, shapes, tiling
+
+_IMPLS = ('tpu', 'xla', 'megablox', 'tokamax')
+_PASSES = ('fwd', 'dlhs', 'drhs')
+
+_CHIP = flags.DEFINE_list('chip', ['v5p'], f'Chips: {", ".join(tiling.CHIPS)}.')
+_SHAPE = flags.DEFINE_list(
+  'shape', ['olmoe-up'], f'{", ".join(shapes.LAYERS)}, or MxAxBxE.'
+)
+_PASS = flags.DEFINE_list('pass', list(_PASSES), 'Passes to compile.')
+_IMPL = flags.DEFINE_list('impl', list(_IMPLS), 'Implementations to compile.')
+_GROUPS = flags.DEFINE_list(
+  'groups', list(shapes.GROUPS), 'Group sizes to walk the grid with.'
+)
+_JSON = flags.DEFINE_string('json', None, 'Also write one line per row here.')
+_JOBS = flags.DEFINE_integer('jobs', 2, 'Compilers at a time.', lower_bound=1)
+
+
+class Row(NamedTuple):
+  """One kernel on one chip for one vector of group sizes."""
+
+  chip: str
+  shape: str
+  kind: str
+  groups: str
+  impl: str
+  bundles: int  # of the largest hot region, times its runs in a step
+  mxu: float  # slots of the matrix units taken in that region
+  spills: int
+  fills: int
+  gigabytes: float
+  excess: float  # bytes over those that the tiling cannot avoid
+  ms: float
+  roofline: float  # of the best time for the shape, whatever the tiling
+  libtpu: str
+
+
+def measure(impl, kind, name, chip_name, groups):
+  """Compiles one kernel in this process; yields a `Row` per group sizes.
+
+  The process must have been started with `environment`.
+  """
+  import jax
+  from jax.experimental import topologies
+
+  from pallas_kernels import rivals
+
+  chip, shape = tiling.CHIPS[chip_name], shape_of(name)
+  devices = topologies.get_topology_desc(chip.topology, 'tpu').devices
+  mesh = jax.sharding.Mesh(devices[:1], ('x',))
+  one = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    program = rivals.build(impl, kind, shape, chip)
+    compiled = jax.jit(program.f, in_shardings=one).lower(*program.args)
+    hlo = compiled.compile().as_text()
+    if program.kernel:
+      found = schedule.kernels(os.environ['MOE_JAX_SCHEDULE'])
+      kernel = next(
+        k for k in found if k.startswith(tuple(program.kernel.split('|')))
+      )
+      read = schedule.read(os.environ['MOE_JAX_SCHEDULE'], kernel, chip.unit)
+    else:
+      read = schedule.Schedule((), 0)
+    for group in groups:
+      group_E = shapes.GROUPS[group](shape.M, shape.E)
+      steps = program.steps(group_E, hlo)
+      yield _row(impl, kind, name, chip, group, read, steps, shape)
+
+
+def _row(impl, kind, name, chip, group, read, steps, shape):
+  cycles = model(read, steps, chip)
+  M, A, B, E = shape
+  least = max(
+    M * A * B / chip.macs, (M * A + E * A * B + M * B) * 2 / chip.bytes
+  )
+  hot = max(read.hot, default=None, key=lambda r: r.macs)
+  return Row(
+    chip=chip.name,
+    shape=name,
+    kind=kind,
+    groups=group,
+    impl=impl,
+    bundles=hot.bundles * steps.trips if hot else 0,
+    mxu=round(hot.mxu, 4) if hot else 0.0,
+    spills=hot.spills if hot else 0,
+    fills=hot.fills if hot else 0,
+    gigabytes=round(float(steps.bytes_S.sum()) / 1e9, 4),
+    excess=round(float(steps.bytes_S.sum()) / steps.compulsory, 4),
+    ms=round(cycles / chip.hz * 1e3, 4),
+    roofline=round(least / cycles, 4),
+    libtpu=_libtpu(),
+  )
+
+
+def model(read, steps, chip):
+  """Cycles: the sum over steps of the largest of the three bounds."""
+  bundles_S = np.zeros(len(steps.macs_S))
+  for macs in np.unique(steps.macs_S):
+    if macs and read.hot:
+      # The region whose products are those of the step. Of several equal
+      # ones, for the first or the last step of a sum, the longest.
+      near = min(abs(r.macs - macs / steps.trips) for r in read.hot)
+      run = max(
+        r.bundles for r in read.hot if abs(r.macs - macs / steps.trips) == near
+      )
+      bundles_S[steps.macs_S == macs] = read.overhead + steps.trips * run
+  bounds = bundles_S, steps.macs_S / chip.macs, steps.bytes_S / chip.bytes
+  return float(np.maximum.reduce(bounds).sum())
+
+
+def shape_of(name):
+  """The shape of that name, or of that MxAxBxE; ValueError otherwise."""
+  if name in shapes.LAYERS:
+    return shapes.LAYERS[name]
+  try:
+    return shapes.Shape(*map(int, name.split('x')))
+  except (TypeError, ValueError):
+    raise ValueError(
+      f'shape is {name!r}; there are {", ".join(shapes.LAYERS)} and MxAxBxE'
+    ) from None
+
+
+def environment(folder):
+  """Variables with which libtpu compiles without a TPU, many at a time."""
+  return os.environ | {
+    'JAX_PLATFORMS': 'cpu',
+    'TPU_SKIP_MDS_QUERY': '1',
+    'TPU_ACCELERATOR_TYPE': 'v5p-8',
+    'TPU_WORKER_HOSTNAMES': 'localhost',
+    'TPU_WORKER_ID': '0',
+    'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+    'LIBTPU_INIT_ARGS': schedule.flags(folder),
+    'MOE_JAX_SCHEDULE': str(folder),
+  }
+
+
+def in_process(impl, kind, name, chip, groups):
+  """Rows of one kernel, compiled in a process of its own, or why not."""
+  with tempfile.TemporaryDirectory() as folder:
+    done = subprocess.run(
+      [sys.executable, '-c', _WORKER, impl, kind, name, chip, *groups],
+      env=environment(folder),
+      capture_output=True,
+      text=True,
+      check=False,
+    )
+  if done.returncode:
+    errors = re.findall(r'^[\w.]*(?:Error|Exit\w*|OOM)\b.*', done.stderr, re.M)
+    last = [*done.stderr.strip().splitlines()[-1:], *errors][-1:]
+    return f'{chip} {name} {kind} {impl}: {"".join(last)[:200]}'
+  return [Row(*json.loads(line)) for line in done.stdout.splitlines()]
+
+
+_WORKER = """
+import json, sys
+from pallas_kernels import cost
+impl, kind, name, chip, *groups = sys.argv[1:]
+for row in cost.measure(impl, kind, name, chip, groups):
+  print(json.dumps(row))
+"""
+
+
+def table(rows):
+  """Lines: one per row, beside the best rival's modelled time."""
+  head = (
+    'chip  shape         pass groups impl      bundles  mxu %  spills/fills'
+    '      GB  excess      ms  roofline %'
+  )
+  lines = [head]
+  for r in rows:
+    spills = f'{r.spills}/{r.fills}'
+    lines.append(
+      f'{r.chip:5} {r.shape:13} {r.kind:4} {r.groups:6} {r.impl:8}'
+      f'{r.bundles or "-":>9} {100 * r.mxu:6.1f} {spills:>13}'
+      f'{r.gigabytes:8.2f} {r.excess:7.2f} {r.ms:7.3f}'
+      f'{100 * r.roofline:11.1f}'
+    )
+  return '\n'.join(lines)
+
+
+def _libtpu():
+  import importlib.metadata
+
+  return importlib.metadata.version('libtpu')
+
+
+def _check():
+  """One clear line for a flag that names nothing."""
+  for flag, known in (
+    (_CHIP, tiling.CHIPS),
+    (_PASS, _PASSES),
+    (_IMPL, _IMPLS),
+    (_GROUPS, shapes.GROUPS),
+  ):
+    for value in flag.value:
+      if value not in known:
+        raise ValueError(
+          f'--{flag.name} has {value!r}; there are {", ".join(known)}'
+        )
+  for name in _SHAPE.value:
+    shape_of(name)
+
+
+def main(argv):
+  del argv
+  try:
+    _check()
+    _libtpu()
+  except (ValueError, ImportError) as error:
+    print(f'cost: {error}', file=sys.stderr)
+    return 2
+  jobs = [
+    (impl, kind, name, chip, _GROUPS.value)
+    for chip in _CHIP.value
+    for name in _SHAPE.value
+    for kind in _PASS.value
+    for impl in _IMPL.value
+  ]
+  rows, failed = [], []
+  with concurrent.futures.ThreadPoolExecutor(_JOBS.value) as pool:
+    for result in pool.map(lambda job: in_process(*job), jobs):
+      if isinstance(result, str):
+        failed.append(result)
+        continue
+      rows.extend(result)
+      if _JSON.value:  # as they come: a long list may be cut short
+        with open(_JSON.value, 'a') as file:
+          file.writelines(json.dumps(r._asdict()) + '\n' for r in result)
+  rows.sort(key=lambda r: (r.chip, r.shape, _PASSES.index(r.kind), r.groups))
+  print(table(rows))
+  for line in failed:
+    print(f'not compiled: {line}')
+  return 1 if failed else 0
+
+
+if __name__ == '__main__':
+  app.run(main)

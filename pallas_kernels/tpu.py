@@ -1,0 +1,358 @@
+"""Grouped matrix multiplication on TPU, a Mosaic kernel.
+
+The rows are cut into tiles of a fixed height. A visit is one tile for one
+expert: a tile that two experts share is visited by one after the other, the
+block staying in VMEM. The visits come from the group sizes as arrays of static
+length, prefetched to scalar memory; only the bound of the grid is dynamic. A
+visit computes the rows that it owns, rounded up to a part of the tile, so
+that small experts cost little. Every block spans the whole contracted axis:
+there is no accumulator, no zeroing pass and nothing is fetched twice.
+
+Axes: M rows, E experts, A contracted, B output, R rows of one tile, V visits.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import tiling
+from pallas_kernels.varying import like, same_axes
+
+_DTYPES = ('float32', 'bfloat16')
+
+
+def gmm(x_MxA, w_ExAxB, group_E, *, tiles=None, interpret=False):
+  """Multiplies consecutive groups of rows by one matrix each.
+
+  The first group_E[0] rows of x meet w[0], the next group_E[1] rows w[1], and
+  so on. Rows from sum(group_E) on are undefined in y and in the gradient of x;
+  whatever stands there in x or in dy, NaN included, reaches nothing else. The
+  gradient of w is exactly zero for an empty expert. Products of float32 are
+  exact to float32. Under vmap the instances run one after the other. Reverse
+  mode only.
+
+  Args:
+    x_MxA: rows sorted by expert; float32 or bfloat16.
+    w_ExAxB: one matrix per expert, of the dtype of x.
+    group_E: int32 rows per expert, none negative, their sum at most M.
+    tiles: `tiling.Tiles` of the forward, dlhs and drhs; None lets the model in
+      `tiling` choose for the chip that this is lowered for.
+    interpret: runs the kernel under Pallas' interpreter, on any platform: True,
+      or `pltpu.InterpretParams` for the one that simulates a TPU's memories.
+
+  Returns:
+    y_MxB in the dtype of x, accumulated in float32.
+
+  Raises:
+    ValueError: the shapes do not fit together.
+    NotImplementedError: a dtype is not one of the above, or no tile of this
+      shape fits the chip's memory.
+  """
+  if (x_MxA.ndim, w_ExAxB.ndim, group_E.ndim) != (2, 3, 1) or (
+    x_MxA.shape[1:] + group_E.shape != w_ExAxB.shape[1::-1]
+  ):
+    raise ValueError(
+      'gmm wants x (M, A), w (E, A, B), group (E,), not '
+      f'{x_MxA.shape}, {w_ExAxB.shape}, {group_E.shape}'
+    )
+  if x_MxA.dtype.name not in _DTYPES or w_ExAxB.dtype != x_MxA.dtype:
+    raise NotImplementedError(
+      'gmm on tpu takes x and w of one dtype among '
+      f'{_DTYPES}, not {x_MxA.dtype}, {w_ExAxB.dtype}'
+    )
+  if group_E.dtype != jnp.int32:
+    raise NotImplementedError(f'group must be int32, not {group_E.dtype}')
+  (M, A), (E, _, B) = x_MxA.shape, w_ExAxB.shape
+  if not M:
+    return jnp.zeros((M, B), x_MxA.dtype)
+  if tiles is None:
+    chip = tiling.this_chip(interpret=bool(interpret))
+    # An interpreter compiles each window of a tile: small tiles have few.
+    rows = min(M, 64) if interpret else M
+    tiles = tiling.choose(rows, A, B, E, x_MxA.dtype.itemsize, chip)
+  return _gmm(*same_axes(x_MxA, w_ExAxB, group_E), tiles, interpret)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _gmm(x_MxA, w_ExAxB, group_E, tiles, interpret):
+  return product(x_MxA, w_ExAxB, group_E, tiles.fwd, interpret=interpret)
+
+
+def _gmm_fwd(x_MxA, w_ExAxB, group_E, tiles, interpret):
+  y_MxB = _gmm(x_MxA, w_ExAxB, group_E, tiles, interpret)
+  return y_MxB, (x_MxA, w_ExAxB, group_E)
+
+
+def _gmm_bwd(tiles, interpret, saved, dy_MxB):
+  x_MxA, w_ExAxB, group_E = saved
+  dx_MxA = product(
+    dy_MxB, w_ExAxB, group_E, tiles.dlhs, transpose=True, interpret=interpret
+  )
+  dw_ExAxB = drhs(x_MxA, dy_MxB, group_E, tiles.drhs, interpret=interpret)
+  return dx_MxA, dw_ExAxB, None
+
+
+_gmm.defvjp(_gmm_fwd, _gmm_bwd)
+
+
+def product(x_MxA, w_ExAxB, group_E, tile, *, transpose=False, interpret=False):
+  """Rows times their expert's matrix, or its transpose (dlhs).
+
+  Args:
+    x_MxA, w_ExAxB, group_E: as for `gmm`; with transpose, x is [M, B].
+    tile: `tiling.Tile`: rows R of one visit, columns of one block of y.
+    transpose: contracts the last axis of w instead of the middle one.
+    interpret: as for `gmm`.
+  """
+  R, cols = tile.rows, tile.cols
+  M, A = x_MxA.shape
+  B = w_ExAxB.shape[1 if transpose else 2]
+  w_block = (1, cols, A) if transpose else (1, A, cols)
+
+  def x_map(j, v, edge_E, expert_V, tile_V):
+    del j, edge_E, expert_V
+    return tile_V[v], 0
+
+  def w_map(j, v, edge_E, expert_V, tile_V):
+    del edge_E, tile_V
+    return (expert_V[v], j, 0) if transpose else (expert_V[v], 0, j)
+
+  def y_map(j, v, edge_E, expert_V, tile_V):
+    del edge_E, expert_V
+    return tile_V[v], j
+
+  @jax.custom_batching.sequential_vmap
+  def run(x_MxA, w_ExAxB, group_E):
+    visits = _visits(group_E, R, M, empty=0)
+    return pl.pallas_call(
+      functools.partial(_product_kernel, tile=tile, transpose=transpose),
+      grid_spec=pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=3,
+        grid=(pl.cdiv(B, cols), visits.count),
+        in_specs=[pl.BlockSpec((R, A), x_map), pl.BlockSpec(w_block, w_map)],
+        out_specs=pl.BlockSpec((R, cols), y_map),
+      ),
+      out_shape=like(x_MxA, (M, B)),
+      compiler_params=pltpu.CompilerParams(
+        dimension_semantics=('parallel', 'arbitrary'),
+        vmem_limit_bytes=tile.vmem_bytes,
+      ),
+      interpret=interpret,
+      name='dlhs' if transpose else 'gmm',
+    )(visits.edge_E, visits.expert_V, visits.tile_V, x_MxA, w_ExAxB)
+
+  return run(x_MxA, w_ExAxB, group_E)
+
+
+def _product_kernel(
+  edge_E, expert_V, tile_V, x_RxA, w_1xAxB, y_RxB, *, tile, transpose
+):
+  own = _own_rows(edge_E, expert_V, tile_V, pl.program_id(1), tile.rows)
+
+  def compute(rows, start):
+    window = _window(own, rows, tile.rows)
+    # A window starts this much before its own rows, at most.
+    head = min(tile.step + tiling.ALIGN, rows)
+    # One strip of results after the other leaves the matrix units while the
+    # next one's products run.
+    for cols in _strips(start, tile):
+      y = lax.dot_general(
+        x_RxA[window, :],
+        w_1xAxB[0, cols, :] if transpose else w_1xAxB[0, :, cols],
+        (((1,), (1 if transpose else 0,)), ((), ())),
+        precision=_precision(x_RxA.dtype),
+        preferred_element_type=jnp.float32,
+      ).astype(y_RxB.dtype)
+      # Rows below the own ones belong to the experts before; those above are
+      # written by the experts after.
+      top = y[:head]
+      keep = _mask(own, window.start, top.shape)
+      top = jnp.where(keep, top, y_RxB[pl.ds(window.start, head), cols])
+      y_RxB[pl.ds(window.start, head), cols] = top
+      if head < rows:
+        rest = pl.ds(window.start + head, rows - head)
+        y_RxB[rest, cols] = y[head:]
+
+  _for_size(own, tile, tile.cols, compute)
+
+
+def drhs(x_MxA, dy_MxB, group_E, tile, *, interpret=False):
+  """[E, A, B]: each expert's x^T dy, zero where it has no rows.
+
+  Args:
+    x_MxA, dy_MxB, group_E: as for `gmm`.
+    tile: `tiling.Tile`: rows R of one visit, and the part of A x B that one
+      block of the result holds.
+    interpret: as for `gmm`.
+  """
+  R, depth, cols = tile.rows, tile.depth, tile.cols
+  (M, A), B, E = x_MxA.shape, dy_MxB.shape[1], group_E.shape[0]
+
+  def x_map(i, j, v, edge_E, expert_V, tile_V):
+    del j, edge_E, expert_V
+    return tile_V[v], i
+
+  def dy_map(i, j, v, edge_E, expert_V, tile_V):
+    del i, edge_E, expert_V
+    return tile_V[v], j
+
+  def dw_map(i, j, v, edge_E, expert_V, tile_V):
+    del edge_E, tile_V
+    return expert_V[v], i, j
+
+  @jax.custom_batching.sequential_vmap
+  def run(x_MxA, dy_MxB, group_E):
+    visits = _visits(group_E, R, M, empty=1)
+    return pl.pallas_call(
+      functools.partial(_drhs_kernel, tile=tile),
+      grid_spec=pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=3,
+        grid=(pl.cdiv(A, depth), pl.cdiv(B, cols), visits.count),
+        in_specs=[
+          pl.BlockSpec((R, depth), x_map),
+          pl.BlockSpec((R, cols), dy_map),
+        ],
+        out_specs=pl.BlockSpec((1, depth, cols), dw_map),
+        scratch_shapes=[pltpu.VMEM((depth, cols), jnp.float32)],
+      ),
+      out_shape=like(x_MxA, (E, A, B)),
+      compiler_params=pltpu.CompilerParams(
+        dimension_semantics=('parallel', 'arbitrary', 'arbitrary'),
+        vmem_limit_bytes=tile.vmem_bytes,
+      ),
+      interpret=interpret,
+      name='drhs',
+    )(visits.edge_E, visits.expert_V, visits.tile_V, x_MxA, dy_MxB)
+
+  return run(x_MxA, dy_MxB, group_E)
+
+
+def _drhs_kernel(
+  edge_E, expert_V, tile_V, x_RxA, dy_RxB, dw_1xAxB, sum_AxB, *, tile
+):
+  v = pl.program_id(2)
+  own = _own_rows(edge_E, expert_V, tile_V, v, tile.rows)
+  first = (v == 0) | (expert_V[v] != expert_V[jnp.maximum(v - 1, 0)])
+
+  def compute(rows, start):
+    window = _window(own, rows, tile.rows)
+    part = pl.ds(pl.multiple_of(start, tile.run), tile.run)
+    # Both sides are masked: zero times NaN is NaN.
+    x, dy = (
+      jnp.where(_mask(own, window.start, a.shape), a, jnp.zeros_like(a))
+      for a in (x_RxA[window, part], dy_RxB[window, :])
+    )
+    dw_AxB = lax.dot_general(
+      x,
+      dy,
+      (((0,), (0,)), ((), ())),
+      precision=_precision(x.dtype),
+      preferred_element_type=jnp.float32,
+    )
+    # Selecting costs less than a pass that clears the sum before.
+    dw_AxB += jnp.where(first, jnp.zeros_like(dw_AxB), sum_AxB[part, :])
+    sum_AxB[part, :] = dw_AxB
+    dw_1xAxB[0, part, :] = dw_AxB.astype(dw_1xAxB.dtype)
+
+  _for_size(own, tile, tile.depth, compute)
+
+  @pl.when(own.low >= own.high)
+  def _():
+    @pl.loop(0, tile.depth)
+    def _(a):
+      dw_1xAxB[0, pl.ds(a, 1), :] = jnp.zeros_like(dw_1xAxB[0, :1, :])
+
+
+class _Visits(NamedTuple):
+  """Which tile meets which expert, in the order of the rows."""
+
+  edge_E: jax.Array  # int32 [E + 1], the first row of each expert, then the end
+  expert_V: jax.Array  # int32
+  tile_V: jax.Array  # int32
+  count: jax.Array  # int32 scalar: the visits that exist; the rest is padding
+
+
+def _visits(group_E, R, M, empty):
+  """Each expert visits the tiles that hold its rows; V is static.
+
+  An expert without rows makes `empty` visits, 0 or 1.
+  """
+  E, tiles = group_E.shape[0], pl.cdiv(M, R)
+  end_E = lax.cumsum(group_E)
+  first_E = (end_E - group_E) // R
+  visits_E = jnp.where(group_E > 0, pl.cdiv(end_E, R) - first_E, empty)
+  until_E = lax.cumsum(visits_E)
+  # Two neighbours share one tile at most.
+  v_V = lax.iota(jnp.int32, tiles + E)
+  expert_V = jnp.sum(until_E[None, :] <= v_V[:, None], axis=1, dtype=jnp.int32)
+  expert_V = jnp.minimum(expert_V, E - 1)
+  tile_V = first_E[expert_V] + v_V - (until_E - visits_E)[expert_V]
+  return _Visits(
+    jnp.pad(end_E, (1, 0)),
+    expert_V,
+    jnp.clip(tile_V, 0, tiles - 1),
+    until_E[-1],
+  )
+
+
+class _Own(NamedTuple):
+  """The rows of its tile that a visit owns: low to high, within 0..R."""
+
+  low: jax.Array
+  high: jax.Array
+
+
+def _own_rows(edge_E, expert_V, tile_V, v, R):
+  e, row = expert_V[v], tile_V[v] * R
+  low = jnp.maximum(edge_E[e] - row, 0)
+  return _Own(low, jnp.minimum(edge_E[e + 1] - row, R))
+
+
+def _for_size(own, tile, width, compute):
+  """Calls compute(rows, start) with the smallest window that covers own.
+
+  Starts go through `width` in steps of `tile.run`, which is what one straight
+  run of code computes.
+  """
+  size = jnp.where(own.high > own.low, own.high - _aligned(own.low), 0)
+
+  def window(rows):
+    pl.loop(0, width, step=tile.run)(functools.partial(compute, rows))
+
+  below = 0
+  for rows in tiling.windows(tile):
+    fits = (below < size) & (size <= rows)
+    pl.when(fits)(functools.partial(window, rows))
+    below = rows
+
+
+def _strips(start, tile, width=256):
+  """Slices that cover `tile.run` from `start`."""
+  for at in range(0, tile.run, width):
+    size = min(width, tile.run - at)
+    yield pl.ds(pl.multiple_of(start + at, math.gcd(tile.run, width)), size)
+
+
+def _aligned(row):
+  return row // tiling.ALIGN * tiling.ALIGN
+
+
+def _window(own, rows, R):
+  """The aligned slice of that many rows that holds the own ones."""
+  start = jnp.minimum(_aligned(own.low), R - rows)
+  return pl.ds(pl.multiple_of(start, tiling.ALIGN), rows)
+
+
+def _mask(own, start, shape):
+  row = start + lax.broadcasted_iota(jnp.int32, shape, 0)
+  return (row >= own.low) & (row < own.high)
+
+
+def _precision(dtype):
+  return lax.Precision.HIGHEST if dtype == jnp.float32 else None
