@@ -5,6 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+# Queries that meet the keys up to them at once: at least, and blocks at most.
+_BLOCK, _BLOCKS = 128, 8
+
 
 class Norm(nnx.Module):
   """RMSNorm, computed in at least float32 (Zhang, Sennrich, 1910.07467)."""
@@ -70,21 +73,39 @@ def attend(
 
   Head h reads key-value head h // (H / J). The softmax is in at least float32.
   """
-  B, L, H, S = q_BxLxHxS.shape
-  J, dtype = k_BxLxJxS.shape[2], q_BxLxHxS.dtype
+  L = q_BxLxHxS.shape[1]
+  # A block of queries does not meet the keys after it: half the work is saved
+  # in the limit. Its scores are computed again for the gradient, not kept.
+  size = max(_BLOCK, -(-L // _BLOCKS))
+  blocks = [
+    jax.checkpoint(_attend)(
+      q_BxLxHxS[:, first : first + size],
+      k_BxLxJxS[:, : first + size],
+      v_BxLxJxS[:, : first + size],
+      segment_BxL[:, : first + size],
+    )
+    for first in range(0, L, size)
+  ]
+  return jnp.concatenate(blocks, axis=1)
+
+
+def _attend(q_BxQxHxS, k_BxLxJxS, v_BxLxJxS, segment_BxL):
+  """The last Q of L tokens, as queries."""
+  (B, Q, H, S), (L, J) = q_BxQxHxS.shape, k_BxLxJxS.shape[1:3]
+  dtype = q_BxQxHxS.dtype
   wide = np.promote_types(dtype, jnp.float32)
-  q_BxLxJxGxS = q_BxLxHxS.reshape(B, L, J, H // J, S)
-  score_BxJxGxLxL = jnp.einsum(
-    'bljgs,bmjs->bjglm', q_BxLxJxGxS, k_BxLxJxS, preferred_element_type=wide
+  q_BxQxJxGxS = q_BxQxHxS.reshape(B, Q, J, H // J, S)
+  score_BxJxGxQxL = jnp.einsum(
+    'bqjgs,bmjs->bjgqm', q_BxQxJxGxS, k_BxLxJxS, preferred_element_type=wide
   )
-  same_BxLxL = segment_BxL[:, :, None] == segment_BxL[:, None, :]
-  seen_BxLxL = same_BxLxL & jnp.tri(L, dtype=bool)[None]
-  score_BxJxGxLxL = jnp.where(
-    seen_BxLxL[:, None, None], score_BxJxGxLxL * S**-0.5, -jnp.inf
+  same_BxQxL = segment_BxL[:, L - Q :, None] == segment_BxL[:, None, :]
+  seen_BxQxL = same_BxQxL & jnp.tri(Q, L, L - Q, dtype=bool)[None]
+  score_BxJxGxQxL = jnp.where(
+    seen_BxQxL[:, None, None], score_BxJxGxQxL * S**-0.5, -jnp.inf
   )
-  probs_BxJxGxLxL = jax.nn.softmax(score_BxJxGxLxL, axis=-1).astype(dtype)
-  y_BxLxJxGxS = jnp.einsum('bjglm,bmjs->bljgs', probs_BxJxGxLxL, v_BxLxJxS)
-  return y_BxLxJxGxS.reshape(B, L, H, S)
+  probs_BxJxGxQxL = jax.nn.softmax(score_BxJxGxQxL, axis=-1).astype(dtype)
+  y_BxQxJxGxS = jnp.einsum('bjgqm,bmjs->bqjgs', probs_BxJxGxQxL, v_BxLxJxS)
+  return y_BxQxJxGxS.reshape(B, Q, H, S)
 
 
 def rotate(x_BxLxHxS: jax.Array, theta: float) -> jax.Array:

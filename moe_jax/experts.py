@@ -56,34 +56,40 @@ class Experts(nnx.Module):
     """y_MxD; rows from sum(group_E) on are undefined."""
     act, gated = ACTIVATIONS[self.activation]
     up_MxF = self._linear(rows_MxD, 'up_ExDxF', 'bias_up_ExF', group_E)
+    args = (up_MxF,)
     if gated:
       gate_MxF = self._linear(rows_MxD, 'gate_ExDxF', 'bias_gate_ExF', group_E)
-      hidden_MxF = act(gate_MxF) * up_MxF
-    else:
-      hidden_MxF = act(up_MxF)
-    return self._linear(hidden_MxF, 'down_ExFxD', 'bias_down_ExD', group_E)
+      args = (gate_MxF, up_MxF)
+
+    # Computed again for the gradient: cheaper than to keep another [M, F].
+    @jax.checkpoint
+    def down(act_MxF, *up_MxF):
+      hidden_MxF = act(act_MxF)
+      for u_MxF in up_MxF:
+        hidden_MxF *= u_MxF
+      return self._linear(hidden_MxF, 'down_ExFxD', 'bias_down_ExD', group_E)
+
+    return down(*args)
 
   def _linear(self, x_MxA, weight, bias, group_E):
-    """One grouped matmul; undefined rows become zero, forward and backward."""
+    """One grouped matmul; the rows past the groups are undefined."""
     dtype = x_MxA.dtype
     w_ExAxB = getattr(self, weight)[...].astype(dtype)
     y_MxB = self.gmm(x_MxA, w_ExAxB, group_E)
     if self.bias:
       bias_ExB = getattr(self, bias)[...].astype(dtype)
       y_MxB += _per_row(bias_ExB, group_E, y_MxB.shape[0])
-    row_M = jnp.arange(y_MxB.shape[0], dtype=jnp.int32)
-    rows = jnp.sum(group_E, dtype=jnp.int32)
-    return jnp.where((row_M < rows)[:, None], y_MxB, 0)
+    return y_MxB
 
 
 def _per_row(bias_ExB, group_E, M):
-  """[M, B]: the bias of each row's expert; its gradient is one per group."""
+  """[M, B]: the bias of each row's expert, zero past the groups."""
   expert_M = jnp.searchsorted(
     jnp.cumsum(group_E, dtype=jnp.int32),
     jnp.arange(M, dtype=jnp.int32),
     side='right',
   )
-  return bias_ExB.at[expert_M].get(mode='clip')
+  return bias_ExB.at[expert_M].get(mode='fill', fill_value=0)
 
 
 class Dense(nnx.Module):

@@ -46,7 +46,8 @@ def gmm(
   """y_MxB: the first group_E[0] rows times w[0], the next times w[1], ...
 
   Rows from sum(group_E) on are undefined, in the result and in every gradient:
-  callers mask with `where`. The gradient of an empty expert is exactly zero.
+  callers mask with `where`. What stands there in x, or in the gradient of y,
+  NaN included, reaches nothing else. The gradient of an empty expert is zero.
 
   Args:
     x_MxA: float rows, grouped by expert.
@@ -64,7 +65,7 @@ def gmm(
   # Imported here, so that 'xla' works where pallas_kernels is absent.
   match impl:
     case 'xla':
-      return _ragged_dot(x_MxA, w_ExAxB, group_E)
+      return _inside(jax.lax.ragged_dot, x_MxA, w_ExAxB, group_E)
     case 'cpu':
       kernel = importlib.import_module('pallas_kernels.cpu').gmm
       return kernel(x_MxA, w_ExAxB, group_E)
@@ -73,13 +74,13 @@ def gmm(
       return kernel(x_MxA, w_ExAxB, group_E, interpret=impl == 'interpret')
     case 'tokamax':
       kernel = importlib.import_module('tokamax').ragged_dot
-      return kernel(x_MxA, w_ExAxB, group_sizes=group_E)
+      return _inside(kernel, x_MxA, w_ExAxB, group_E)
   raise ValueError(f'gmm is {impl!r}; there are {", ".join(GMM)}')
 
 
-def _ragged_dot(x_MxA, w_ExAxB, group_E):
-  """`jax.lax.ragged_dot`, whose products reach past the groups, kept inside."""
+def _inside(ragged_dot, x_MxA, w_ExAxB, group_E):
+  """A product that reaches past the groups, kept inside, also backward."""
   row_Mx1 = jnp.arange(x_MxA.shape[0], dtype=jnp.int32)[:, None]
   own_Mx1 = row_Mx1 < jnp.sum(group_E, dtype=jnp.int32)
-  y_MxB = jax.lax.ragged_dot(jnp.where(own_Mx1, x_MxA, 0), w_ExAxB, group_E)
+  y_MxB = ragged_dot(jnp.where(own_Mx1, x_MxA, 0), w_ExAxB, group_E)
   return jnp.where(own_Mx1, y_MxB, 0)

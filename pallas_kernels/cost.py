@@ -119,17 +119,19 @@ def _row(impl, kind, name, chip, group, read, steps, shape):
 
 def model(read, steps, chip):
   """Cycles: the sum over steps of the largest of the three bounds."""
-  bundles_S = np.zeros(len(steps.macs_S))
-  for macs in np.unique(steps.macs_S):
+  bundles_SxP = np.zeros(steps.macs_SxP.shape)
+  for macs in np.unique(steps.macs_SxP):
     if macs and read.hot:
-      # The region whose products are those of the step. Of several equal
+      # The region whose products are those of the part. Of several equal
       # ones, for the first or the last step of a sum, the longest.
       near = min(abs(r.macs - macs / steps.trips) for r in read.hot)
       run = max(
         r.bundles for r in read.hot if abs(r.macs - macs / steps.trips) == near
       )
-      bundles_S[steps.macs_S == macs] = read.overhead + steps.trips * run
-  bounds = bundles_S, steps.macs_S / chip.macs, steps.bytes_S / chip.bytes
+      bundles_SxP[steps.macs_SxP == macs] = steps.trips * run
+  macs_S = steps.macs_SxP.sum(axis=1)
+  bundles_S = bundles_SxP.sum(axis=1) + read.overhead * (macs_S > 0)
+  bounds = bundles_S, macs_S / chip.macs, steps.bytes_S / chip.bytes
   return float(np.maximum.reduce(bounds).sum())
 
 

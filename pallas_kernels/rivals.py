@@ -25,7 +25,7 @@ class Steps(NamedTuple):
   """What the grid does, S steps in order."""
 
   bytes_S: np.ndarray  # moved to and from HBM
-  macs_S: np.ndarray  # multiply-adds computed, masked and padding rows too
+  macs_SxP: np.ndarray  # of each part of a step, masked and padding rows too
   trips: int  # runs of the hot region in a step
   compulsory: int  # bytes that this tiling cannot avoid
 
@@ -73,7 +73,7 @@ def _ours(kind, shape, chip):
     whole = tile.depth if kind == 'drhs' else tile.cols
     return Steps(
       walk.bytes_S,
-      window_S.astype(np.int64) * tile.depth * tile.cols,
+      tiling.parts(window_S, tile) * tile.depth * tile.cols,
       whole // tile.run,
       _compulsory(kind, shape, tile.depth, tile.cols, group_E),
     )
@@ -100,9 +100,9 @@ def _megablox(kind, shape, chip):
 
   def steps(group_E, hlo):
     walk = traffic.walk(f, *args[:2], group_E)
-    macs_S = np.full(len(walk.grid_SxG), np.prod(tile, dtype=np.int64))
+    macs_SxP = np.full((len(walk.grid_SxG), 1), np.prod(tile, dtype=np.int64))
     compulsory = _compulsory(kind, shape, tile[1], tile[2], group_E)
-    return _with_copies(Steps(walk.bytes_S, macs_S, 1, compulsory), hlo)
+    return _with_copies(Steps(walk.bytes_S, macs_SxP, 1, compulsory), hlo)
 
   return Program(f, args, 'tgmm' if kind == 'drhs' else 'gmm', steps)
 
@@ -128,7 +128,7 @@ def _xla(kind, shape, chip):
   def steps(group_E, hlo):
     if kind == 'drhs':
       least = (M * A + M * B + E * A * B) * _BYTES
-      macs = np.array([M * A * B * E])
+      macs = np.array([[M * A * B * E]])
       return Steps(np.array([least]), macs, 1, least)
     blocks = re.findall(r'window_bounds = array<i64: ([\d, ]+)>', _mosaic(hlo))
     (rows, depth), _, (_, cols) = (
@@ -159,9 +159,9 @@ def _xla(kind, shape, chip):
         (np.stack([tile_V[v], j], 1), size(*y_axes), True),
       ]
     )
-    macs_S = np.full(len(v), rows * depth * cols)
+    macs_SxP = np.full((len(v), 1), rows * depth * cols)
     compulsory = _compulsory(kind, shape, depth, cols, group_E)
-    return _with_copies(Steps(bytes_S, macs_S, 1, compulsory), hlo)
+    return _with_copies(Steps(bytes_S, macs_SxP, 1, compulsory), hlo)
 
   name = '' if kind == 'drhs' else 'ragged-dot-none'
   return Program(f, operands(kind, shape), name, steps)
@@ -241,10 +241,10 @@ def _tokamax(kind, shape, chip):
       w = (np.stack([expert_V[v], i, j], 1), deep * wide * _BYTES, False)
       y = (np.stack([first_V[v], j], 1), written_S * wide * _BYTES, True)
       blocks = [x, w, y]
-    macs_S = rows_V[v].astype(np.int64) * tile.tile_k * tile.tile_n
+    macs_SxP = rows_V[v, None].astype(np.int64) * tile.tile_k * tile.tile_n
     compulsory = _compulsory(kind, shape, tile.tile_k, tile.tile_n, group_E)
     return _with_copies(
-      Steps(traffic.count(blocks), macs_S, 1, compulsory), hlo
+      Steps(traffic.count(blocks), macs_SxP, 1, compulsory), hlo
     )
 
   return Program(f, operands(kind, shape), 'gmm_v2|tgmm', steps)
@@ -289,7 +289,7 @@ def _with_copies(steps, hlo):
     return steps
   return steps._replace(
     bytes_S=np.append(steps.bytes_S, copied),
-    macs_S=np.append(steps.macs_S, 0),
+    macs_SxP=np.pad(steps.macs_SxP, ((0, 1), (0, 0))),
   )
 
 

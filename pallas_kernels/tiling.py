@@ -73,7 +73,7 @@ class Tile(NamedTuple):
   depth being the whole contracted axis, `run` columns of the result at a time.
   drhs: it adds [rows, depth]^T [rows, cols], `run` rows of the result at a
   time. The rows are those that the visit owns, rounded up to a multiple of
-  `step`.
+  `step`, which is `rows` over a power of two.
   """
 
   rows: int
@@ -140,8 +140,14 @@ def choose(M, A, B, E, itemsize, chip):
 
 
 def windows(tile):
-  """The static sizes in which a visit may compute; each is code of its own."""
-  return [*range(tile.step, tile.rows, tile.step), tile.rows]
+  """Heights of the windows that cover a visit, the tile's own first.
+
+  Each is half of the one before, down to `step`, and each is code of its own.
+  """
+  sizes = [tile.rows]
+  while sizes[-1] > tile.step:
+    sizes.append(sizes[-1] // 2)
+  return sizes
 
 
 def visit(group_E, tile):
@@ -165,8 +171,13 @@ def visit(group_E, tile):
 def window_of(low_V, high_V, tile):
   """Rows that are computed for the own rows [low, high) of a tile."""
   size_V = np.where(high_V > low_V, high_V - low_V // ALIGN * ALIGN, 0)
-  sizes = np.array([0, *windows(tile)])
-  return sizes[np.searchsorted(sizes, size_V)]
+  return -(-size_V // tile.step) * tile.step
+
+
+def parts(window_V, tile):
+  """[V, windows]: the rows that each window computes in a visit."""
+  sizes = np.array(windows(tile))
+  return (window_V[:, None] // tile.step & sizes // tile.step) * tile.step
 
 
 def _cycles(kind, tile, width, depth, itemsize, group_E, chip):
@@ -180,7 +191,8 @@ def _cycles(kind, tile, width, depth, itemsize, group_E, chip):
   runs = (tile.depth if kind == 'drhs' else tile.cols) // tile.run
   peak_V = window_V * (weights / chip.macs)
   pace = chip.pace[kind == 'drhs']
-  bundles_V = _VISIT + runs * chip.fill + pace * peak_V
+  fills_V = runs * np.count_nonzero(parts(window_V, tile), axis=1)
+  bundles_V = _VISIT + fills_V * chip.fill + pace * peak_V
   compute_V = np.maximum(bundles_V, peak_V)
   visits = np.maximum(compute_V, moved_V * itemsize / chip.bytes).sum()
   across, down = -(-width // tile.cols), -(-depth // tile.depth)
@@ -214,8 +226,11 @@ def _tile(kind, rows, depth, cols, itemsize, chip):
   run = short[0] if short else parts[-1]
   # Fewer rows than that take as long: a product has to push its weights, and
   # a drhs contracts as many rows as a matrix unit has.
-  least = chip.unit if kind == 'drhs' else 64
-  step = min(max(-(-rows // 128) * 16, least), rows)
+  step = rows
+  while step % 32 == 0 and step // 2 >= max(
+    chip.unit if kind == 'drhs' else 64, rows // 16
+  ):
+    step //= 2
   blocks = 2 * itemsize * (rows * depth + depth * cols + rows * cols)
   sums = 4 * depth * cols if kind == 'drhs' else 0
   result = 4 * run * (cols if kind == 'drhs' else rows)

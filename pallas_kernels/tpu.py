@@ -155,10 +155,9 @@ def _product_kernel(
 ):
   own = _own_rows(edge_E, expert_V, tile_V, pl.program_id(1), tile.rows)
 
-  def compute(rows, start):
-    window = _window(own, rows, tile.rows)
-    # A window starts this much before its own rows, at most.
-    head = min(tile.step + tiling.ALIGN, rows)
+  def compute(window, start):
+    # The first window starts this much before the own rows, at most.
+    head = min(tile.step + tiling.ALIGN, window.size)
     # One strip of results after the other leaves the matrix units while the
     # next one's products run.
     for cols in _strips(start, tile):
@@ -175,11 +174,11 @@ def _product_kernel(
       keep = _mask(own, window.start, top.shape)
       top = jnp.where(keep, top, y_RxB[pl.ds(window.start, head), cols])
       y_RxB[pl.ds(window.start, head), cols] = top
-      if head < rows:
-        rest = pl.ds(window.start + head, rows - head)
+      if head < window.size:
+        rest = pl.ds(window.start + head, window.size - head)
         y_RxB[rest, cols] = y[head:]
 
-  _for_size(own, tile, tile.cols, compute)
+  _cover(own, tile, tile.cols, compute)
 
 
 def drhs(x_MxA, dy_MxB, group_E, tile, *, interpret=False):
@@ -238,10 +237,10 @@ def _drhs_kernel(
 ):
   v = pl.program_id(2)
   own = _own_rows(edge_E, expert_V, tile_V, v, tile.rows)
-  first = (v == 0) | (expert_V[v] != expert_V[jnp.maximum(v - 1, 0)])
+  new = (v == 0) | (expert_V[v] != expert_V[jnp.maximum(v - 1, 0)])
 
-  def compute(rows, start):
-    window = _window(own, rows, tile.rows)
+  def compute(window, start):
+    first = new & (window.start <= own.low)
     part = pl.ds(pl.multiple_of(start, tile.run), tile.run)
     # Both sides are masked: zero times NaN is NaN.
     x, dy = (
@@ -260,13 +259,16 @@ def _drhs_kernel(
     sum_AxB[part, :] = dw_AxB
     dw_1xAxB[0, part, :] = dw_AxB.astype(dw_1xAxB.dtype)
 
-  _for_size(own, tile, tile.depth, compute)
+  _cover(own, tile, tile.depth, compute)
+
+  strip = 128 if tile.depth % 128 == 0 else tile.depth
 
   @pl.when(own.low >= own.high)
   def _():
-    @pl.loop(0, tile.depth)
+    @pl.loop(0, tile.depth, step=strip)
     def _(a):
-      dw_1xAxB[0, pl.ds(a, 1), :] = jnp.zeros_like(dw_1xAxB[0, :1, :])
+      rows = pl.ds(pl.multiple_of(a, strip), strip)
+      dw_1xAxB[0, rows, :] = jnp.zeros((strip, tile.cols), dw_1xAxB.dtype)
 
 
 class _Visits(NamedTuple):
@@ -314,22 +316,26 @@ def _own_rows(edge_E, expert_V, tile_V, v, R):
   return _Own(low, jnp.minimum(edge_E[e + 1] - row, R))
 
 
-def _for_size(own, tile, width, compute):
-  """Calls compute(rows, start) with the smallest window that covers own.
+def _cover(own, tile, width, compute):
+  """Calls compute(window, start) with windows of rows that cover the own ones.
 
-  Starts go through `width` in steps of `tile.run`, which is what one straight
-  run of code computes.
+  The windows follow one another, each half or less of the one before. Starts go
+  through `width` in steps of `tile.run`, which is what one straight run of code
+  computes.
   """
-  size = jnp.where(own.high > own.low, own.high - _aligned(own.low), 0)
-
-  def window(rows):
-    pl.loop(0, width, step=tile.run)(functools.partial(compute, rows))
-
-  below = 0
+  low = own.low // tiling.ALIGN * tiling.ALIGN
+  steps = jnp.where(own.high > own.low, pl.cdiv(own.high - low, tile.step), 0)
+  low = jnp.minimum(low, tile.rows - steps * tile.step)
   for rows in tiling.windows(tile):
-    fits = (below < size) & (size <= rows)
-    pl.when(fits)(functools.partial(window, rows))
-    below = rows
+    here = rows // tile.step
+    before = steps // (2 * here) * (2 * here) * tile.step
+
+    @pl.when(steps & here != 0)
+    def _(rows=rows, before=before):
+      first = pl.multiple_of(low + before, tiling.ALIGN)
+      pl.loop(0, width, step=tile.run)(
+        functools.partial(compute, pl.ds(first, rows))
+      )
 
 
 def _strips(start, tile, width=256):
@@ -337,16 +343,6 @@ def _strips(start, tile, width=256):
   for at in range(0, tile.run, width):
     size = min(width, tile.run - at)
     yield pl.ds(pl.multiple_of(start + at, math.gcd(tile.run, width)), size)
-
-
-def _aligned(row):
-  return row // tiling.ALIGN * tiling.ALIGN
-
-
-def _window(own, rows, R):
-  """The aligned slice of that many rows that holds the own ones."""
-  start = jnp.minimum(_aligned(own.low), R - rows)
-  return pl.ds(pl.multiple_of(start, tiling.ALIGN), rows)
 
 
 def _mask(own, start, shape):

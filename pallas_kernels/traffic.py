@@ -56,14 +56,14 @@ def count(blocks):
 
 def _walk(eqn, values):
   mapping = eqn.params['grid_mapping']
+  if any(v is None for v in values[: -mapping.num_inputs]):
+    raise ValueError('the grid or the scalars depend on abstract operands')
   bounds = iter(values[: mapping.num_dynamic_grid_bounds])
   grid = [
     int(d if isinstance(d, int) else next(bounds)) for d in mapping.grid
   ]  # fmt: skip
   scalars = values[mapping.num_dynamic_grid_bounds :]
   scalars = scalars[: mapping.num_index_operands]
-  if any(s is None for s in scalars):
-    raise ValueError('the prefetched scalars depend on abstract operands')
   grid_SxG = np.array(
     list(itertools.product(*map(range, grid))), np.int32
   ).reshape(-1, len(grid))

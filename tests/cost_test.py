@@ -73,15 +73,20 @@ def test_a_step_takes_the_largest_of_its_bounds():
   )
   steps = Steps(
     bytes_S=np.array([40, 40, 4000, 400]),
-    macs_S=np.array([600, 300, 600, 0]),
+    macs_SxP=np.array([[600, 0], [300, 0], [600, 0], [0, 0]]),
     trips=1,
     compulsory=1,
   )
   # 5 + 70 bundles; 5 + 50; 4000 bytes at 4 a cycle; a copy of 400 bytes.
   assert cost.model(read, steps, chip) == 75 + 55 + 1000 + 100
   # Two runs of the region of 300 make the step of 600.
-  steps = steps._replace(macs_S=np.array([600, 0, 0, 0]), trips=2)
+  macs_SxP = np.array([[600, 0], [0, 0], [0, 0], [0, 0]])
+  steps = steps._replace(macs_SxP=macs_SxP, trips=2)
   assert cost.model(read, steps, chip) == (5 + 2 * 50) + 10 + 1000 + 100
+  # A step of two parts.
+  macs_SxP = np.array([[600, 300], [0, 0], [0, 0], [0, 0]])
+  steps = steps._replace(macs_SxP=macs_SxP, trips=1)
+  assert cost.model(read, steps, chip) == (5 + 70 + 50) + 10 + 1000 + 100
 
 
 def test_walk_counts_a_block_when_its_index_changes():
@@ -171,6 +176,7 @@ def test_tiles_fit_and_cover(name, chip):
     assert tile.cols % 128 == 0 or tile.cols == width
     whole = tile.depth if tile is tiles.drhs else tile.cols
     assert whole % tile.run == 0
+    assert tiling.windows(tile)[-1] == tile.step
     if tile is not tiles.drhs:
       assert tile.depth == depth
   # Columns that no block needs are waste.
@@ -178,11 +184,19 @@ def test_tiles_fit_and_cover(name, chip):
 
 
 def test_windows_cover_every_size():
-  tile = tiling.Tile(120, 1, 1, 1, step=32, vmem_bytes=0)
-  assert tiling.windows(tile) == [32, 64, 96, 120]
+  tile = tiling.Tile(128, 1, 1, 1, step=32, vmem_bytes=0)
+  assert tiling.windows(tile) == [128, 64, 32]
   assert tiling.windows(tile._replace(rows=32)) == [32]
-  low, high = np.array([0, 5, 17, 60, 40]), np.array([120, 6, 33, 100, 40])
-  assert tiling.window_of(low, high, tile).tolist() == [120, 32, 32, 64, 0]
+  low, high = np.array([0, 5, 17, 60, 40]), np.array([128, 6, 33, 130, 40])
+  window = tiling.window_of(low, high, tile)
+  assert window.tolist() == [128, 32, 32, 96, 0]
+  assert tiling.parts(window, tile).tolist() == [
+    [128, 0, 0],
+    [0, 0, 32],
+    [0, 0, 32],
+    [0, 64, 32],
+    [0, 0, 0],
+  ]
 
 
 def test_a_shape_that_fits_no_memory_is_refused():

@@ -273,10 +273,17 @@ def test_layers_and_iterations_draw_anew():
 # Reductions.
 
 
-def test_momentum_without_memory_is_the_plain_rule_bit_for_bit():
+def test_momentum_without_memory_is_the_plain_rule():
   neutral = {'name': 'heavy_ball', 'mu': 0.0, 'gamma': 1.0, 'sign': 1.0}
-  found = _grads(_model(residual=neutral), _plain()[1])
-  _assert_equal(found, _plain_grads())
+  params = _plain()[1]
+  a, b = (
+    _run(m, params, _batch()) for m in (_model(residual=neutral), _model())
+  )
+  _assert_equal(a, b)
+  # What is computed again for the gradient is fused and rounded otherwise.
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+  found = _grads(_model(residual=neutral), params)
+  jax.tree.map(close, found, _plain_grads())
 
 
 def test_with_one_iteration_two_links_are_one():

@@ -154,5 +154,5 @@ def test_bfloat16_rows_meet_bfloat16_weights():
 
 
 def test_an_unknown_grouped_matmul_is_named():
-  with pytest.raises(ValueError, match="'tpu'; there are cpu, xla"):
-    ops.gmm(_rows(), np.zeros((E, D, F), np.float32), GROUP_E, impl='tpu')
+  with pytest.raises(ValueError, match="'triton'; there are cpu, tpu"):
+    ops.gmm(_rows(), np.zeros((E, D, F), np.float32), GROUP_E, impl='triton')

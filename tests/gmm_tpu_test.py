@@ -17,7 +17,10 @@ from pallas_kernels.shapes import CASES
 def tiles_of(name, rows, run=None):
   """Tiles of a few rows, whole matrices, and at most `run` columns at once."""
   _, A, B, _ = CASES[name]
-  limit, step = 1 << 25, max(rows // 4, 16)
+  limit, step = (
+    1 << 25,
+    {48: 48, 16: 16, 128: 32, 512: 64, 1024: 64, 64: 16}[rows],
+  )
   return tiling.Tiles(
     fwd=tiling.Tile(rows, A, B, run or B, step, limit),
     dlhs=tiling.Tile(rows, B, A, run or A, step, limit),
@@ -56,7 +59,7 @@ def test_blocks_that_reach_past_the_matrices():
   _, A, B, _ = CASES['odd_rows']
   assert A % 16 and B % 16
   tile = functools.partial(
-    tiling.Tile, rows=48, run=16, step=16, vmem_bytes=1 << 25
+    tiling.Tile, rows=64, run=16, step=16, vmem_bytes=1 << 25
   )
   tiles = tiling.Tiles(
     fwd=tile(depth=A, cols=16),

@@ -101,11 +101,25 @@ def test_those_that_are_found_by_name_do_not_know_each_other(folder):
     assert not list(filter(_is_module, inside)), path
 
 
+# Of pallas_kernels, what is run from a shell; the rest are libraries.
+TOOLS = ('pallas_kernels/bench.py', 'pallas_kernels/cost.py')
+
+
 @pytest.mark.parametrize('path', [p for p in SOURCES if 'pallas' in p])
 def test_kernels_need_jax_alone(path):
   for name in _imported(path):
     package = name.split('.')[0]
-    known = package in ('jax', 'pallas_kernels') or (
+    # numpy comes with jax.
+    known = package in ('jax', 'numpy', 'pallas_kernels') or (
       package in sys.stdlib_module_names
     )
-    assert known, f'{path} imports {package}'
+    assert known or (path in TOOLS and package == 'absl'), (
+      f'{path} imports {package}'
+    )
+
+
+@pytest.mark.parametrize('path', ['cpu', 'tpu', 'tiling', 'varying'])
+def test_kernels_do_not_know_their_tools(path):
+  tools = {'bench', 'cost', 'rivals', 'schedule', 'traffic'}
+  for name in _imported(f'pallas_kernels/{path}.py'):
+    assert not tools & set(name.split('.')[1:]), f'{path} imports {name}'

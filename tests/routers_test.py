@@ -77,6 +77,7 @@ class Layer:
 @jax.custom_vjp
 def _worst_gmm(x_MxA, w_ExAxB, group_E):
   """A grouped matmul that leaves NaN in all that its contract leaves open."""
+  x_MxA = jnp.where(_defined(group_E, x_MxA), x_MxA, 0)
   y_ExMxB = jnp.einsum('ma,eab->emb', x_MxA, w_ExAxB)
   return jnp.where(
     _defined(group_E, x_MxA), _own_rows(y_ExMxB, group_E), jnp.nan
@@ -85,6 +86,9 @@ def _worst_gmm(x_MxA, w_ExAxB, group_E):
 
 def _worst_gmm_bwd(saved, dy_MxB):
   x_MxA, w_ExAxB, group_E = saved
+  x_MxA, dy_MxB = (
+    jnp.where(_defined(group_E, x_MxA), a, 0) for a in (x_MxA, dy_MxB)
+  )
   dx_ExMxA = jnp.einsum('mb,eab->ema', dy_MxB, w_ExAxB)
   dx_MxA = jnp.where(
     _defined(group_E, x_MxA), _own_rows(dx_ExMxA, group_E), jnp.nan
