@@ -16,6 +16,9 @@ differs: Qwen3 normalises queries and keys, which cannot be turned off; ours
 adds a z-loss and keeps documents apart. PyTorch runs eagerly, as transformers
 comes. The row `bfloat16` computes in it, from float32 parameters.
 
+Both keep the memory that they free, as moe-train does (malloc.keep): without
+it, each step takes it from the operating system again, page by page.
+
 Each framework has a process of its own, which sleeps on a pipe until it is told
 to do a turn, so that one of them works at a time, with a thread for each core.
 (Both in one process gave ratios no different beyond the noise; but there they
@@ -335,6 +338,9 @@ class Worker:
 
 
 def _obey(pipe):
+  from moe_jax import malloc
+
+  malloc.keep()
   calls = {}
   while True:
     try:

@@ -20,8 +20,8 @@ Who may import whom (left imports right only; tests/imports_test.py checks, and
 lists the few imports within a level):
 
   main -> train -> job -> {objective, data, tokenizer, corpus, cache, optimizer,
-  metrics, figures, report, checkpoint, models, config} -> {block, moe, routers,
-  experts, residual, attention, parallel} -> {plan, balance, ops} ->
+  metrics, figures, report, checkpoint, models, config, malloc} -> {block, moe,
+  routers, experts, residual, attention, parallel} -> {plan, balance, ops} ->
   pallas_kernels -> jax
 
 Two words that are never mixed: *memory* lives over depth inside one forward

@@ -21,12 +21,16 @@ _WORKDIR = flags.DEFINE_string(
 
 def main(argv: list[str]) -> None:
   # Imported here, so that a mistyped flag is reported at once.
-  from moe_jax import job, train  # pylint: disable=g-import-not-at-top
+  import jax  # pylint: disable=g-import-not-at-top
+
+  from moe_jax import job, malloc, train  # pylint: disable=g-import-not-at-top
 
   del argv
   if not flags.FLAGS['verbosity'].present:
     logging.set_verbosity(logging.WARNING)  # orbax tells of every file
   try:
+    if jax.default_backend() == 'cpu':
+      malloc.keep()
     prepared = job.prepare(_CONFIG.value, _WORKDIR.value)
   except (ValueError, TypeError, OSError) as error:
     _stop(error)

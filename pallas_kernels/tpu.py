@@ -51,8 +51,8 @@ def gmm(x_MxA, w_ExAxB, group_E, *, tiles=None, interpret=False):
 
   Raises:
     ValueError: the shapes do not fit together.
-    NotImplementedError: a dtype is not one of the above, or no tile of this
-      shape fits the chip's memory.
+    NotImplementedError: a dtype is not one of the above, no tile of this shape
+      fits the chip's memory, or Mosaic has not the shape.
   """
   if (x_MxA.ndim, w_ExAxB.ndim, group_E.ndim) != (2, 3, 1) or (
     x_MxA.shape[1:] + group_E.shape != w_ExAxB.shape[1::-1]
@@ -69,6 +69,10 @@ def gmm(x_MxA, w_ExAxB, group_E, *, tiles=None, interpret=False):
   if group_E.dtype != jnp.int32:
     raise NotImplementedError(f'group must be int32, not {group_E.dtype}')
   (M, A), (E, _, B) = x_MxA.shape, w_ExAxB.shape
+  if 1 in (A, B) and x_MxA.dtype == jnp.bfloat16 and not interpret:
+    raise NotImplementedError(
+      f'gmm on tpu has no bfloat16 matrices of width 1: {w_ExAxB.shape}'
+    )
   if not M:
     return jnp.zeros((M, B), x_MxA.dtype)
   if tiles is None:

@@ -19,7 +19,7 @@ LEVELS = (
   {'train'},
   {'job'},
   {'objective', 'data', 'tokenizer', 'corpus', 'cache', 'optimizer', 'metrics'}
-  | {'report', 'figures', 'checkpoint', 'models', 'config'},
+  | {'report', 'figures', 'checkpoint', 'models', 'config', 'malloc'},
   {'block', 'moe', 'routers', 'experts', 'residual', 'attention', 'parallel'},
   {'plan', 'balance', 'ops'},
 )
