@@ -26,7 +26,6 @@ import json
 import math
 import os
 import pkgutil
-import re
 import sys
 import time
 
@@ -38,9 +37,7 @@ from absl import app, flags, logging
 import pallas_kernels
 from pallas_kernels import shapes
 
-_SHAPE = flags.DEFINE_list(
-  'shape', 'A,B,C', 'Names in shapes.BENCH and shapes.LAYERS, or MxAxBxE.'
-)
+_SHAPE = flags.DEFINE_list('shape', 'A,B,C', 'Names in shapes, or MxAxBxE.')
 _GROUPS = flags.DEFINE_list('groups', 'even,zipf', 'Names in shapes.GROUPS.')
 _DTYPE = flags.DEFINE_enum(
   'dtype', 'float32', ['float32', 'bfloat16'], 'Of x, w and the results.'
@@ -197,8 +194,7 @@ def run(problems, groups, dtype, gmms, rivals, rounds, file):
   print(_row(width, 'shape', 'groups', 'pass', 'dense', columns))
   marks = set()
   for name, shape in problems.items():
-    for grouping in groups:
-      group_E = shapes.GROUPS[grouping](shape.M, shape.E)
+    for grouping, group_E in shapes.groups(name, groups).items():
       passes = bench(shape, group_E, dtype, gmms, rivals, rounds)
       for pass_, times in passes:
         found = {c: summary(s, times['dense']) for c, s in times.items()}
@@ -227,18 +223,6 @@ def _cell(found, rounds):
   if found['rounds'] < rounds:
     return f'{found["ratio"]:.2f} *'
   return '{ratio:.2f} ({ratio_q1:.2f}-{ratio_q3:.2f})'.format(**found)
-
-
-def parse_shape(text):
-  """A name, or four sizes MxAxBxE; ValueError for anything else."""
-  known = {**shapes.BENCH, **shapes.LAYERS}
-  if text in known:
-    return known[text]
-  if re.fullmatch(r'[1-9]\d*(x[1-9]\d*){3}', text):
-    return shapes.Shape(*map(int, text.split('x')))
-  raise ValueError(
-    f'--shape={text} is not MxAxBxE, nor one of {", ".join(known)}'
-  )
 
 
 def load_gmms(names):
@@ -287,7 +271,7 @@ def main(argv: list[str]) -> None:
   try:
     groups = _among(_GROUPS, list(shapes.GROUPS))
     rivals = _among(_RIVALS, [*RIVALS, 'none'])
-    problems = {text: parse_shape(text) for text in _SHAPE.value or ['']}
+    problems = {text: shapes.find(text) for text in _SHAPE.value or ['']}
     gmms = load_gmms(_IMPL.value)
     check(gmms, problems, _DTYPE.value)
     file = open(_JSON.value or os.devnull, 'a')

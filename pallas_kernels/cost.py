@@ -30,7 +30,7 @@ _PASSES = ('fwd', 'dlhs', 'drhs')
 
 _CHIP = flags.DEFINE_list('chip', ['v5p'], f'Chips: {", ".join(tiling.CHIPS)}.')
 _SHAPE = flags.DEFINE_list(
-  'shape', ['olmoe-up'], f'{", ".join(shapes.LAYERS)}, or MxAxBxE.'
+  'shape', ['olmoe-up'], 'Names in shapes, or MxAxBxE.'
 )
 _PASS = flags.DEFINE_list('pass', list(_PASSES), 'Passes to compile.')
 _IMPL = flags.DEFINE_list('impl', list(_IMPLS), 'Implementations to compile.')
@@ -70,7 +70,7 @@ def measure(impl, kind, name, chip_name, groups):
 
   from pallas_kernels import rivals
 
-  chip, shape = tiling.CHIPS[chip_name], shape_of(name)
+  chip, shape = tiling.CHIPS[chip_name], shapes.find(name)
   devices = topologies.get_topology_desc(chip.topology, 'tpu').devices
   mesh = jax.sharding.Mesh(devices[:1], ('x',))
   one = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -86,8 +86,7 @@ def measure(impl, kind, name, chip_name, groups):
       read = schedule.read(os.environ['MOE_JAX_SCHEDULE'], kernel, chip.unit)
     else:
       read = schedule.Schedule((), 0)
-    for group in groups:
-      group_E = shapes.GROUPS[group](shape.M, shape.E)
+    for group, group_E in shapes.groups(name, groups).items():
       steps = program.steps(group_E, hlo)
       yield _row(impl, kind, name, chip, group, read, steps, shape)
 
@@ -133,18 +132,6 @@ def model(read, steps, chip):
   bundles_S = bundles_SxP.sum(axis=1) + read.overhead * (macs_S > 0)
   bounds = bundles_S, macs_S / chip.macs, steps.bytes_S / chip.bytes
   return float(np.maximum.reduce(bounds).sum())
-
-
-def shape_of(name):
-  """The shape of that name, or of that MxAxBxE; ValueError otherwise."""
-  if name in shapes.LAYERS:
-    return shapes.LAYERS[name]
-  try:
-    return shapes.Shape(*map(int, name.split('x')))
-  except (TypeError, ValueError):
-    raise ValueError(
-      f'shape is {name!r}; there are {", ".join(shapes.LAYERS)} and MxAxBxE'
-    ) from None
 
 
 def environment(folder):
@@ -225,7 +212,7 @@ def _check():
           f'--{flag.name} has {value!r}; there are {", ".join(known)}'
         )
   for name in _SHAPE.value:
-    shape_of(name)
+    shapes.find(name)
 
 
 def main(argv):

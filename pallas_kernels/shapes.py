@@ -1,5 +1,6 @@
 """The problems that tests, bench and cost share."""
 
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -80,3 +81,29 @@ def zipf(M: int, E: int) -> np.ndarray:
 
 
 GROUPS = {'even': even, 'zipf': zipf}
+
+
+def find(name: str) -> Shape:
+  """The shape of that name, or the one that MxAxBxE spells.
+
+  Raises ValueError for anything else.
+  """
+  if name in CASES and CASES[name][0]:
+    M, A, B, group = CASES[name]
+    return Shape(M, A, B, len(group))
+  known = {**BENCH, **LAYERS}
+  if name in known:
+    return known[name]
+  if re.fullmatch(r'[1-9]\d*(x[1-9]\d*){3}', name):
+    return Shape(*map(int, name.split('x')))
+  raise ValueError(
+    f'shape {name!r} is not MxAxBxE, nor one of {", ".join([*known, *CASES])}'
+  )
+
+
+def groups(name: str, groupings: list[str]) -> dict[str, np.ndarray]:
+  """{grouping: int32 [E]} for a name that `find` knows; a case has its own."""
+  if name in CASES:
+    return {'own': np.array(CASES[name][3], np.int32)}
+  shape = find(name)
+  return {g: GROUPS[g](shape.M, shape.E) for g in groupings}

@@ -217,12 +217,25 @@ def test_group_sizes_share_all_rows(name, E):
     assert abs(big[0] / big[1] - 2) < 0.1
 
 
+def test_a_case_has_its_own_groups():
+  assert shapes.find('skewed') == shapes.Shape(300, 32, 24, 5)
+  ((grouping, group_E),) = shapes.groups('skewed', ['even', 'zipf']).items()
+  assert grouping == 'own' and group_E.tolist() == [3, 251, 17, 1, 28]
+  assert list(shapes.groups('A', ['zipf'])) == ['zipf']
+  assert shapes.find('8x4x2x3') == shapes.Shape(8, 4, 2, 3)
+  with pytest.raises(ValueError, match="'no_rows' is not"):
+    shapes.find('no_rows')
+
+
 @pytest.mark.parametrize(
   'flag,said',
   [
     ('--chip=v9', "--chip has 'v9'; there are v5e, v5p, v6e, tpu7x"),
-    ('--shape=gpt', "shape is 'gpt'; there are mixtral-up"),
-    ('--shape=1x2x3', "shape is '1x2x3'"),
+    (
+      '--shape=gpt',
+      "shape 'gpt' is not MxAxBxE, nor one of A, B, C, mix",
+    ),
+    ('--shape=1x2x3', "shape '1x2x3' is not MxAxBxE"),
     ('--pass=back', "--pass has 'back'"),
     ('--impl=cuda', "--impl has 'cuda'"),
   ],
