@@ -28,18 +28,6 @@ from pallas_kernels import schedule, shapes, tiling
 _IMPLS = ('tpu', 'xla', 'megablox', 'tokamax')
 _PASSES = ('fwd', 'dlhs', 'drhs')
 
-_CHIP = flags.DEFINE_list('chip', ['v5p'], f'Chips: {", ".join(tiling.CHIPS)}.')
-_SHAPE = flags.DEFINE_list(
-  'shape', ['olmoe-up'], 'Names in shapes, or MxAxBxE.'
-)
-_PASS = flags.DEFINE_list('pass', list(_PASSES), 'Passes to compile.')
-_IMPL = flags.DEFINE_list('impl', list(_IMPLS), 'Implementations to compile.')
-_GROUPS = flags.DEFINE_list(
-  'groups', list(shapes.GROUPS), 'Group sizes to walk the grid with.'
-)
-_JSON = flags.DEFINE_string('json', None, 'Also write one line per row here.')
-_JOBS = flags.DEFINE_integer('jobs', 2, 'Compilers at a time.', lower_bound=1)
-
 
 class Row(NamedTuple):
   """One kernel on one chip for one vector of group sizes."""
@@ -198,20 +186,33 @@ def _libtpu():
   return importlib.metadata.version('libtpu')
 
 
+def _define():
+  """The flags; other programs that import this have their own."""
+  flags.DEFINE_list('chip', ['v5p'], f'Chips: {", ".join(tiling.CHIPS)}.')
+  flags.DEFINE_list('shape', ['olmoe-up'], 'Names in shapes, or MxAxBxE.')
+  flags.DEFINE_list('pass', list(_PASSES), 'Passes to compile.')
+  flags.DEFINE_list('impl', list(_IMPLS), 'Implementations to compile.')
+  flags.DEFINE_list(
+    'groups', list(shapes.GROUPS), 'Group sizes to walk the grid with.'
+  )
+  flags.DEFINE_string('json', None, 'Also write one line per row here.')
+  flags.DEFINE_integer('jobs', 2, 'Compilers at a time.', lower_bound=1)
+
+
 def _check():
   """One clear line for a flag that names nothing."""
-  for flag, known in (
-    (_CHIP, tiling.CHIPS),
-    (_PASS, _PASSES),
-    (_IMPL, _IMPLS),
-    (_GROUPS, shapes.GROUPS),
+  for name, known in (
+    ('chip', tiling.CHIPS),
+    ('pass', _PASSES),
+    ('impl', _IMPLS),
+    ('groups', shapes.GROUPS),
   ):
-    for value in flag.value:
+    for value in flags.FLAGS[name].value:
       if value not in known:
         raise ValueError(
-          f'--{flag.name} has {value!r}; there are {", ".join(known)}'
+          f'--{name} has {value!r}; there are {", ".join(known)}'
         )
-  for name in _SHAPE.value:
+  for name in flags.FLAGS['shape'].value:
     shapes.find(name)
 
 
@@ -224,21 +225,22 @@ def main(argv):
     print(f'cost: {error}', file=sys.stderr)
     return 2
   jobs = [
-    (impl, kind, name, chip, _GROUPS.value)
-    for chip in _CHIP.value
-    for name in _SHAPE.value
-    for kind in _PASS.value
-    for impl in _IMPL.value
+    (impl, kind, name, chip, flags.FLAGS['groups'].value)
+    for chip in flags.FLAGS['chip'].value
+    for name in flags.FLAGS['shape'].value
+    for kind in flags.FLAGS['pass'].value
+    for impl in flags.FLAGS['impl'].value
   ]
+  path, jobs_at_once = flags.FLAGS['json'].value, flags.FLAGS['jobs'].value
   rows, failed = [], []
-  with concurrent.futures.ThreadPoolExecutor(_JOBS.value) as pool:
+  with concurrent.futures.ThreadPoolExecutor(jobs_at_once) as pool:
     for result in pool.map(lambda job: in_process(*job), jobs):
       if isinstance(result, str):
         failed.append(result)
         continue
       rows.extend(result)
-      if _JSON.value:  # as they come: a long list may be cut short
-        with open(_JSON.value, 'a') as file:
+      if path:  # as they come: a long list may be cut short
+        with open(path, 'a') as file:
           file.writelines(json.dumps(r._asdict()) + '\n' for r in result)
   rows.sort(key=lambda r: (r.chip, r.shape, _PASSES.index(r.kind), r.groups))
   print(table(rows))
@@ -248,4 +250,5 @@ def main(argv):
 
 
 if __name__ == '__main__':
+  _define()
   app.run(main)
