@@ -221,8 +221,11 @@ def main(argv):
   try:
     _check()
     _libtpu()
-  except (ValueError, ImportError) as error:
+  except ValueError as error:
     print(f'cost: {error}', file=sys.stderr)
+    return 2
+  except ImportError:
+    print("cost: libtpu is missing: pip install -e '.[aot]'", file=sys.stderr)
     return 2
   jobs = [
     (impl, kind, name, chip, flags.FLAGS['groups'].value)
