@@ -39,7 +39,6 @@ import multiprocessing
 import os
 import pathlib
 import platform
-import sys
 import tempfile
 import time
 import traceback
@@ -47,7 +46,9 @@ from importlib import metadata
 from typing import NamedTuple
 
 import numpy as np
-from absl import app, flags
+from absl import flags
+
+from pallas_kernels import command
 
 _WHAT = flags.DEFINE_list('what', 'layer,step', 'What is timed.')
 _ROUNDS = flags.DEFINE_integer('rounds', 10, 'Turns of each.', lower_bound=1)
@@ -496,37 +497,20 @@ def main(argv: list[str]) -> None:
   del argv
   for package in ('torch', 'transformers'):
     if importlib.util.find_spec(package) is None:
-      _stop(
+      command.stop(
         f'{package} is missing; it is in the extra {EXTRA!r}:'
         f" pip install -e '.[{EXTRA}]'"
       )
   for value in _WHAT.value or ['']:
     if value not in ('layer', 'step'):
-      _stop(f'--what={value}; there are layer, step')
+      command.stop(f'--what={value}; there are layer, step')
   try:
     file = open(_JSON.value or os.devnull, 'a')
   except OSError as error:
-    _stop(error)
+    command.stop(error)
   with file:
     run(_WHAT.value, _ROUNDS.value, _XLA.value, file)
 
 
-def _parse(argv):
-  """Parses flags; what is wrong with them is said in one line."""
-  try:
-    rest = flags.FLAGS(argv)
-  except flags.Error as error:
-    _stop(error)
-  if len(rest) > 1:
-    _stop(f'unexpected argument {rest[1]!r}; flags look like --what=layer')
-  return rest
-
-
-def _stop(error):
-  line = ' '.join(str(error).split())
-  print(f'experiments.speed: {line or repr(error)}', file=sys.stderr)
-  sys.exit(2)
-
-
 if __name__ == '__main__':
-  app.run(main, flags_parser=_parse)
+  command.run(main)

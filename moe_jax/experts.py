@@ -56,20 +56,17 @@ class Experts(nnx.Module):
     """y_MxD; rows from sum(group_E) on are undefined."""
     act, gated = ACTIVATIONS[self.activation]
     up_MxF = self._linear(rows_MxD, 'up_ExDxF', 'bias_up_ExF', group_E)
-    args = (up_MxF,)
+    gate_MxF = None
     if gated:
       gate_MxF = self._linear(rows_MxD, 'gate_ExDxF', 'bias_gate_ExF', group_E)
-      args = (gate_MxF, up_MxF)
 
     # Computed again for the gradient: cheaper than to keep another [M, F].
     @jax.checkpoint
-    def down(act_MxF, *up_MxF):
-      hidden_MxF = act(act_MxF)
-      for u_MxF in up_MxF:
-        hidden_MxF *= u_MxF
+    def down(up_MxF, gate_MxF):
+      hidden_MxF = act(gate_MxF) * up_MxF if gated else act(up_MxF)
       return self._linear(hidden_MxF, 'down_ExFxD', 'bias_down_ExD', group_E)
 
-    return down(*args)
+    return down(up_MxF, gate_MxF)
 
   def _linear(self, x_MxA, weight, bias, group_E):
     """One grouped matmul; the rows past the groups are undefined."""

@@ -1,6 +1,7 @@
 """Memory that a CPU run frees and takes again at every step."""
 
 import ctypes
+import sys
 
 # Of glibc's mallopt, from malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
@@ -14,6 +15,8 @@ def keep() -> bool:
   Kept, they cost nothing from the second step on; the process stays as large as
   it was at its largest. experiments/LOG.md has what it is worth.
   """
+  if sys.platform != 'linux':
+    return False
   mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
   if mallopt is None:  # not glibc
     return False

@@ -26,16 +26,15 @@ import json
 import math
 import os
 import pkgutil
-import sys
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 
 import pallas_kernels
-from pallas_kernels import shapes
+from pallas_kernels import command, shapes
 
 _SHAPE = flags.DEFINE_list('shape', 'A,B,C', 'Names in shapes, or MxAxBxE.')
 _GROUPS = flags.DEFINE_list('groups', 'even,zipf', 'Names in shapes.GROUPS.')
@@ -276,27 +275,10 @@ def main(argv: list[str]) -> None:
     check(gmms, problems, _DTYPE.value)
     file = open(_JSON.value or os.devnull, 'a')
   except (ValueError, OSError) as error:
-    _stop(error)
+    command.stop(error)
   with contextlib.closing(file):
     run(problems, groups, _DTYPE.value, gmms, rivals, _ROUNDS.value, file)
 
 
-def _parse(argv):
-  """Parses flags; what is wrong with them is said in one line."""
-  try:
-    rest = flags.FLAGS(argv)
-  except flags.Error as error:
-    _stop(error)
-  if len(rest) > 1:
-    _stop(f'unexpected argument {rest[1]!r}; flags look like --shape=A')
-  return rest
-
-
-def _stop(error):
-  line = ' '.join(str(error).split())
-  print(f'pallas_kernels.bench: {line or repr(error)}', file=sys.stderr)
-  sys.exit(2)
-
-
 if __name__ == '__main__':
-  app.run(main, flags_parser=_parse)
+  command.run(main)

@@ -12,6 +12,7 @@ Needs the extra `aot` (libtpu); the rival `tokamax` needs the extra `tokamax`.
 """
 
 import concurrent.futures
+import importlib.metadata
 import json
 import os
 import re
@@ -20,13 +21,12 @@ import sys
 import tempfile
 from typing import NamedTuple
 
+import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
+from jax.experimental import topologies
 
-from pallas_kernels import schedule, shapes, tiling
-
-_IMPLS = ('tpu', 'xla', 'megablox', 'tokamax')
-_PASSES = ('fwd', 'dlhs', 'drhs')
+from pallas_kernels import command, rivals, schedule, shapes, tiling
 
 
 class Row(NamedTuple):
@@ -53,11 +53,6 @@ def measure(impl, kind, name, chip_name, groups):
 
   The process must have been started with `environment`.
   """
-  import jax
-  from jax.experimental import topologies
-
-  from pallas_kernels import rivals
-
   chip, shape = tiling.CHIPS[chip_name], shapes.find(name)
   devices = topologies.get_topology_desc(chip.topology, 'tpu').devices
   mesh = jax.sharding.Mesh(devices[:1], ('x',))
@@ -163,7 +158,7 @@ for row in cost.measure(impl, kind, name, chip, groups):
 
 
 def table(rows):
-  """Lines: one per row, beside the best rival's modelled time."""
+  """The rows as aligned text, under a heading."""
   head = (
     'chip  shape         pass groups impl      bundles  mxu %  spills/fills'
     '      GB  excess      ms  roofline %'
@@ -181,8 +176,6 @@ def table(rows):
 
 
 def _libtpu():
-  import importlib.metadata
-
   return importlib.metadata.version('libtpu')
 
 
@@ -190,8 +183,8 @@ def _define():
   """The flags; other programs that import this have their own."""
   flags.DEFINE_list('chip', ['v5p'], f'Chips: {", ".join(tiling.CHIPS)}.')
   flags.DEFINE_list('shape', ['olmoe-up'], 'Names in shapes, or MxAxBxE.')
-  flags.DEFINE_list('pass', list(_PASSES), 'Passes to compile.')
-  flags.DEFINE_list('impl', list(_IMPLS), 'Implementations to compile.')
+  flags.DEFINE_list('pass', list(rivals.PASSES), 'Passes to compile.')
+  flags.DEFINE_list('impl', list(rivals.IMPLS), 'Implementations to compile.')
   flags.DEFINE_list(
     'groups', list(shapes.GROUPS), 'Group sizes to walk the grid with.'
   )
@@ -203,8 +196,8 @@ def _check():
   """One clear line for a flag that names nothing."""
   for name, known in (
     ('chip', tiling.CHIPS),
-    ('pass', _PASSES),
-    ('impl', _IMPLS),
+    ('pass', rivals.PASSES),
+    ('impl', rivals.IMPLS),
     ('groups', shapes.GROUPS),
   ):
     for value in flags.FLAGS[name].value:
@@ -222,11 +215,9 @@ def main(argv):
     _check()
     _libtpu()
   except ValueError as error:
-    print(f'cost: {error}', file=sys.stderr)
-    return 2
+    command.stop(error)
   except ImportError:
-    print("cost: libtpu is missing: pip install -e '.[aot]'", file=sys.stderr)
-    return 2
+    command.stop("libtpu is missing: pip install -e '.[aot]'")
   jobs = [
     (impl, kind, name, chip, flags.FLAGS['groups'].value)
     for chip in flags.FLAGS['chip'].value
@@ -245,7 +236,9 @@ def main(argv):
       if path:  # as they come: a long list may be cut short
         with open(path, 'a') as file:
           file.writelines(json.dumps(r._asdict()) + '\n' for r in result)
-  rows.sort(key=lambda r: (r.chip, r.shape, _PASSES.index(r.kind), r.groups))
+  rows.sort(
+    key=lambda r: (r.chip, r.shape, rivals.PASSES.index(r.kind), r.groups)
+  )
   print(table(rows))
   for line in failed:
     print(f'not compiled: {line}')
@@ -254,4 +247,4 @@ def main(argv):
 
 if __name__ == '__main__':
   _define()
-  app.run(main)
+  command.run(main)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.varying import same_axes
+from pallas_kernels import operands
 
 _DTYPES = ('float32', 'bfloat16', 'float64')
 
@@ -40,21 +40,8 @@ def gmm(x_MxA, w_ExAxB, group_E):
     ValueError: the shapes do not fit together.
     NotImplementedError: a dtype is not one of the above.
   """
-  if (x_MxA.ndim, w_ExAxB.ndim, group_E.ndim) != (2, 3, 1) or (
-    x_MxA.shape[1:] + group_E.shape != w_ExAxB.shape[1::-1]
-  ):
-    raise ValueError(
-      'gmm wants x (M, A), w (E, A, B), group (E,), not '
-      f'{x_MxA.shape}, {w_ExAxB.shape}, {group_E.shape}'
-    )
-  if x_MxA.dtype.name not in _DTYPES or w_ExAxB.dtype != x_MxA.dtype:
-    raise NotImplementedError(
-      'gmm on cpu takes x and w of one dtype among '
-      f'{_DTYPES}, not {x_MxA.dtype}, {w_ExAxB.dtype}'
-    )
-  if group_E.dtype != jnp.int32:
-    raise NotImplementedError(f'group must be int32, not {group_E.dtype}')
-  return _gmm(*same_axes(x_MxA, w_ExAxB, group_E))
+  operands.check(x_MxA, w_ExAxB, group_E, _DTYPES, 'cpu')
+  return _gmm(*operands.same_axes(x_MxA, w_ExAxB, group_E))
 
 
 @jax.custom_vjp

@@ -5,6 +5,7 @@ and how its grid meets given group sizes. bfloat16 throughout. Passes: fwd is
 x w, dlhs is dy w^T, drhs is x^T dy.
 """
 
+import base64
 import functools
 import importlib
 import re
@@ -62,7 +63,6 @@ def _ours(kind, shape, chip):
   args = operands(kind, shape)
 
   def steps(group_E, hlo):
-    del hlo
     walk = traffic.walk(f, *args[:2], group_E)
     edge_E, expert_V, tile_V = walk.scalars
     v_S = walk.grid_SxG[:, -1]
@@ -71,12 +71,10 @@ def _ours(kind, shape, chip):
     high_S = np.minimum(edge_E[expert_S + 1] - row_S, tile.rows)
     window_S = tiling.window_of(low_S, high_S, tile)
     whole = tile.depth if kind == 'drhs' else tile.cols
-    return Steps(
-      walk.bytes_S,
-      tiling.parts(window_S, tile) * tile.depth * tile.cols,
-      whole // tile.run,
-      _compulsory(kind, shape, tile.depth, tile.cols, group_E),
-    )
+    macs_SxP = tiling.parts(window_S, tile) * tile.depth * tile.cols
+    compulsory = _compulsory(kind, shape, tile.depth, tile.cols, group_E)
+    trips = whole // tile.run
+    return _with_copies(Steps(walk.bytes_S, macs_SxP, trips, compulsory), hlo)
 
   return Program(f, args, {'fwd': 'gmm'}.get(kind, kind), steps)
 
@@ -279,11 +277,10 @@ def _whole(rows):
 def _with_copies(steps, hlo):
   """Adds a step for the arrays that the program copies around its kernel."""
   copied = 0
-  for kind, dims in re.findall(
-    r'= bf16\[([\d,]+)\][^ ]* (copy|transpose|fusion|copy-done)\(', hlo
+  for dims in re.findall(
+    r'= bf16\[([\d,]+)\][^ ]* (?:copy|transpose|fusion|copy-done)\(', hlo
   ):
-    del dims
-    size = np.prod([int(d) for d in kind.split(',')], dtype=np.int64)
+    size = np.prod([int(d) for d in dims.split(',')], dtype=np.int64)
     copied += 2 * _BYTES * size if size >= 1 << 19 else 0
   if not copied:
     return steps
@@ -295,8 +292,6 @@ def _with_copies(steps, hlo):
 
 def _mosaic(hlo):
   """The Mosaic module of the product that XLA put into its program."""
-  import base64
-
   bodies = re.findall(r'"body":"([^"]*)"', hlo)
   texts = [base64.b64decode(b).decode('utf8', 'replace') for b in bodies]
   return next(t for t in texts if 'tpu.matmul' in t)

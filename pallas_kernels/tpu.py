@@ -21,8 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import tiling
-from pallas_kernels.varying import like, same_axes
+from pallas_kernels import operands, tiling
 
 _DTYPES = ('float32', 'bfloat16')
 
@@ -54,20 +53,7 @@ def gmm(x_MxA, w_ExAxB, group_E, *, tiles=None, interpret=False):
     NotImplementedError: a dtype is not one of the above, no tile of this shape
       fits the chip's memory, or Mosaic has not the shape.
   """
-  if (x_MxA.ndim, w_ExAxB.ndim, group_E.ndim) != (2, 3, 1) or (
-    x_MxA.shape[1:] + group_E.shape != w_ExAxB.shape[1::-1]
-  ):
-    raise ValueError(
-      'gmm wants x (M, A), w (E, A, B), group (E,), not '
-      f'{x_MxA.shape}, {w_ExAxB.shape}, {group_E.shape}'
-    )
-  if x_MxA.dtype.name not in _DTYPES or w_ExAxB.dtype != x_MxA.dtype:
-    raise NotImplementedError(
-      'gmm on tpu takes x and w of one dtype among '
-      f'{_DTYPES}, not {x_MxA.dtype}, {w_ExAxB.dtype}'
-    )
-  if group_E.dtype != jnp.int32:
-    raise NotImplementedError(f'group must be int32, not {group_E.dtype}')
+  operands.check(x_MxA, w_ExAxB, group_E, _DTYPES, 'tpu')
   (M, A), (E, _, B) = x_MxA.shape, w_ExAxB.shape
   if 1 in (A, B) and x_MxA.dtype == jnp.bfloat16 and not interpret:
     raise NotImplementedError(
@@ -80,7 +66,7 @@ def gmm(x_MxA, w_ExAxB, group_E, *, tiles=None, interpret=False):
     # An interpreter compiles each window of a tile: small tiles have few.
     rows = min(M, 64) if interpret else M
     tiles = tiling.choose(rows, A, B, E, x_MxA.dtype.itemsize, chip)
-  return _gmm(*same_axes(x_MxA, w_ExAxB, group_E), tiles, interpret)
+  return _gmm(*operands.same_axes(x_MxA, w_ExAxB, group_E), tiles, interpret)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -142,7 +128,7 @@ def product(x_MxA, w_ExAxB, group_E, tile, *, transpose=False, interpret=False):
         in_specs=[pl.BlockSpec((R, A), x_map), pl.BlockSpec(w_block, w_map)],
         out_specs=pl.BlockSpec((R, cols), y_map),
       ),
-      out_shape=like(x_MxA, (M, B)),
+      out_shape=operands.like(x_MxA, (M, B)),
       compiler_params=pltpu.CompilerParams(
         dimension_semantics=('parallel', 'arbitrary'),
         vmem_limit_bytes=tile.vmem_bytes,
@@ -224,7 +210,7 @@ def drhs(x_MxA, dy_MxB, group_E, tile, *, interpret=False):
         out_specs=pl.BlockSpec((1, depth, cols), dw_map),
         scratch_shapes=[pltpu.VMEM((depth, cols), jnp.float32)],
       ),
-      out_shape=like(x_MxA, (E, A, B)),
+      out_shape=operands.like(x_MxA, (E, A, B)),
       compiler_params=pltpu.CompilerParams(
         dimension_semantics=('parallel', 'arbitrary', 'arbitrary'),
         vmem_limit_bytes=tile.vmem_bytes,

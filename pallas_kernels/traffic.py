@@ -77,8 +77,11 @@ def _walk(eqn, values):
 def _block(mapping, grid_SxG, scalars, written):
   """(index_SxD, bytes_S, written) of one operand."""
   array = mapping.array_aval
-  shape = [getattr(d, 'block_size', d) or 1 for d in mapping.block_shape]
-  shape = [d if isinstance(d, int) else 1 for d in shape]
+  # An axis that the kernel does not see has blocks of one.
+  shape = [
+    d if isinstance(d, int) else getattr(d, 'block_size', 1)
+    for d in mapping.block_shape
+  ]
   # Reads of the prefetched scalars become plain indexing.
   pure = discharge.discharge_state(mapping.index_map_jaxpr)
 
@@ -97,11 +100,13 @@ def _run(jaxpr, consts, args, calls):
   """Evaluates what depends on known values alone; None marks the others."""
   env = dict(zip(jaxpr.constvars, consts, strict=True))
   env.update(zip(jaxpr.invars, args, strict=True))
+
+  def read(variables):
+    literal = jax.extend.core.Literal
+    return [v.val if isinstance(v, literal) else env[v] for v in variables]
+
   for eqn in jaxpr.eqns:
-    values = [
-      v.val if isinstance(v, jax.extend.core.Literal) else env[v]
-      for v in eqn.invars
-    ]
+    values = read(eqn.invars)
     inner = next(
       (
         p
@@ -121,7 +126,4 @@ def _run(jaxpr, consts, args, calls):
     else:
       outs = [None] * len(eqn.outvars)
     env.update(zip(eqn.outvars, outs, strict=True))
-  return [
-    v.val if isinstance(v, jax.extend.core.Literal) else env[v]
-    for v in jaxpr.outvars
-  ]
+  return read(jaxpr.outvars)

@@ -281,7 +281,7 @@ def test_momentum_without_memory_is_the_plain_rule():
   )
   _assert_equal(a, b)
   # What is computed again for the gradient is fused and rounded otherwise.
-  close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6)
   found = _grads(_model(residual=neutral), params)
   jax.tree.map(close, found, _plain_grads())
 

@@ -14,13 +14,10 @@ from pallas_kernels import tiling, tpu
 from pallas_kernels.shapes import CASES
 
 
-def tiles_of(name, rows, run=None):
+def tiles_of(name, rows, step, run=None):
   """Tiles of a few rows, whole matrices, and at most `run` columns at once."""
   _, A, B, _ = CASES[name]
-  limit, step = (
-    1 << 25,
-    {48: 48, 16: 16, 128: 32, 512: 64, 1024: 64, 64: 16}[rows],
-  )
+  limit = 1 << 25
   return tiling.Tiles(
     fwd=tiling.Tile(rows, A, B, run or B, step, limit),
     dlhs=tiling.Tile(rows, B, A, run or A, step, limit),
@@ -28,7 +25,7 @@ def tiles_of(name, rows, run=None):
   )
 
 
-def check(name, tiles, interpret=True, poison=None, dtype='float32'):
+def check(name, tiles, interpret=True, dtype='float32'):
   x, w, dy, group = gmm_test.draw(name, dtype)
   gmm = functools.partial(tpu.gmm, tiles=tiles, interpret=interpret)
   got = jax.jit(functools.partial(gmm_test.vjp, gmm=gmm))(x, w, dy, group)
@@ -40,19 +37,20 @@ def check(name, tiles, interpret=True, poison=None, dtype='float32'):
   gmm_test.check(dw, want[2], tolerance)
 
 
-ROWS = [(name, 48) for name in CASES]
-ROWS += [('skewed', 16), ('odd_rows', 128)]
-ROWS += [('large_tiles', 512), ('large_tiles', 1024)]
+# (name, rows of a tile, rows of its smallest window)
+ROWS = [(name, 48, 48) for name in CASES]
+ROWS += [('skewed', 16, 16), ('odd_rows', 128, 32)]
+ROWS += [('large_tiles', 512, 64), ('large_tiles', 1024, 64)]
 
 
-@pytest.mark.parametrize('name,rows', ROWS)
-def test_tiles_that_experts_share(name, rows):
-  check(name, tiles_of(name, rows))
+@pytest.mark.parametrize('name,rows,step', ROWS)
+def test_tiles_that_experts_share(name, rows, step):
+  check(name, tiles_of(name, rows, step))
 
 
 @pytest.mark.parametrize('name', ['skewed', 'sum_below_M'])
 def test_runs_that_are_part_of_a_block(name):
-  check(name, tiles_of(name, 64, run=8))
+  check(name, tiles_of(name, 64, 16, run=8))
 
 
 def test_blocks_that_reach_past_the_matrices():
@@ -76,7 +74,7 @@ def test_no_race_and_no_uninitialised_memory(name, dtype):
   interpret = pltpu.InterpretParams(
     detect_races=True, uninitialized_memory='nan'
   )
-  check(name, tiles_of(name, 64), interpret, dtype=dtype)
+  check(name, tiles_of(name, 64, 16), interpret, dtype=dtype)
   assert not _races()
 
 

@@ -102,7 +102,9 @@ def test_those_that_are_found_by_name_do_not_know_each_other(folder):
 
 
 # Of pallas_kernels, what is run from a shell; the rest are libraries.
-TOOLS = ('pallas_kernels/bench.py', 'pallas_kernels/cost.py')
+TOOLS = tuple(
+  f'pallas_kernels/{name}.py' for name in ('bench', 'command', 'cost')
+)
 
 
 @pytest.mark.parametrize('path', [p for p in SOURCES if 'pallas' in p])
@@ -118,8 +120,8 @@ def test_kernels_need_jax_alone(path):
     )
 
 
-@pytest.mark.parametrize('path', ['cpu', 'tpu', 'tiling', 'varying'])
+@pytest.mark.parametrize('path', ['cpu', 'tpu', 'tiling', 'operands'])
 def test_kernels_do_not_know_their_tools(path):
-  tools = {'bench', 'cost', 'rivals', 'schedule', 'traffic'}
+  tools = {'bench', 'command', 'cost', 'rivals', 'schedule', 'traffic'}
   for name in _imported(f'pallas_kernels/{path}.py'):
     assert not tools & set(name.split('.')[1:]), f'{path} imports {name}'
