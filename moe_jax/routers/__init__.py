@@ -38,13 +38,25 @@ class Ctx:
   step_key: jax.Array  # (seed, step, layer)
   step: jax.Array  # int32, optimiser steps done
   depth: jax.Array  # int32, index among the MoE layers
-  ids_T: jax.Array  # int32, token ids
-  row_T: jax.Array  # int32, sequence in the global batch
-  pos_T: jax.Array  # int32, place in the document
+  row_B: jax.Array  # int32, the sequences here in the global batch
+  ids_T: jax.Array | None = None  # int32, token ids
+  row_T: jax.Array | None = None  # int32, sequence in the global batch
+  pos_T: jax.Array | None = None  # int32, place in the document
   context: jax.Array | None = None  # a conditioning vector, [T, any]
   forced: jax.Array | None = None  # a recorded routing to replay
   train: bool = flax.struct.field(pytree_node=False, default=True)
   length: int = flax.struct.field(pytree_node=False, default=1)  # L
+  steps: int = flax.struct.field(pytree_node=False, default=1)  # of the run
+
+  def over(self, ids_BxL: jax.Array, pos_BxL: jax.Array) -> 'Ctx':
+    """The Ctx of these tokens, B rows of the global batch."""
+    L = ids_BxL.shape[1]
+    return self.replace(
+      ids_T=ids_BxL.reshape(-1),
+      row_T=jnp.repeat(self.row_B, L),
+      pos_T=pos_BxL.reshape(-1),
+      length=L,
+    )
 
   def at_layer(self, depth: jax.Array, forced: Any) -> 'Ctx':
     """The Ctx of one MoE layer."""
@@ -72,29 +84,31 @@ def context(
   microbatch: jax.Array | int = 0,
   pass_: int = 0,
   forced: Any = None,
+  steps: int = 1,
 ) -> Ctx:
   """The Ctx of a whole model, from which it makes one for each layer.
 
   Args:
-    batch: `ids_BxL`, `pos_BxL` and `row_B` are read.
-    forced: recorded routing of all layers, as aux['route'] of a model.
+    batch: `row_B` is read and, where tokens have them, `ids_BxL`, `pos_BxL`.
+    forced: recorded routing of all layers, as the model's aux has it.
+    steps: optimiser steps of the whole run.
   """
-  L = batch['ids_BxL'].shape[1]
   step_key = jax.random.fold_in(seed_key, step)
   key = jax.random.fold_in(step_key, pass_)
-  return Ctx(
+  ctx = Ctx(
     key=key,
     batch_key=jax.random.fold_in(jax.random.fold_in(key, _BATCH), microbatch),
     step_key=jax.random.fold_in(step_key, _STEP),
     step=jnp.asarray(step, jnp.int32),
     depth=jnp.zeros((), jnp.int32),
-    ids_T=batch['ids_BxL'].reshape(-1),
-    row_T=jnp.repeat(batch['row_B'], L),
-    pos_T=batch['pos_BxL'].reshape(-1),
+    row_B=batch['row_B'],
     forced=forced,
     train=train,
-    length=L,
+    steps=steps,
   )
+  if 'ids_BxL' in batch:
+    ctx = ctx.over(batch['ids_BxL'], batch['pos_BxL'])
+  return ctx
 
 
 _BATCH, _STEP = 2**31 - 1, 2**31 - 2  # folds that no layer or pass reaches
