@@ -16,6 +16,6 @@ def get_config():
   c.eval_every, c.checkpoint_every = 200, 200
   c.data.vocab_size = 2048
   c.data.eval_bytes = 100_000
-  c.model.update(N=2, D=128, H=2, J=2, E=8, expert_F=256)
+  c.model.update(N=2, D=128, H=2, E=8, expert_F=256)
   c.optimizer.update(name='muon', learning_rate=1e-2)
   return c

@@ -1,7 +1,7 @@
 """Balancing losses and bias updates: functions of a router's numbers.
 
-Every loss is 1 at perfect balance (the z-loss apart), is unweighted, and sends
-gradients through the probabilities only: counts are constants.
+Every loss is unweighted, and 1 at perfect balance (the z-loss and `spread` are
+not), and sends gradients through the probabilities only: counts are constants.
 """
 
 import jax
@@ -22,6 +22,33 @@ def sequence(probs_BxLxE: jax.Array, load_BxE: jax.Array) -> jax.Array:
   """The same per sequence, then the mean (DeepSeek-V2, arXiv 2405.04434)."""
   share_BxE = _share(load_BxE, probs_BxLxE.dtype)
   return jnp.mean(_product(share_BxE, jnp.mean(probs_BxLxE, axis=1)))
+
+
+def kept(
+  logits_TxE: jax.Array, load_E: jax.Array, keep_E: jax.Array
+) -> jax.Array:
+  """`switch` among the experts that are kept, as if there were no others.
+
+  Args:
+    logits_TxE: of all experts; those of the kept give their probabilities.
+    load_E: assignments per expert, none to those that are not kept.
+    keep_E: bool.
+  """
+  kept_TxE = jnp.where(keep_E[None], logits_TxE, -jnp.inf)
+  part = jnp.mean(keep_E.astype(logits_TxE.dtype))
+  return part * switch(jax.nn.softmax(kept_TxE, axis=-1), load_E)
+
+
+def spread(score_GxTxE: jax.Array) -> jax.Array:
+  """Squared coefficient of variation over experts of their summed scores.
+
+  Of each group G of tokens, then the mean; 0 at perfect balance, E - 1 where
+  one expert has all. Of probabilities it is the importance loss of V-MoE, of
+  chances to be chosen its load loss (arXiv 2106.05974, appendix A).
+  """
+  mean_GxE = jnp.mean(score_GxTxE, axis=1)
+  # The variance itself: the slope of a deviation has no value at zero.
+  return jnp.mean(jnp.var(mean_GxE, axis=1) / jnp.mean(mean_GxE, axis=1) ** 2)
 
 
 def z(logits_TxE: jax.Array) -> jax.Array:

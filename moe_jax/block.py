@@ -1,7 +1,13 @@
 """The shape of a layer: where its norms and residuals sit.
 
-A block owns its norms and decides where the residual rule looks ahead:
-block(x, memory, experts, wiring, ctx, segment) -> x, memory, aux.
+A block owns its norms and its attention, and holds a feed-forward that is
+`Dense` or `Routed`; it decides where the residual rule looks ahead:
+
+  block(x, memory, experts, wiring, ctx, view, source) -> x, memory, aux
+
+memory is the pair (residual memory, router memory); a dense layer passes it on
+and has no aux. view is what attention may see, source what the attention to
+another sequence reads: its tokens and their view.
 """
 
 import dataclasses
@@ -14,109 +20,251 @@ from flax import nnx
 
 from moe_jax import residual as residuals
 from moe_jax import routers as routing
-from moe_jax.attention import Attention, Norm
+from moe_jax.attention import Attention, View
 from moe_jax.experts import Dense
-from moe_jax.moe import moe
+from moe_jax.plan import Plan
+
+ROUTINGS = ('each', 'shared', 'once')
+Memory = tuple[Any, Any]
+Source = tuple[jax.Array, View] | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Wiring:
-  """What is the same for every layer and owns no parameters."""
+  """What is the same for every layer and owns no parameters.
+
+  Attributes:
+    routing: an iteration has a router of its own ('each'); all share one and
+      ask it again ('shared'); or the first plan serves all ('once').
+  """
 
   residual: residuals.Residual
-  link: Callable[..., jax.Array]
+  link: residuals.Link
   iterations: int
-  strategy: Callable[..., jax.Array]
+  routing: str
+  dropout: float
+  strategy: Callable[[jax.Array, Plan, Callable], jax.Array]
 
 
-class DenseLayer(nnx.Module):
-  """Pre-norm attention and one feed-forward."""
-
-  def __init__(self, D: int, attention: Attention, ffn: Dense):
-    self.norm_attention, self.norm_ffn = Norm(D), Norm(D)
-    self.attention, self.ffn = attention, ffn
-
-  def __call__(self, x_BxLxD: jax.Array, segment_BxL: jax.Array) -> jax.Array:
-    y_BxLxD = self.attention(self.norm_attention(x_BxLxD), segment_BxL)
-    x_BxLxD += y_BxLxD
-    h_TxD = _flat(self.norm_ffn(x_BxLxD))
-    return x_BxLxD + self.ffn(h_TxD).reshape(x_BxLxD.shape)
-
-
-class PreNorm(nnx.Module):
-  """x + attention(norm(x)), then the experts' answer to norm(x).
+class Routed(nnx.Module):
+  """The (router, same experts) steps of one layer (Chain-of-Experts).
 
   Args:
-    routers: the routers of the I iterations, stacked.
+    routers: one, or one for each of the I iterations, stacked.
     shared: experts that see every token in every iteration, or None.
+    scale_I: what a learned link multiplies answers by, or None.
   """
+
+  def __init__(
+    self, routers: nnx.Module, shared: Dense | None, scale_I: nnx.Param | None
+  ):
+    self.routers, self.shared, self.scale_I = routers, shared, scale_I
+
+  def __call__(
+    self,
+    h0_TxD: jax.Array,
+    memory: Any,
+    experts: Callable[..., jax.Array],
+    wiring: Wiring,
+    ctx: routing.Ctx,
+  ) -> tuple[jax.Array, Any, dict[str, Any]]:
+    """Returns h_TxD, the router memory, and aux with a leading axis I.
+
+    `ctx.forced` has that axis too. With routing 'once' it is 1 long.
+    """
+    h_TxD, reports, plan = h0_TxD, [], None
+    for i in range(wiring.iterations):
+      if plan is None or wiring.routing != 'once':
+        router = at(self.routers, i if wiring.routing == 'each' else 0)
+        plan, aux, memory = router(h_TxD, ctx.at_iteration(i), memory)
+        reports.append(aux)
+      y_TxD = wiring.strategy(h_TxD, plan, experts)
+      if self.shared is not None:
+        y_TxD += self.shared(h_TxD)
+      y_TxD = drop(y_TxD, wiring.dropout, ctx, 2 + i)
+      scale = None if self.scale_I is None else self.scale_I[...][i]
+      last = i == wiring.iterations - 1
+      h_TxD = wiring.link.join(h0_TxD, h_TxD, y_TxD, scale, last)
+    return h_TxD, memory, jax.tree.map(lambda *a: jnp.stack(a), *reports)
+
+
+Feed = Dense | Routed
+
+
+class Block(nnx.Module):
+  """The contract, and what all blocks share.
+
+  Args:
+    norm: (D) -> a norm.
+    cross: the attention to another sequence, or None.
+
+  Attributes:
+    normalised: the block's answer is normalised, so that the model needs no
+      norm after its last layer.
+  """
+
+  normalised = False
 
   def __init__(
     self,
     D: int,
+    norm: Callable[[int], nnx.Module],
     attention: Attention,
-    routers: nnx.Module,
-    shared: Dense | None,
+    cross: Attention | None,
+    feed: Feed,
   ):
-    self.norm_attention, self.norm_ffn = Norm(D), Norm(D)
-    self.attention, self.routers, self.shared = attention, routers, shared
+    self.attention, self.cross, self.feed = attention, cross, feed
+    self.norm_attention, self.norm_feed = norm(D), norm(D)
+    if cross is not None:
+      self.norm_cross = norm(D)
 
   def __call__(
     self,
     x_BxLxD: jax.Array,
-    memory: tuple[Any, Any],
-    experts: Callable[..., jax.Array],
+    memory: Memory,
+    experts: Callable[..., jax.Array] | None,
     wiring: Wiring,
     ctx: routing.Ctx,
-    segment_BxL: jax.Array,
-  ) -> tuple[jax.Array, tuple[Any, Any], dict[str, Any]]:
-    """Returns x, (residual memory, router memory), aux stacked over I."""
-    shape = x_BxLxD.shape
-    residual_memory, router_memory = memory
-    y_BxLxD = self.attention(self.norm_attention(x_BxLxD), segment_BxL)
-    x_TxD = _flat(x_BxLxD + y_BxLxD)
-    h_TxD = wiring.residual.peek(self.norm_ffn(x_TxD), residual_memory)
-    h_TxD, router_memory, aux = iterate(
-      self.routers, self.shared, h_TxD, router_memory, experts, wiring, ctx
+    view: View,
+    source: Source = None,
+  ) -> tuple[jax.Array, Memory, dict[str, Any] | None]:
+    raise NotImplementedError
+
+  def _attend(self, x_BxLxD, wiring, ctx, view):
+    return _drop(self.attention(x_BxLxD, view), wiring, ctx, 0)
+
+  def _cross(self, x_BxLxD, wiring, ctx, source):
+    source_BxMxD, view = source
+    return _drop(self.cross(x_BxLxD, view, source_BxMxD), wiring, ctx, 1)
+
+  def _peek(self, h_BxLxD, memory, wiring):
+    """The look-ahead of a routed layer; a dense one sees h as it is."""
+    if isinstance(self.feed, Dense):
+      return h_BxLxD
+    return _peek(h_BxLxD, memory, wiring)
+
+  def _join(self, x_BxLxD, h_BxLxD, memory, experts, wiring, ctx):
+    """x with the answer to h: by the residual rule, or in a dense layer x + y.
+
+    Returns x, memory, aux.
+    """
+    x_TxD, h_TxD = flat(x_BxLxD), flat(h_BxLxD)
+    if isinstance(self.feed, Dense):
+      x_TxD += drop(self.feed(h_TxD), wiring.dropout, ctx, 2)
+      return x_TxD.reshape(x_BxLxD.shape), memory, None
+    kept, router_memory = memory
+    h_TxD, router_memory, aux = self.feed(
+      h_TxD, router_memory, experts, wiring, ctx
     )
-    x_TxD, residual_memory = wiring.residual.apply(
-      x_TxD, residual_memory, h_TxD, ctx.depth
-    )
-    return x_TxD.reshape(shape), (residual_memory, router_memory), aux
+    x_TxD, kept = wiring.residual.apply(x_TxD, kept, h_TxD, ctx.depth)
+    return x_TxD.reshape(x_BxLxD.shape), (kept, router_memory), aux
 
 
-BLOCKS = {'pre': PreNorm}
+class PreNorm(Block):
+  """x + attention(norm(x)), then x with the answer to norm(x)."""
+
+  def __call__(self, x, memory, experts, wiring, ctx, view, source=None):
+    x += self._attend(self.norm_attention(x), wiring, ctx, view)
+    if source is not None:
+      x += self._cross(self.norm_cross(x), wiring, ctx, source)
+    h = self._peek(self.norm_feed(x), memory, wiring)
+    return self._join(x, h, memory, experts, wiring, ctx)
 
 
-def iterate(
-  routers: nnx.Module,
-  shared: Dense | None,
-  h0_TxD: jax.Array,
-  memory: Any,
-  experts: Callable[..., jax.Array],
-  wiring: Wiring,
-  ctx: routing.Ctx,
-) -> tuple[jax.Array, Any, dict[str, Any]]:
-  """The (router, same experts) steps of one layer (Chain-of-Experts).
+class PostNorm(Block):
+  """norm(x + attention(x)), then norm of x with its answer (1706.03762)."""
 
-  `routers` and `ctx.forced` have a leading axis I. Returns h_TxD, the router
-  memory and aux with a leading axis I.
+  normalised = True
+
+  def __call__(self, x, memory, experts, wiring, ctx, view, source=None):
+    x = self.norm_attention(x + self._attend(x, wiring, ctx, view))
+    if source is not None:
+      x = self.norm_cross(x + self._cross(x, wiring, ctx, source))
+    h = self._peek(x, memory, wiring)
+    x, memory, aux = self._join(x, h, memory, experts, wiring, ctx)
+    return self.norm_feed(x), memory, aux
+
+
+class AuthorsLM(Block):
+  """MomentumSMoE's language model (2410.14574, the released code).
+
+  norm(x + attention(x)), then norm(x + inner(x with the answer to x)): the
+  residual is added twice. A dense layer is norm(x + y), as in their GLaM.
   """
-  h_TxD, reports = h0_TxD, []
-  for i in range(wiring.iterations):
-    here = ctx.replace(
-      key=jax.random.fold_in(ctx.key, i),
-      batch_key=jax.random.fold_in(ctx.batch_key, i),
-      forced=None if ctx.forced is None else ctx.forced[i],
-    )
-    y_TxD, aux, memory = moe(
-      h_TxD, at(routers, i), experts, wiring.strategy, here, memory
-    )
-    if shared is not None:
-      y_TxD += shared(h_TxD)
-    h_TxD = wiring.link(h0_TxD, h_TxD, y_TxD)
-    reports.append(aux)
-  return h_TxD, memory, jax.tree.map(lambda *a: jnp.stack(a), *reports)
+
+  normalised = True
+
+  def __init__(self, D, norm, attention, cross, feed):
+    super().__init__(D, norm, attention, cross, feed)
+    if isinstance(feed, Routed):
+      self.norm_inner = norm(D)
+
+  def __call__(self, x, memory, experts, wiring, ctx, view, source=None):
+    del source
+    x = self.norm_attention(x + self._attend(x, wiring, ctx, view))
+    if isinstance(self.feed, Dense):
+      y, memory, aux = self._join(x, x, memory, experts, wiring, ctx)
+    else:
+      z, memory, aux = self._routed(x, memory, experts, wiring, ctx)
+      y = x + z
+    return self.norm_feed(y), memory, aux
+
+  def _routed(self, x, memory, experts, wiring, ctx):
+    h = self._peek(x, memory, wiring)
+    z, memory, aux = self._join(x, h, memory, experts, wiring, ctx)
+    return self.norm_inner(z), memory, aux
+
+
+class AuthorsLMInside(AuthorsLM):
+  """The same with the inner norm before the experts (`pre_lnorm` there)."""
+
+  def _routed(self, x, memory, experts, wiring, ctx):
+    h = self._peek(self.norm_inner(x), memory, wiring)
+    return self._join(x, h, memory, experts, wiring, ctx)
+
+
+class VMoE(Block):
+  """Momentum V-MoE: pre-norm, and one more norm after each layer.
+
+  The look-ahead follows the norm, in dense layers too. With the residual rule
+  `plain` it is the baseline with as many norms.
+  """
+
+  def __init__(self, D, norm, attention, cross, feed):
+    super().__init__(D, norm, attention, cross, feed)
+    self.norm_after = norm(D)
+
+  def __call__(self, x, memory, experts, wiring, ctx, view, source=None):
+    del source
+    x += self._attend(self.norm_attention(x), wiring, ctx, view)
+    h = _peek(self.norm_feed(x), memory, wiring)
+    x, memory, aux = self._join(x, h, memory, experts, wiring, ctx)
+    return self.norm_after(x), memory, aux
+
+
+BLOCKS = {
+  'pre': PreNorm,
+  'post': PostNorm,
+  'authors_lm': AuthorsLM,
+  'authors_lm_inside': AuthorsLMInside,
+  'vmoe': VMoE,
+}
+CROSSING = ('pre', 'post')  # blocks that can attend to another sequence
+
+
+def drop(
+  x_TxD: jax.Array, rate: float, ctx: routing.Ctx, place: int
+) -> jax.Array:
+  """Dropout (Srivastava et al. 2014), drawn for each token of the batch.
+
+  Args:
+    place: tells apart the dropouts of one layer.
+  """
+  if not (rate and ctx.train):
+    return x_TxD
+  keys_T = ctx.token_keys(jax.random.fold_in(ctx.layer_key, place))
+  keep = lambda key: jax.random.bernoulli(key, 1 - rate, x_TxD.shape[1:])
+  return jnp.where(jax.vmap(keep)(keys_T), x_TxD / (1 - rate), 0)
 
 
 def stack(
@@ -141,5 +289,16 @@ def at(stacked: nnx.Module, i: int) -> nnx.Module:
   return nnx.merge(graph, jax.tree.map(lambda a: a[i], state))
 
 
-def _flat(x_BxLxD):
+def flat(x_BxLxD: jax.Array) -> jax.Array:
+  """x_TxD."""
   return x_BxLxD.reshape(-1, x_BxLxD.shape[-1])
+
+
+def _peek(h_BxLxD, memory, wiring):
+  h_TxD = wiring.residual.peek(flat(h_BxLxD), memory[0])
+  return h_TxD.reshape(h_BxLxD.shape)
+
+
+def _drop(y_BxLxD, wiring, ctx, place):
+  y_TxD = drop(flat(y_BxLxD), wiring.dropout, ctx, place)
+  return y_TxD.reshape(y_BxLxD.shape)

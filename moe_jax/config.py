@@ -5,12 +5,14 @@ returns it. On a command line `--config.model.E=16` changes one value.
 """
 
 import difflib
+import inspect
+import typing
 from typing import Any
 
 import ml_collections
 from ml_collections import config_dict
 
-from moe_jax import routers
+from moe_jax import attention, dataset, objective, residual, routers
 
 # May differ when a run is continued: they do not change the mathematics.
 FREE = (
@@ -20,6 +22,8 @@ FREE = (
   'keep_checkpoints',
   'description',
   'data.eval_bytes',
+  'data.eval_lines',
+  'data.eval_images',
   'data.cache_dir',
   'model.gmm',
   'model.remat',
@@ -44,48 +48,9 @@ def default() -> ml_collections.ConfigDict:
   c.checkpoint_every = 0
   c.keep_checkpoints = 2
 
-  c.data = dict(
-    source='python_stdlib',  # or text
-    path='',  # text: globs, by commas: plain, .xz, .gz or .jsonl
-    field='',  # the field of a .jsonl record that holds its text
-    eval_path='',  # held-out files by glob; '' holds out a fraction
-    eval_fraction=0.1,
-    tokenizer='bpe',  # trained on the training text; or bytes
-    vocab_size=4096,  # of the BPE, with its separator
-    cache_dir='',  # '' is $MOE_JAX_CACHE or ~/.cache/moe_jax
-    eval_bytes=200_000,  # held-out bytes of a periodic evaluation; 0 is all
-  )
-  c.model = dict(
-    name='decoder',
-    N=4,  # layers
-    D=256,  # width
-    H=4,  # query heads
-    J=4,  # key-value heads
-    F=1024,  # hidden width of a dense layer
-    E=8,  # experts that a MoE layer owns
-    expert_F=512,  # hidden width of an expert
-    shared_F=0,  # of the shared expert, which sees every token; 0 has none
-    pattern='m',  # of the layers, repeated: d is dense, m is MoE
-    first_dense=0,  # dense layers before the pattern begins
-    layers_per_pool=1,  # MoE layers that share their experts (ReXMoE)
-    iterations=1,  # (router, same experts) steps in a layer (CoE)
-    link='replace',  # how their answers join: replace, add or init
-    residual=dict(name='plain'),  # or replace, heavy_ball
-    router=router('topk'),
-    block='pre',  # where norms and residuals sit
-    activation='swiglu',  # or geglu, gelu, relu
-    bias=False,  # in the feed-forwards
-    tied=True,  # the output head is the embedding
-    theta=10_000.0,  # base of the rotary frequencies
-    dtype='float32',  # of the computation; or bfloat16, float64
-    remat=False,  # recompute layers in the backward pass, not their routing
-    gmm='auto',  # grouped matmul, see ops.gmm; auto chooses for the platform
-  )
-  c.objective = dict(
-    name='next_token',
-    # Weights of what the router reports: 1 at perfect balance (z apart).
-    losses=dict(balance=0.01, sequence_balance=0.0, z=0.001),
-  )
+  c.data = source('python_stdlib')
+  c.model = model('decoder')
+  c.objective = choice('objective', 'next_token', losses=dict(LOSSES))
   c.optimizer = dict(
     name='adamw',  # or muon: orthogonal momentum for matrices
     learning_rate=3e-3,  # at its highest
@@ -105,38 +70,166 @@ def default() -> ml_collections.ConfigDict:
   return c
 
 
-def router(name: str, **options) -> ml_collections.ConfigDict:
-  """A router and all its options, so that a command line can set each."""
-  known = routers.options(name)
-  for key in options:
-    if key not in known:
-      text = unknown(key, known, f'router {name} has no option')
-      raise ValueError(
-        f"{text}; to switch routers, have config.router('{name}') in the"
-        ' config file'
-      )
-  c = ml_collections.ConfigDict({'name': name})
-  for key, value in {**known, **options}.items():
-    placeholder = config_dict.placeholder(routers.option_type(name, key))
-    c[key] = placeholder if value is None else value
+# Weights of what routers report: 1 at perfect balance (z apart).
+LOSSES = {'balance': 0.01, 'sequence_balance': 0.0, 'z': 0.001}
+
+# What every model's layers have; moe_jax/trunk.py builds them.
+LAYERS = dict(
+  N=4,  # layers
+  D=256,  # width
+  H=4,  # query heads
+  F=1024,  # hidden width of a dense layer
+  E=8,  # experts that a MoE layer owns
+  expert_F=512,  # hidden width of an expert
+  shared_F=0,  # of the shared expert, which sees every token; 0 has none
+  pattern='m',  # of the layers, repeated: d is dense, m is MoE
+  first_dense=0,  # dense layers before the pattern begins
+  layers_per_pool=1,  # MoE layers that share their experts (ReXMoE)
+  ragged_pool=False,  # the last pool may have fewer layers
+  iterations=1,  # (router, same experts) steps in a layer (CoE)
+  routing='each',  # a router an iteration; or shared, or once: the first plan
+  link='replace',  # how their answers join: replace, add, init or upcycle
+  block='pre',  # where norms and residuals sit, see moe_jax/block.py
+  norm='rms',  # or layer
+  eps=1e-6,  # of the norms
+  activation='swiglu',  # or geglu, gelu, relu
+  bias=False,  # in the feed-forwards, and in a head of its own
+  init='lecun',  # of weights, see moe_jax/init.py
+  dropout=0.0,  # of embeddings and of every layer's answers
+  dtype='float32',  # of the computation; or bfloat16, float64
+  remat=False,  # recompute layers in the backward pass, not their routing
+  gmm='auto',  # grouped matmul, see ops.gmm; auto chooses for the platform
+)
+
+# What a model has beside its layers, and what it changes in them.
+MODELS = {
+  'decoder': dict(
+    tied=True,  # the output head is the embedding
+    embed_std=0.02,  # of the initial embedding
+  ),
+  'translator': dict(
+    encoder_N=4,  # layers of the encoder; N is the decoder's
+    embed_std=0.02,
+    attention='full',
+    norm='layer',
+    activation='relu',
+    bias=True,
+  ),
+  'classifier': dict(
+    patch=2,  # rows and columns of a token
+    attention='full',
+    norm='layer',
+    activation='gelu',
+    bias=True,
+  ),
+}
+
+
+def model(name: str, **changes) -> ml_collections.ConfigDict:
+  """A model and all its fields, with these changes."""
+  own = _in(MODELS, 'model', name)
+  c = ml_collections.ConfigDict({'name': name, **LAYERS})
+  c.router = router('topk')
+  c.residual = choice('residual', 'plain')
+  c.attention = choice('attention', own.get('attention', 'rotary'))
+  for key, value in {**own, 'attention': c.attention, **changes}.items():
+    c[key] = value
   return c
 
 
+def attend(name: str, **options) -> ml_collections.ConfigDict:
+  """A kind of attention and all its options."""
+  return choice('attention', name, **options)
+
+
+def router(name: str, **options) -> ml_collections.ConfigDict:
+  """A router and all its options, so that a command line can set each."""
+  return choice('router', name, **options)
+
+
+def source(name: str, **options) -> ml_collections.ConfigDict:
+  """Where the data comes from, and all that can be said about it."""
+  c = choice('source', name, **options)
+  c.source = c.name
+  del c.name
+  return c
+
+
+# What a name stands for: the options are its keyword arguments. `name` is
+# what the section calls itself, `own` are arguments that others give.
+CHOICES = {
+  'router': lambda name: routers.get(name).__init__,
+  'attention': lambda name: attention.get(name).__init__,
+  'residual': lambda name: _in(residual.RULES, 'residual rule', name),
+  'objective': lambda name: _in(objective.OBJECTIVES, 'objective', name),
+  'source': lambda name: dataset.source(name).Config,
+}
+OWN = (
+  *('self', 'D', 'E', 'H', 'rngs', 'scheme', 'out_scale'),
+  *('losses', 'source', 'max_length'),
+)
+SECTIONS = {
+  'model.router': 'router',
+  'model.attention': 'attention',
+  'model.residual': 'residual',
+  'objective': 'objective',
+}
+
+
+def choice(kind: str, name: str, **options) -> ml_collections.ConfigDict:
+  """A named thing with all its options: {'name': name, option: value, ...}.
+
+  Raises:
+    ValueError: there is no such name or option; one line with the nearest.
+  """
+  parameters = inspect.signature(CHOICES[kind](name)).parameters.values()
+  known = {p.name: p for p in parameters if p.name not in OWN}
+  c = ml_collections.ConfigDict({'name': name})
+  for key, parameter in known.items():
+    c[key] = _typed(options.get(key, parameter.default), parameter)
+  for key, value in options.items():
+    if key == 'losses':
+      c[key] = value
+    elif key not in known:
+      text = unknown(key, known, f'{kind} {name} has no option')
+      raise ValueError(
+        f"{text}; to switch, have config.{kind}('{name}') in the config file"
+      )
+  return c
+
+
+def _in(table: dict[str, Any], kind: str, name: str) -> Any:
+  if name not in table:
+    raise ValueError(f'no {kind} {name!r}; there are {", ".join(table)}')
+  return table[name]
+
+
+def _typed(value: Any, parameter: inspect.Parameter) -> Any:
+  """The value; for None a placeholder that a command line can set."""
+  if value is not None:
+    return value
+  types = typing.get_args(parameter.annotation) or (parameter.annotation,)
+  return config_dict.placeholder(next(t for t in types if t is not type(None)))
+
+
 def resolve(c: ml_collections.ConfigDict) -> dict[str, Any]:
-  """The config as plain values, with the router's options filled in.
+  """The config as plain values, with the options of each choice filled in.
 
   Raises:
     ValueError: a key that default() lacks, or a value that cannot be; one
       line with the key, the value and the nearest known key.
   """
   values, known = c.to_dict(), default().to_dict()
-  options = dict(values['model']['router'])
-  filled = router(options.pop('name', ''), **options)
-  values['model']['router'] = filled.to_dict()
+  known['model'] = model(values['model'].get('name', '')).to_dict()
+  known['data'] = source(values['data'].get('source', '')).to_dict()
+  for path, kind in SECTIONS.items():
+    *outer, last = path.split('.')
+    section = values[outer[0]] if outer else values
+    options = dict(section[last])
+    section[last] = choice(kind, options.pop('name', ''), **options).to_dict()
   for key in flat(values):
-    if not key.startswith(('model.router.', 'model.residual.')):
-      if key not in flat(known):
-        raise ValueError(unknown(key, flat(known)))
+    if not key.startswith(tuple(SECTIONS)) and key not in flat(known):
+      raise ValueError(unknown(key, flat(known)))
   for key in ('steps', 'batch_size'):
     if values[key] < 1:
       raise ValueError(f'{key}={values[key]} is < 1')

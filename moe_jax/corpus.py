@@ -212,10 +212,26 @@ def _divide(
 
 
 def _text(config: DataConfig) -> tuple[list[Document], list[Document]]:
-  files = _matches(config.path, 'data.path')
-  if not config.eval_path:
+  files, eval_files = split_files(config.path, config.eval_path)
+  if not eval_files:
     return _hold_out(_read_all(files, config), config)
-  eval_files = _matches(config.eval_path, 'data.eval_path')
+  return _read_all(files, config), _read_all(eval_files, config)
+
+
+def split_files(
+  path: str, eval_path: str
+) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
+  """The files of data.path and those of data.eval_path, none where it is ''.
+
+  Both are comma-separated globs; each file is named once, in sorted order.
+
+  Raises:
+    DataError: a glob matches no file, or none is left to train on.
+  """
+  files = _matches(path, 'data.path')
+  if not eval_path:
+    return files, []
+  eval_files = _matches(eval_path, 'data.eval_path')
   # A file that both globs match is held out, or the evaluation would cheat.
   held = {file.resolve() for file in eval_files}
   train_files = [file for file in files if file.resolve() not in held]
@@ -226,10 +242,10 @@ def _text(config: DataConfig) -> tuple[list[Document], list[Document]]:
     )  # fmt: skip
   if not train_files:
     raise DataError(
-      f'data.eval_path {config.eval_path} holds out every file that data.path'
-      f' {config.path} matches'
+      f'data.eval_path {eval_path} holds out every file that data.path'
+      f' {path} matches'
     )
-  return _read_all(train_files, config), _read_all(eval_files, config)
+  return train_files, eval_files
 
 
 def _matches(patterns: str, key: str) -> list[pathlib.Path]:
@@ -251,8 +267,8 @@ def _matches(patterns: str, key: str) -> list[pathlib.Path]:
 def _read_all(files: list[pathlib.Path], config: DataConfig) -> list[Document]:
   documents = []
   for path in files:
-    raw, is_jsonl = _uncompressed(path)
-    if is_jsonl:
+    raw, suffix = uncompressed(path)
+    if suffix == '.jsonl':
       documents += _records(raw, path, config.field)
       continue
     if config.field:
@@ -272,8 +288,12 @@ def _listing(files: list[pathlib.Path]) -> str:
   return f'{files[0]}{more}'
 
 
-def _uncompressed(path: pathlib.Path) -> tuple[bytes, bool]:
-  """The bytes of a file, and whether they are JSON lines."""
+def uncompressed(path: pathlib.Path) -> tuple[bytes, str]:
+  """The bytes of a file, plain, .xz or .gz, and the suffix that is theirs.
+
+  Raises:
+    DataError: the file cannot be read, or is a broken archive.
+  """
   suffixes = path.suffixes
   try:
     raw = path.read_bytes()
@@ -288,7 +308,7 @@ def _uncompressed(path: pathlib.Path) -> tuple[bytes, bool]:
       raw = decompress(raw)
     except (lzma.LZMAError, OSError, EOFError, zlib.error) as error:
       raise DataError(f'{path} is broken: {error}') from error
-  return raw, suffixes[-1:] == ['.jsonl']
+  return raw, ''.join(suffixes[-1:])
 
 
 def _decode(raw: bytes, path: pathlib.Path) -> tuple[str, int]:

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moe_jax.init import Init, LECUN
+
 ACTIVATIONS = {
   'swiglu': (jax.nn.silu, True),
   'geglu': (jax.nn.gelu, True),
@@ -21,7 +23,8 @@ class Experts(nnx.Module):
 
   Args:
     activation: a name in ACTIVATIONS.
-    bias: whether each expert has biases, zero at first.
+    bias: whether each expert has biases.
+    init: of the weights and biases.
     gmm: (x_MxA, w_ExAxB, group_E) -> y_MxB, see ops.gmm.
     out_scale: factor on the initial down projection.
   """
@@ -35,22 +38,24 @@ class Experts(nnx.Module):
     activation: str,
     gmm: Callable[..., jax.Array],
     bias: bool = False,
+    init: Init = LECUN,
     out_scale: float = 1.0,
     rngs: nnx.Rngs,
   ):
     self.E, self.gmm, self.activation = E, gmm, activation
     _, gated = ACTIVATIONS[activation]
-    init = nnx.initializers.lecun_normal(batch_axis=0)
-    self.up_ExDxF = nnx.Param(init(rngs.params(), (E, D, F)))
+    weight = lambda A, B: init.weight(rngs.params(), (E, A, B), A, B)
+    self.up_ExDxF = nnx.Param(weight(D, F))
     if gated:
-      self.gate_ExDxF = nnx.Param(init(rngs.params(), (E, D, F)))
-    self.down_ExFxD = nnx.Param(init(rngs.params(), (E, F, D)) * out_scale)
+      self.gate_ExDxF = nnx.Param(weight(D, F))
+    self.down_ExFxD = nnx.Param(weight(F, D) * out_scale)
     self.bias = bias
     if bias:
-      self.bias_up_ExF = nnx.Param(jnp.zeros((E, F)))
-      self.bias_down_ExD = nnx.Param(jnp.zeros((E, D)))
+      bias_of = lambda A, B: nnx.Param(init.bias(rngs.params(), (E, B), A))
+      self.bias_up_ExF = bias_of(D, F)
+      self.bias_down_ExD = bias_of(F, D)
       if gated:
-        self.bias_gate_ExF = nnx.Param(jnp.zeros((E, F)))
+        self.bias_gate_ExF = bias_of(D, F)
 
   def __call__(self, rows_MxD: jax.Array, group_E: jax.Array) -> jax.Array:
     """y_MxD; rows from sum(group_E) on are undefined."""
@@ -102,6 +107,7 @@ class Dense(nnx.Module):
     *,
     activation: str,
     bias: bool = False,
+    init: Init = LECUN,
     out_scale: float = 1.0,
     rngs: nnx.Rngs,
   ):
@@ -112,6 +118,7 @@ class Dense(nnx.Module):
       activation=activation,
       gmm=_dense,
       bias=bias,
+      init=init,
       out_scale=out_scale,
       rngs=rngs,
     )

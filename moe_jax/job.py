@@ -7,12 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 from flax import nnx
 
 from moe_jax import config as configs
-from moe_jax import data, models, objective, ops, optimizer, parallel, tokenizer
+from moe_jax import dataset, models, objective, ops, optimizer, parallel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,22 +28,14 @@ class Job:
   schedule: Callable[[int], jax.Array]  # step, from 0 -> learning rate
   mesh: jax.sharding.Mesh
   implementation: dict[str, str]
-  corpus: data.Corpus
-  tokenizer: tokenizer.Tokenizer
-  train_N: np.ndarray
-  eval_N: np.ndarray
+  dataset: dataset.Dataset
 
   def train_batches(self):
     c = self.config
-    return data.train_iterator(
-      self.train_N, c['batch_size'], c['seq_len'], c['seed']
-    )
+    return self.dataset.train_batches(c['batch_size'], c['seed'])
 
-  def eval_batches(self, share: float = 1.0) -> data.EvalBatches:
-    c = self.config
-    return data.eval_batches(
-      self.eval_N, c['batch_size'], c['seq_len'], share=share
-    )
+  def eval_batches(self, share: float = 1.0):
+    return self.dataset.eval_batches(self.config['batch_size'], share=share)
 
 
 def prepare(config: Any, workdir: str) -> Job | None:
@@ -67,14 +58,13 @@ def prepare(config: Any, workdir: str) -> Job | None:
   )
   settings = optimizer.Config(**c['optimizer'])
   goal = objective.get(**c['objective'])
-  data_config = data.DataConfig(**c['data'])
-  _model(c, gmm, strategy, V=8)  # before the time that the data takes
-  corpus = data.load(data_config)
-  c['corpus_sha256'] = corpus.sha256
+  source = dataset.source(c['data']['source'])
+  data_config = source.Config(**c['data'])
+  _model(c, gmm, strategy, source.sizes)  # before the time that the data takes
+  found = source.load(data_config, c['seq_len'])
+  c['corpus_sha256'] = found.sha256
   _, changed = _earlier(c, workdir)  # now with the corpus
-  tok = tokenizer.get(data_config, corpus)
-  train_N, eval_N = data.streams(data_config, corpus, tok)
-  init = _model(c, gmm, strategy, V=tok.vocab_size)
+  init = _model(c, gmm, strategy, found.sizes)
   job = Job(
     config=c,
     workdir=workdir,
@@ -86,20 +76,17 @@ def prepare(config: Any, workdir: str) -> Job | None:
     schedule=optimizer.schedule(settings, c['steps']),
     mesh=mesh,
     implementation={'gmm': gmm, 'strategy': strategy_name},
-    corpus=corpus,
-    tokenizer=tok,
-    train_N=train_N,
-    eval_N=eval_N,
+    dataset=found,
   )
   job.train_batches(), job.eval_batches()  # is there enough for one batch?
   return job
 
 
-def _model(c, gmm, strategy, V):
+def _model(c, gmm, strategy, sizes):
   """Returns a function that makes the model; raises if it cannot be made."""
-  values = {**c['model'], 'gmm': gmm}
+  values = {**c['model'], 'gmm': gmm, **sizes}
   module = models.get(values.pop('name'))
-  model_config = module.Config(V=V, **values)
+  model_config = module.Config(**values)
 
   def init():
     model = module.build(

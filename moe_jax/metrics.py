@@ -172,14 +172,11 @@ class Progress:
     if due or step >= self.total:
       self._draw(now)
 
-  def evaluation(
-    self, step: int, loss: float, bits_per_byte: float | None = None
-  ) -> None:
-    """Prints an evaluation as a line of its own."""
-    text = f'eval step {step}: loss {_number(loss)}'
-    if bits_per_byte is not None:
-      text += f', {_number(bits_per_byte)} bits/byte'
-    self.note(text)
+  def evaluation(self, step: int, values: dict[str, float]) -> None:
+    """Prints an evaluation, {'eval_loss': ...}, as a line of its own."""
+    named = {k.removeprefix('eval_'): _number(v) for k, v in values.items()}
+    text = ', '.join(f'{k.replace("_", " ")} {v}' for k, v in named.items())
+    self.note(f'eval step {step}: {text}')
 
   def note(self, text: str) -> None:
     """Prints a line above the progress line, which stays."""

@@ -2,12 +2,15 @@
 
 A rule is three functions, as optax's transformations are two:
 
-  init(x) -> memory              for the first layer
+  init(x) -> memory              for the first layer, all zeros
   peek(h, memory) -> h           what the layer looks at, the identity for most
   apply(x, memory, h, depth) -> x, memory
 
-A link is how the answers of several iterations join inside one layer:
-link(h0, h, y) -> h, with h0 the layer's input and y the newest answer.
+`depth` is int32, traced, and counts MoE layers from 0; memory has the shape and
+the type of x. The momentum rules are of MomentumSMoE (Teo and Nguyen 2024,
+arXiv 2410.14574): depth is time, a layer's answer is a negative gradient.
+
+A link is how the answers of several iterations join inside one layer.
 """
 
 from collections.abc import Callable
@@ -19,15 +22,14 @@ import jax.numpy as jnp
 
 class Residual(NamedTuple):
   init: Callable[[jax.Array], Any]
-  peek: Callable[[jax.Array, Any], jax.Array]
   apply: Callable[[jax.Array, Any, jax.Array, jax.Array], tuple]
+  peek: Callable[[jax.Array, Any], jax.Array] = lambda h, memory: h
 
 
 def plain() -> Residual:
   """x + h."""
   return Residual(
     init=lambda x: (),
-    peek=lambda h, memory: h,
     apply=lambda x, memory, h, depth: (x + h, memory),
   )
 
@@ -36,16 +38,17 @@ def replace() -> Residual:
   """h: the stream is carried by the link (Chain-of-Experts, 2506.18945)."""
   return Residual(
     init=lambda x: (),
-    peek=lambda h, memory: h,
     apply=lambda x, memory, h, depth: (h, memory),
   )
 
 
-def heavy_ball(mu: float = 0.7, gamma: float = 1.0, sign: float = 1.0):
-  """m = mu m + gamma h; x + sign m (MomentumSMoE, arXiv 2410.14574).
+def heavy_ball(
+  mu: float = 0.7, gamma: float = 1.0, sign: float = 1.0
+) -> Residual:
+  """m = mu m + gamma h; x + sign m.
 
-  The authors' code subtracts, sign = -1. With mu = 0, gamma = sign = 1 this is
-  `plain`, bit for bit.
+  The authors' code subtracts, sign = -1; their "negative momentum" is mu < 0.
+  With mu = 0, gamma = sign = 1 this is `plain`, bit for bit.
   """
 
   def apply(x, memory, h, depth):
@@ -53,22 +56,122 @@ def heavy_ball(mu: float = 0.7, gamma: float = 1.0, sign: float = 1.0):
     memory = mu * memory + gamma * h
     return x + sign * memory, memory
 
-  return Residual(init=jnp.zeros_like, peek=lambda h, memory: h, apply=apply)
+  return Residual(jnp.zeros_like, apply)
 
 
-RULES = {'plain': plain, 'replace': replace, 'heavy_ball': heavy_ball}
+def adam(
+  gamma: float = 1.0,
+  b1: float = 0.9,
+  b2: float = 0.999,
+  mu: float = 0.7,
+  momentum_gamma: float = 1.0,
+  layers: str = 'first',
+  decay: float = 1.0,
+  eps: float = 1e-8,
+) -> Residual:
+  """p = b1 p + (1 - b1) h; v = b2 v + (1 - b2) h^2; eps inside the root:
+
+    (1 - decay) x - gamma p / sqrt(v + eps), without a correction of the bias.
+
+  With layers='first' that is the first MoE layer, and those above it go on with
+  m = mu m + momentum_gamma h; x - m, in which the first answer counts too; so
+  has it the authors' code, and decay 1. With 'all' it is every layer.
+  """
+  if layers not in ('first', 'all'):
+    raise ValueError(f"layers is {layers!r}, not 'first' or 'all'")
+
+  def apply(x, memory, h, depth):
+    p, v, m = memory
+    here = depth == 0 if layers == 'first' else True
+    p = jnp.where(here, b1 * p + (1 - b1) * h, p)
+    v = jnp.where(here, b2 * v + (1 - b2) * h * h, v)
+    m = mu * m + momentum_gamma * h
+    step = gamma * p / jnp.sqrt(v + eps)
+    return jnp.where(here, (1 - decay) * x - step, x - m), (p, v, m)
+
+  return Residual(lambda x: (jnp.zeros_like(x),) * 3, apply)
+
+
+def robust(rho: float = 0.2, kappa: float = 1.25) -> Residual:
+  """m = alpha m - h; x + beta m, with h answered at what peek shows.
+
+  The robust momentum method (Cyrus et al. 2018, arXiv 1710.04753) of rate rho
+  for condition numbers up to kappa and curvatures up to 1: ValueError unless
+  1 - 1 / sqrt(kappa) <= rho <= 1 - 1 / kappa.
+  """
+  if kappa <= 1:
+    raise ValueError(f'kappa is {kappa}, not above 1')
+  low, high = 1 - kappa**-0.5, 1 - 1 / kappa
+  if not low - 1e-9 <= rho <= high + 1e-9:
+    between = f'[{low:.4f}, {high:.4f}]'
+    raise ValueError(f'rho is {rho}, not in {between} of kappa={kappa}')
+  alpha = kappa * rho**3 / (kappa - 1)
+  beta = kappa * (1 - rho) ** 2 * (1 + rho)
+  ahead = rho**3 / ((kappa - 1) * (1 - rho) ** 2 * (1 + rho)) * beta
+
+  def apply(x, memory, h, depth):
+    del depth
+    memory = alpha * memory - h
+    return x + beta * memory, memory
+
+  return Residual(jnp.zeros_like, apply, lambda h, memory: h + ahead * memory)
+
+
+def complex_momentum(
+  b1: float = 0.7, b2: float = 0.1, gamma: float = 1.0
+) -> Residual:
+  """m = (b1 + i b2) m + gamma h; x - Re m, with m as a pair of real arrays."""
+
+  def apply(x, memory, h, depth):
+    del depth
+    real, imaginary = memory
+    real, imaginary = (
+      b1 * real - b2 * imaginary + gamma * h,
+      b1 * imaginary + b2 * real,
+    )
+    return x - real, (real, imaginary)
+
+  return Residual(lambda x: (jnp.zeros_like(x),) * 2, apply)
+
+
+MOMENTUM = {
+  'heavy_ball': heavy_ball,
+  'adam': adam,
+  'robust': robust,
+  'complex': complex_momentum,
+}
+RULES = {'plain': plain, 'replace': replace, **MOMENTUM}
+
+
+class Link(NamedTuple):
+  """join(h0, h, y, scale, last) -> h of the next iteration, or the answer.
+
+  h0 is the layer's input, h the iteration's, y its answer; last is a bool.
+  `learned`: scale is a learned scalar of the iteration, 0 at first; else None.
+  """
+
+  join: Callable[..., jax.Array]
+  learned: bool = False
+
 
 LINKS = {
-  'replace': lambda h0, h, y: y,
-  'add': lambda h0, h, y: h + y,
-  'init': lambda h0, h, y: h0 + y,
+  'replace': Link(lambda h0, h, y, scale, last: y),
+  'add': Link(lambda h0, h, y, scale, last: h + y),
+  'init': Link(lambda h0, h, y, scale, last: h0 + y),
+  # At first every iteration sees h0, so the last answers as a plain layer does.
+  'upcycle': Link(
+    lambda h0, h, y, scale, last: y if last else h0 + scale.astype(y.dtype) * y,
+    learned=True,
+  ),
 }
 
 # Two carriers of the same residual: the answer that a momentum rule averages
 # would contain the layer's own input, which a link has already added.
+_CARRIED = 'momentum acts on answers, not on a carried input'
 REFUSED = {
-  ('add', 'heavy_ball'): 'momentum acts on answers, not on a carried input',
-  ('init', 'heavy_ball'): 'momentum acts on answers, not on a carried input',
+  (link, rule): _CARRIED
+  for link in ('add', 'init', 'upcycle')
+  for rule in MOMENTUM
 }
 
 

@@ -46,8 +46,8 @@ CHUNKS_AT_ONCE = 64
 class Tokenizer(abc.ABC):
   """A vocabulary of `vocab_size` ids, the `separator` among them.
 
-  `token_bytes` is int32 [V]: the UTF-8 bytes each id stands for, 0 for the
-  separator; so `token_bytes[ids].sum()` is the size of the text.
+  `token_bytes` is int32 [V]: the UTF-8 bytes each id stands for, 0 for those
+  that no text gives; so `token_bytes[ids].sum()` is the size of the text.
   """
 
   vocab_size: int
@@ -56,13 +56,13 @@ class Tokenizer(abc.ABC):
 
   @abc.abstractmethod
   def encode(self, texts: list[str]) -> list[np.ndarray]:
-    """One int32 array of ids for each text; never the separator."""
+    """One int32 array of ids for each text; never one that no text gives."""
 
   @abc.abstractmethod
   def decode(self, ids: Iterable[int]) -> str:
     """The text of `ids`: exact for what `encode` gave.
 
-    Separators vanish; bytes that are no UTF-8 become U+FFFD.
+    Ids that no text gives vanish; bytes that are no UTF-8 become U+FFFD.
     """
 
   @abc.abstractmethod
@@ -105,6 +105,7 @@ class Bytes(Tokenizer):
 class BPE(Tokenizer):
   """A byte-level BPE of the `tokenizers` library; the separator is id 0.
 
+  `specials` names the ids that no text gives, the separator among them.
   `save` writes the library's own tokenizer.json, which other tools read too.
   """
 
@@ -113,10 +114,15 @@ class BPE(Tokenizer):
     library.encode_special_tokens = True
     self._library = library
     self.vocab_size = library.get_vocab_size()
-    self.separator = library.token_to_id(SEPARATOR)
-    if self.separator is None:
+    self.specials = {
+      token.content: index
+      for index, token in library.get_added_tokens_decoder().items()
+      if token.special
+    }
+    if SEPARATOR not in self.specials:
       raise ValueError(f'the tokenizer has no token {SEPARATOR}')
-    self._bytes = _token_bytes(library, self.separator)
+    self.separator = self.specials[SEPARATOR]
+    self._bytes = _token_bytes(library, set(self.specials.values()))
     self.token_bytes = np.array([len(b) for b in self._bytes], np.int32)
 
   def encode(self, texts: list[str]) -> list[np.ndarray]:
@@ -154,25 +160,42 @@ def get(config: DataConfig, corpus: Corpus) -> Tokenizer:
   """
   if config.tokenizer == 'bytes':
     return Bytes()
-  key = f'{corpus.sha256} {config.vocab_size} {TRAINER_VERSION} {PATTERN}'
+  return cached_bpe(
+    corpus.train, corpus.sha256, config.vocab_size, config.cache_dir
+  )
+
+
+def cached_bpe(
+  texts: list[str],
+  sha256: str,
+  vocab_size: int,
+  cache_dir: str,
+  specials: tuple[str, ...] = (SEPARATOR,),
+) -> BPE:
+  """What `train` returns, kept in the cache under the `sha256` of the texts."""
+  key = f'{sha256} {vocab_size} {TRAINER_VERSION} {PATTERN} {specials}'
   name = f'bpe-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json'
 
   def read(path: pathlib.Path) -> Tokenizer:
     tokenizer = load(path)
-    if tokenizer.vocab_size != config.vocab_size:
+    if tokenizer.vocab_size != vocab_size:
       raise ValueError(f'it has {tokenizer.vocab_size} tokens')
     return tokenizer
 
   return cache.cached(
-    path=cache.directory(config.cache_dir) / name,
+    path=cache.directory(cache_dir) / name,
     read=read,
-    make=lambda: train(corpus.train, config.vocab_size),
+    make=lambda: train(texts, vocab_size, specials),
     write=lambda path, tokenizer: tokenizer.save(path),
   )
 
 
-def train(texts: list[str], vocab_size: int) -> BPE:
+def train(
+  texts: list[str], vocab_size: int, specials: tuple[str, ...] = (SEPARATOR,)
+) -> BPE:
   """A BPE of exactly `vocab_size` tokens; same texts, same BPE.
+
+  The `specials` are ids 0, 1, ...; the separator must be among them.
 
   Raises:
     DataError: `vocab_size` is below 257 or more than `texts` can fill.
@@ -188,7 +211,7 @@ def train(texts: list[str], vocab_size: int) -> BPE:
   library.decoder = tokenizers.decoders.ByteLevel()
   trainer = trainers.BpeTrainer(
     vocab_size=vocab_size,
-    special_tokens=[SEPARATOR],
+    special_tokens=list(specials),
     initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     show_progress=False,
   )
@@ -237,8 +260,10 @@ def _chunks(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _token_bytes(library: tokenizers.Tokenizer, separator: int) -> list[bytes]:
-  """The bytes of every id, empty for the separator.
+def _token_bytes(
+  library: tokenizers.Tokenizer, specials: set[int]
+) -> list[bytes]:
+  """The bytes of every id, empty for the specials.
 
   Raises:
     ValueError: a token is not spelled in the alphabet of byte-level BPE.
@@ -247,7 +272,7 @@ def _token_bytes(library: tokenizers.Tokenizer, separator: int) -> list[bytes]:
   spelled = []
   for index in range(library.get_vocab_size()):
     token = library.id_to_token(index)
-    if index == separator:
+    if index in specials:
       token = ''
     if token is None or not set(token) <= byte_of.keys():
       raise ValueError(f'token {index} is {token!r}, not bytes')

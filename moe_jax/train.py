@@ -1,5 +1,6 @@
 """The training loop: one jitted step, evaluation, checkpoints, a report."""
 
+import collections
 import contextlib
 import json
 import math
@@ -11,10 +12,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from moe_jax import checkpoint, metrics, models, parallel, report, routers
+from moe_jax import (
+  checkpoint,
+  metrics,
+  models,
+  pairs,
+  parallel,
+  report,
+  routers,
+  translate,
+)
 from moe_jax.job import Job
 
 
@@ -42,18 +51,19 @@ def make_step(job: Job) -> Callable[[TrainState, Any], tuple]:
   """(state, batch) -> state, metrics: one optimiser step."""
   parts = job.config['optimizer']['accumulate']
 
-  def loss_of(params, state, batch, microbatch):
+  def loss_of(params, state, tokens, batch, microbatch):
     forward = _forward(job, state._replace(params=params), microbatch, True)
-    loss, found = job.objective(forward, batch)
+    loss, found = job.objective(forward, batch, tokens)
     return loss, {'loss': loss, **found, 'aux': _fixed_size(found['aux'])}
 
   def step(state, batch):
     # Row i goes to microbatch i % parts, so that no row changes its device.
     cut = lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1)
+    tokens = jnp.sum(batch['mask_BxL']) / parts
 
     def add_gradient(total, scanned):
       gradient = jax.grad(loss_of, has_aux=True)
-      grads, found = gradient(state.params, state, *scanned)
+      grads, found = gradient(state.params, state, tokens, *scanned)
       return jax.tree.map(jnp.add, total, grads), found
 
     grads, found = jax.lax.scan(
@@ -72,7 +82,7 @@ def make_step(job: Job) -> Callable[[TrainState, Any], tuple]:
     router_state = state.router_state
     if found['aux']:
       model = models.bind(job.model, params, router_state)
-      router_state = model.updated_state(found['aux']['load_E'])
+      router_state = model.updated_state(found['aux'])
     state = TrainState(state.step + 1, params, router_state, opt_state)
     return state, {**found, 'grad_norm': norm}
 
@@ -92,6 +102,7 @@ def _forward(job, state, microbatch, train):
       train=train,
       microbatch=microbatch,
       pass_=pass_,
+      steps=job.config['steps'],
     )
     return model(batch, ctx)
 
@@ -99,15 +110,17 @@ def _forward(job, state, microbatch, train):
 
 
 def make_eval(job: Job) -> Callable[..., tuple]:
-  """(state, batch, index) -> the sum of nats, of targets and of their bytes."""
-  token_bytes_V = job.tokenizer.token_bytes
+  """(state, batch, index) -> sums over its targets: the objective's, bytes."""
+  token_bytes_V = job.dataset.token_bytes
 
   def evaluate(state, batch, index):
     batch['row_B'] += index * batch['row_B'].shape[0]
     _, found = job.objective(_forward(job, state, index, False), batch)
-    bytes_BxL = jnp.asarray(token_bytes_V)[batch['target_BxL']]
-    count = jnp.sum(jnp.where(batch['mask_BxL'] > 0, bytes_BxL, 0))
-    return found['nll_sum'], found['tokens'], count
+    sums = {k: v for k, v in found.items() if k != 'aux'}
+    if token_bytes_V is not None:
+      bytes_BxL = jnp.asarray(token_bytes_V)[batch['target_BxL']]
+      sums['bytes'] = jnp.sum(jnp.where(batch['mask_BxL'] > 0, bytes_BxL, 0))
+    return sums
 
   return jax.jit(evaluate)
 
@@ -115,24 +128,32 @@ def make_eval(job: Job) -> Callable[..., tuple]:
 def evaluate(
   job: Job, run_eval: Callable[..., tuple], state: TrainState, share: float
 ) -> dict[str, float]:
-  """Mean nats per token and bits per byte over that share of held-out text."""
-  sums = np.zeros(3)
+  """Means over that share of what is held out.
+
+  Nats per target; of text bits per byte, of images the accuracy, of two passes
+  the divergence.
+  """
+  sums = collections.Counter()
   for index, batch in enumerate(job.eval_batches(share)):
     batch = parallel.put_batch(batch, job.mesh)
     found = run_eval(state, batch, jnp.int32(index))
-    sums += np.array([float(x) for x in found])
-  nats, tokens, count = sums
-  return {
-    'eval_loss': nats / tokens,
-    'eval_bits_per_byte': nats / math.log(2) / count,
-  }
+    sums.update({k: float(v) for k, v in found.items()})
+  nats, tokens = sums['nll_sum'], sums['tokens']
+  values = {'eval_loss': nats / tokens}
+  if 'bytes' in sums:
+    values['eval_bits_per_byte'] = nats / math.log(2) / sums['bytes']
+  for name, key in (('accuracy', 'correct'), ('consistency', 'consistency')):
+    if f'{key}_sum' in sums:
+      values[f'eval_{name}'] = sums[f'{key}_sum'] / tokens
+  return values
 
 
 def run(job: Job) -> dict[str, Any]:
   """Trains to the end, continuing what the work directory holds.
 
-  Leaves config.json, tokenizer.json, metrics.jsonl, checkpoints and, at the
-  end, summary.json and report.html. Returns the summary.
+  Leaves config.json, what the data needs (tokenizer.json), metrics.jsonl,
+  checkpoints and, at the end, summary.json and report.html. Returns the
+  summary.
   """
   wide = job.config['model']['dtype'] == 'float64'
   with jax.enable_x64(True) if wide else contextlib.nullcontext():
@@ -141,11 +162,11 @@ def run(job: Job) -> dict[str, Any]:
 
 def _run(job):
   c, began = job.config, time.monotonic()
-  tokens_per_step = c['batch_size'] * c['seq_len']
+  tokens_per_step = c['batch_size'] * job.dataset.length
   job.workdir.mkdir(parents=True, exist_ok=True)
   (job.workdir / 'summary.json').unlink(missing_ok=True)  # of fewer steps
   _write_json(job.workdir / 'config.json', c)
-  job.tokenizer.save(job.workdir / 'tokenizer.json')
+  job.dataset.save(job.workdir)
   state, batches = initial_state(job), job.train_batches()
   saved = checkpoint.Checkpoints(job.workdir, c['keep_checkpoints'])
   # What a checkpoint keeps beside the state.
@@ -158,8 +179,8 @@ def _run(job):
   stopwatch = _Stopwatch(record['train_seconds'], record['train_steps'])
   run_step, run_eval = make_step(job), make_eval(job)
   writer = metrics.Writer(job.workdir, start)
-  cost = models.get(c['model']['name']).cost(job.model, c['seq_len'])
-  share = job.corpus.eval_share(c['data']['eval_bytes'])
+  cost = models.get(c['model']['name']).cost(job.model, job.dataset.length)
+  share = job.dataset.eval_share
 
   def due(key, step):
     return c[key] > 0 and step % c[key] == 0
@@ -190,13 +211,17 @@ def _run(job):
           part = 1.0 if step == end else share
           record['evaluation'] = evaluate(job, run_eval, state, part)
           writer.write(step, record['evaluation'])
-          progress.evaluation(step, *record['evaluation'].values())
+          progress.evaluation(step, record['evaluation'])
         if saves:
           record['train_seconds'], record['train_steps'] = stopwatch.total()
           record['seconds'] = time.monotonic() - began
           saved.save(step, state, {**record, 'batches': batches.get_state()})
         stopwatch.start(step)
   saved.close()
+  if isinstance(job.dataset, pairs.Pairs) and c['data']['bleu_lines']:
+    found = _bleu(job, state)
+    record['evaluation'] |= found
+    progress.evaluation(end, found)
   summary = _summary(job, cost, record, time.monotonic() - began)
   _write_json(job.workdir / 'summary.json', summary)
   report.write(job.workdir)
@@ -204,9 +229,30 @@ def _run(job):
   return summary
 
 
+def _bleu(job, state):
+  """BLEU of the model's translations."""
+  c = job.config['data']
+  search = translate.searcher(job.dataset, c['beam'], c['penalty'])
+
+  @jax.jit
+  def run(state, batch, index):
+    batch['row_B'] += index * batch['row_B'].shape[0]
+    model = models.bind(job.model, state.params, state.router_state)
+    seed_key = jax.random.key(job.config['seed'])
+    ctx = routers.context(batch, seed_key, state.step, train=False)
+    return search(model, batch, ctx)
+
+  def of(batch, index):
+    return run(state, parallel.put_batch(batch, job.mesh), jnp.int32(index))
+
+  share = min(1.0, c['bleu_lines'] / len(job.dataset.eval_pairs))
+  size = job.config['batch_size']
+  return translate.scores(job.dataset, of, size, share)
+
+
 def _summary(job, cost, record, wall_seconds):
   c = job.config
-  per_step = c['batch_size'] * c['seq_len']
+  per_step = c['batch_size'] * job.dataset.length
   tokens = c['steps'] * per_step
   if record['train_steps']:
     rate = record['train_steps'] * per_step / record['train_seconds']
@@ -223,8 +269,8 @@ def _summary(job, cost, record, wall_seconds):
     'implementation': job.implementation,
     'devices': [str(d) for d in job.mesh.devices.flat],
     'versions': versions(),
-    'corpus_sha256': job.corpus.sha256,
-    'corpus': job.corpus.description,
+    'corpus_sha256': job.dataset.sha256,
+    'corpus': job.dataset.description,
     'config_description': c['description'],
   }
 
@@ -256,18 +302,19 @@ class _Stopwatch:
 
 def _fixed_size(aux):
   """What is logged of a model's aux: nothing that grows with the batch."""
-  return {k: v for k, v in aux.items() if k != 'route'}
+  return [{k: v for k, v in a.items() if k != 'route'} for a in aux]
 
 
 def _join(found):
   """Metrics of a whole batch from those of its microbatches."""
-  mean = jax.tree.map(lambda a: jnp.mean(a, axis=0), found)
-  add = lambda a: jnp.sum(a, axis=0)
-  mean['nll_sum'] = add(found['nll_sum'])
-  mean['tokens'] = add(found['tokens'])
-  if found['aux']:
-    mean['aux']['load_E'] = add(found['aux']['load_E'])
-  return mean
+  sums = ('load_E', 'tokens')
+
+  def join(path, a):
+    name = str(path[-1].key)
+    add = name in sums or name.endswith('_sum')
+    return jnp.sum(a, axis=0) if add else jnp.mean(a, axis=0)
+
+  return jax.tree_util.tree_map_with_path(join, found)
 
 
 def _line(job, step, found):
@@ -279,15 +326,15 @@ def _line(job, step, found):
     'total_loss': found['loss'],
     'grad_norm': found['grad_norm'],
     'learning_rate': job.schedule(step - 1),
-    'tokens': step * c['batch_size'] * c['seq_len'],
+    'tokens': step * c['batch_size'] * job.dataset.length,
   }
-  if aux := found['aux']:
+  for aux in found['aux']:
     load = aux['load_E'].reshape(-1, aux['load_E'].shape[-1])
-    line['load'] = load / load.sum(axis=1, keepdims=True)
-    line['entropy'] = aux['entropy'].reshape(-1)
-    line['dropped'] = aux['dropped'].reshape(-1)
-    for name, value in aux['losses'].items():
-      line[name] = value.reshape(-1)
+    rows = {'load': load / load.sum(axis=1, keepdims=True)}
+    rows |= {k: aux[k].reshape(-1) for k in ('entropy', 'dropped')}
+    rows |= {k: v.reshape(-1) for k, v in aux['losses'].items()}
+    for name, value in rows.items():  # of one segment after another
+      line[name] = [*line.get(name, []), *value]
   return line
 
 
@@ -300,7 +347,7 @@ def _introduction(job, cost, start):
     f'{job.mesh.size} x {device.device_kind}, '
     + ', '.join(f'{k} {v}' for k, v in job.implementation.items())
   )
-  yield f'data: {job.corpus.description}'
+  yield f'data: {job.dataset.description}'
   yield (
     f'parameters: {metrics.si(cost["params_total"])}, '
     f'{metrics.si(cost["params_active"])} active,'

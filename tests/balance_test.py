@@ -75,6 +75,36 @@ def test_gradients_go_through_probabilities_alone():
   assert not d_load.any()
 
 
+def test_kept_is_switch_among_the_kept():
+  logits_TxE = np.float32(np.random.default_rng(0).normal(size=(6, E)))
+  keep_E, load_E = np.array([1, 0, 1, 1], bool), np.array([5, 0, 1, 6])
+  probs_TxE = np.float32(oracle.softmax(logits_TxE[:, keep_E]))
+  np.testing.assert_allclose(
+    balance.kept(logits_TxE, np.int32(load_E), keep_E),
+    balance.switch(probs_TxE, np.int32(load_E[keep_E])),
+    1e-6,
+  )
+  logits_TxE[:, ~keep_E] = 1e3  # the others count nothing, whatever they are
+  slope_TxE = jax.grad(balance.kept)(logits_TxE, np.float32(load_E), keep_E)
+  assert np.isfinite(slope_TxE).all() and not slope_TxE[:, ~keep_E].any()
+  assert slope_TxE[:, keep_E].any()
+
+
+def test_spread_by_hand():
+  score_GxTxE = _probs(B, L, E, scale=2)
+  total_GxE = np.float64(score_GxTxE).sum(1)
+  expected = np.mean((total_GxE.std(1) / total_GxE.mean(1)) ** 2)
+  np.testing.assert_allclose(balance.spread(score_GxTxE), expected, 1e-5)
+
+
+def test_spread_lies_between_none_and_all_on_one_expert():
+  even = np.ones((B, L, E), np.float32)
+  assert float(balance.spread(even)) == 0
+  np.testing.assert_array_equal(jax.grad(balance.spread)(even), 0)
+  one = np.broadcast_to(np.eye(E, dtype=np.float32)[1], (B, L, E))
+  assert float(balance.spread(one)) == pytest.approx(E - 1)
+
+
 def test_no_load_at_all_is_finite():
   nothing = balance.switch(_probs(6, E), np.zeros(E, np.int32))
   assert float(nothing) == 0

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe_jax import block, models, objective, parallel, routers
+from moe_jax import attention, block, models, objective, ops, parallel, routers
 from moe_jax.models import decoder
 from moe_jax.plan import by_token, combine, dispatch
 
@@ -22,7 +22,6 @@ TINY = {
   'N': 2,
   'D': 16,
   'H': 2,
-  'J': 1,
   'F': 24,
   'E': 4,
   'expert_F': 8,
@@ -30,15 +29,22 @@ TINY = {
   'pattern': 'm',
   'first_dense': 0,
   'layers_per_pool': 1,
+  'ragged_pool': False,
   'iterations': 1,
+  'routing': 'each',
   'link': 'replace',
   'residual': {'name': 'plain'},
   'router': {'name': 'topk', 'k': 2},
+  'attention': {'name': 'rotary', 'J': 1, 'theta': 100.0},
   'block': 'pre',
+  'norm': 'rms',
+  'eps': 1e-6,
   'activation': 'swiglu',
   'bias': False,
+  'init': 'lecun',
+  'dropout': 0.0,
   'tied': True,
-  'theta': 100.0,
+  'embed_std': 0.02,
   'dtype': 'float32',
   'remat': False,
   'gmm': 'cpu',
@@ -89,6 +95,15 @@ def _batch(seed=0):
   }
 
 
+def _segment(tree):
+  """What is stacked over pools and layers, of a tree like the model."""
+  return tree['trunk']['body']
+
+
+def _with_segment(tree, segment):
+  return {**tree, 'trunk': {**tree['trunk'], 'body': segment}}
+
+
 def _ctx(batch, forced=None):
   return routers.context(
     batch, jax.random.key(0), jnp.int32(3), train=True, forced=forced
@@ -105,7 +120,7 @@ def _run(model, params, batch, forced=None):
 
 
 def _loss(model, params, batch):
-  goal = objective.next_token({'balance': 0.1, 'z': 0.01})
+  goal = objective.next_token(losses={'balance': 0.1, 'z': 0.01})
   return goal(lambda batch, pass_: _forward(model, params, batch), batch)
 
 
@@ -152,50 +167,58 @@ def _by_hand(model, params, batch):
   c = model.c
   model = models.bind(model, params, _state(model))
   ctx, segment_BxL = _ctx(batch), batch['segment_BxL']
+  view = attention.View(segment_BxL, segment_BxL, causal=True)
   x_BxLxD = model.embed_VxD[...][batch['ids_BxL']]
   found, depth, momentum = [], 0, None
 
   def dense(layer, x_BxLxD):
-    x_BxLxD += layer.attention(layer.norm_attention(x_BxLxD), segment_BxL)
-    h_TxD = layer.norm_ffn(x_BxLxD).reshape(T, c.D)
-    return x_BxLxD + layer.ffn(h_TxD).reshape(B, L, c.D)
+    x_BxLxD += layer.attention(layer.norm_attention(x_BxLxD), view)
+    h_TxD = layer.norm_feed(x_BxLxD).reshape(T, c.D)
+    return x_BxLxD + layer.feed(h_TxD).reshape(B, L, c.D)
 
   for n in range(c.first):
-    x_BxLxD = dense(block.at(model.first, n), x_BxLxD)
-  for g in range(c.pools):
-    experts = block.at(model.pools, g)
-    for r in range(c.layers_per_pool):
-      at = lambda stacked, g=g, r=r: block.at(block.at(stacked, g), r)
-      d = 0
-      for kind in c.pattern:
-        if kind == 'd':
-          x_BxLxD, d = dense(block.at(at(model.dense), d), x_BxLxD), d + 1
-          continue
-        layer = at(model.moe)
-        x_BxLxD += layer.attention(layer.norm_attention(x_BxLxD), segment_BxL)
-        h_TxD = h0_TxD = layer.norm_ffn(x_BxLxD).reshape(T, c.D)
-        for i in range(c.iterations):
-          here = ctx.at_layer(jnp.int32(depth), None)
-          here = here.replace(key=jax.random.fold_in(here.key, i))
-          plan, aux, _ = block.at(layer.routers, i)(h_TxD, here, ())
-          y_TxD = experts(dispatch(h_TxD, plan), plan.group_E)
-          y_TxD = combine(y_TxD, plan, T)
-          if c.shared_F:
-            y_TxD += layer.shared(h_TxD)
-          start = {'replace': 0, 'add': h_TxD, 'init': h0_TxD}[c.link]
-          h_TxD = start + y_TxD
-          found.append(aux)
-        answer_BxLxD = h_TxD.reshape(B, L, c.D)
-        rule = dict(c.residual)
-        if rule['name'] == 'replace':
-          x_BxLxD = answer_BxLxD
-        elif rule['name'] == 'heavy_ball':
-          momentum = 0 if momentum is None else rule['mu'] * momentum
-          momentum += rule['gamma'] * answer_BxLxD
-          x_BxLxD += rule['sign'] * momentum
-        else:
-          x_BxLxD += answer_BxLxD
-        depth += 1
+    x_BxLxD = dense(block.at(model.trunk.first, n), x_BxLxD)
+  places = [
+    (body, g, r)
+    for body, (G, R) in zip(
+      model.trunk.segments().values(), c.pools, strict=True
+    )
+    for g in range(G)
+    for r in range(R)
+  ]
+  for body, g, r in places:
+    experts = block.at(body.pools, g)
+    at = lambda stacked, g=g, r=r: block.at(block.at(stacked, g), r)
+    d = 0
+    for kind in c.pattern:
+      if kind == 'd':
+        x_BxLxD, d = dense(block.at(at(body.dense), d), x_BxLxD), d + 1
+        continue
+      layer = at(body.moe)
+      x_BxLxD += layer.attention(layer.norm_attention(x_BxLxD), view)
+      h_TxD = h0_TxD = layer.norm_feed(x_BxLxD).reshape(T, c.D)
+      for i in range(c.iterations):
+        here = ctx.at_depth(jnp.int32(depth), None)
+        here = here.replace(key=jax.random.fold_in(here.key, i))
+        plan, aux, _ = block.at(layer.feed.routers, i)(h_TxD, here, ())
+        y_TxD = experts(dispatch(h_TxD, plan), plan.group_E)
+        y_TxD = combine(y_TxD, plan, T)
+        if c.shared_F:
+          y_TxD += layer.feed.shared(h_TxD)
+        start = {'replace': 0, 'add': h_TxD, 'init': h0_TxD}[c.link]
+        h_TxD = start + y_TxD
+        found.append(aux)
+      answer_BxLxD = h_TxD.reshape(B, L, c.D)
+      rule = dict(c.residual)
+      if rule['name'] == 'replace':
+        x_BxLxD = answer_BxLxD
+      elif rule['name'] == 'heavy_ball':
+        momentum = 0 if momentum is None else rule['mu'] * momentum
+        momentum += rule['gamma'] * answer_BxLxD
+        x_BxLxD += rule['sign'] * momentum
+      else:
+        x_BxLxD += answer_BxLxD
+      depth += 1
   head_DxV = model.embed_VxD[...].T if c.tied else model.head_DxV[...]
   return model.norm(x_BxLxD) @ head_DxV, found
 
@@ -252,9 +275,10 @@ def test_scan_is_the_unrolled_loop(name):
   expected_BxLxV, found = by_hand(params, _batch())
   _assert_close(logits_BxLxV, expected_BxLxV, 1e-5)
   if not c.pools:
-    assert aux == {} and found == []
+    assert aux == [] and found == []
     return
-  shape = (c.pools, c.layers_per_pool, c.iterations)
+  (shape,), (aux,) = c.pools, aux
+  shape = (*shape, c.iterations)
   expected = jax.tree.map(
     lambda *a: np.stack(a).reshape(*shape, *a[0].shape), *found
   )
@@ -265,7 +289,7 @@ def test_scan_is_the_unrolled_loop(name):
 
 
 def test_layers_and_iterations_draw_anew():
-  aux = _wired('random draws')[3]
+  (aux,) = _wired('random draws')[3]
   routes = np.asarray(aux['route']).reshape(4, -1)
   assert len({tuple(route) for route in routes.tolist()}) == 4
 
@@ -296,16 +320,11 @@ def test_one_expert_for_all_is_a_dense_layer():
   moe = _model(E=1, router={'name': 'topk', 'k': 1}, expert_F=24)
   dense = _model(pattern='d', F=24)
   params = _params(moe)
-  layers = jax.tree.map(lambda a: a[:, 0], params['moe'])
-  pools = params['pools']
-  ffn = {'one': pools}
-  layers.pop('routers')
-  twin = {
-    **{k: params[k] for k in ('embed_VxD', 'norm')},
-    'first': {**layers, 'ffn': ffn},
-  }
+  layers = jax.tree.map(lambda a: a[:, 0], _segment(params)['moe'])
+  layers['feed'] = {'one': _segment(params)['pools']}
+  twin = {**params, 'trunk': {'first': layers}}
   assert jax.tree.structure(twin) == jax.tree.structure(_params(dense))
-  logits_BxLxV, aux = _run(moe, params, _batch())
+  logits_BxLxV, (aux,) = _run(moe, params, _batch())
   _assert_close(logits_BxLxV, _run(dense, twin, _batch())[0], 1e-6)
   assert not np.asarray(aux['dropped']).any()
   np.testing.assert_allclose(aux['losses']['balance'], 1)
@@ -318,14 +337,14 @@ def test_layers_that_share_a_pool_add_their_gradients():
   apart = _model(E=8)  # as many candidates, but for each layer its own
   swap = functools.partial(jax.tree.map, lambda a: a.swapaxes(0, 1))
   twice = functools.partial(jax.tree.map, lambda a: np.concatenate([a, a]))
-  twin = {
-    **params,
-    'moe': swap(params['moe']),
-    'pools': twice(params['pools']),
-  }
+  body = _segment(params)
+  twin = _with_segment(
+    params, {'moe': swap(body['moe']), 'pools': twice(body['pools'])}
+  )
   loss, grads = _grads(shared, params)
   loss_apart, grads_apart = _grads(apart, twin)
   np.testing.assert_array_equal(loss, loss_apart)
+  grads, grads_apart = _segment(grads), _segment(grads_apart)
   _assert_equal(grads['moe'], swap(grads_apart['moe']))
   for name, d in grads_apart['pools'].items():
     # Both layers reach their experts, and the pool gets the sum of both.
@@ -344,11 +363,12 @@ def test_expert_parameters_are_counted_once():
   assert plain == 4 * 4 * 3 * 16 * 8
   for changes in ({'layers_per_pool': 4}, {'iterations': 3}):
     assert cost(**changes)['expert_params'] == plain
-  pooled = _shapes(N=4, layers_per_pool=2, iterations=3)
+  pooled = _segment(_shapes(N=4, layers_per_pool=2, iterations=3))
   assert pooled['pools']['up_ExDxF'] == (2, 8, 16, 8)
   # Every layer and iteration has a router, over all candidates of the pool.
-  assert pooled['moe']['routers']['w_DxE'] == (2, 2, 3, 16, 8)
-  assert _shapes(N=4)['moe']['routers']['w_DxE'] == (4, 1, 1, 16, 4)
+  assert pooled['moe']['feed']['routers']['w_DxE'] == (2, 2, 3, 16, 8)
+  routers = _segment(_shapes(N=4))['moe']['feed']['routers']
+  assert routers['w_DxE'] == (4, 1, 1, 16, 4)
 
 
 def test_k_may_exceed_E_where_a_pool_has_more_candidates():
@@ -426,13 +446,13 @@ def test_a_recorded_routing_is_replayed_through_the_whole_model():
   model = _model(iterations=2, layers_per_pool=2)
   params, batch = _params(model), _batch()
   run = jax.jit(functools.partial(_forward, model))
-  logits_BxLxV, aux = run(params, batch)
-  again_BxLxV, again = run(params, batch, aux['route'])
+  logits_BxLxV, (aux,) = run(params, batch)
+  again_BxLxV, (again,) = run(params, batch, [aux['route']])
   _assert_equal((again_BxLxV, again), (logits_BxLxV, aux))
   moved = jax.tree.map(lambda a: 1.5 * a[..., ::-1], params)
-  free = run(moved, batch)[1]['route']
+  free = run(moved, batch)[1][0]['route']
   assert not np.array_equal(free, aux['route'])
-  kept_BxLxV, kept = run(moved, batch, aux['route'])
+  kept_BxLxV, (kept,) = run(moved, batch, [aux['route']])
   _assert_equal(kept['route'], aux['route'])
   assert np.abs(kept_BxLxV - run(moved, batch)[0]).max() > 1e-3
 
@@ -465,7 +485,7 @@ def test_later_tokens_change_nothing_where_a_router_is_causal(
   router, monkeypatch
 ):
   """All tokens after a place are replaced: no gradient could see a choice."""
-  monkeypatch.setattr(decoder.ops, 'gmm', _row_by_row)
+  monkeypatch.setattr(ops, 'gmm', _row_by_row)
   model = _model(router=router)
   params = _params(model)
   run = jax.jit(functools.partial(_forward, model))
@@ -481,7 +501,7 @@ def test_later_tokens_change_nothing_where_a_router_is_causal(
       difference = np.abs(other_BxLxV - whole_BxLxV)
       assert difference[:, cut:].max() > 1e-2
       moved = max(moved, difference[:, :cut].max())
-  if model.moe.routers.causal:
+  if model.trunk.body.moe.feed.routers.causal:
     assert moved == 0.0
   else:
     assert moved > 1e-3
@@ -539,7 +559,7 @@ def remembering(monkeypatch):
 
 def test_memory_goes_from_router_to_router(remembering):
   params, batch = _params(remembering), _batch()
-  _, aux = _run(remembering, params, batch)
+  _, (aux,) = _run(remembering, params, batch)
   seen = np.asarray(aux['old_TxE']).reshape(4, T, 8)  # layer 0, 0, 1, 1
   left = np.asarray(aux['logits_TxE']).reshape(4, T, 8)
   _assert_equal(seen[0], np.ones((T, 8), np.float32))
@@ -549,11 +569,13 @@ def test_memory_goes_from_router_to_router(remembering):
 
 def test_a_gradient_reaches_the_first_router_through_memory(remembering):
   def last(params):
-    _, aux = _forward(remembering, params, _batch())
+    _, (aux,) = _forward(remembering, params, _batch())
     return jnp.sum(aux['logits_TxE'][0, 1, 1])
 
   grads = jax.jit(jax.grad(last))(_params(remembering))
-  d_RxI = np.abs(grads['moe']['routers']['w_DxE'][0]).max(axis=(2, 3))
+  d_RxI = np.abs(_segment(grads)['moe']['feed']['routers']['w_DxE'][0]).max(
+    axis=(2, 3)
+  )
   assert (d_RxI > 1e-4).all()
 
 
@@ -566,9 +588,9 @@ def _routed():
 
 
 def test_bfloat16_is_close_and_ends_in_float32():
-  logits_BxLxV, aux = _routed()
-  low_BxLxV, low = _run(
-    _model(dtype='bfloat16'), _plain()[1], _batch(), aux['route']
+  logits_BxLxV, (aux,) = _routed()
+  low_BxLxV, (low,) = _run(
+    _model(dtype='bfloat16'), _plain()[1], _batch(), [aux['route']]
   )
   assert low_BxLxV.dtype == jnp.float32
   assert jax.tree.map(lambda a: a.dtype, low) == jax.tree.map(
@@ -579,11 +601,11 @@ def test_bfloat16_is_close_and_ends_in_float32():
 
 
 def test_float64_agrees():
-  logits_BxLxV, aux = _routed()
+  logits_BxLxV, (aux,) = _routed()
   with jax.enable_x64(True):
     wide = jax.tree.map(np.float64, _plain()[1])
-    high_BxLxV, high = _run(
-      _model(dtype='float64'), wide, _batch(), aux['route']
+    high_BxLxV, (high,) = _run(
+      _model(dtype='float64'), wide, _batch(), [aux['route']]
     )
     assert high_BxLxV.dtype == high['losses']['z'].dtype == jnp.float64
   _assert_close(np.asarray(logits_BxLxV), np.asarray(high_BxLxV), 1e-5)
@@ -606,7 +628,7 @@ def test_state_is_updated_for_every_router():
   load = np.random.default_rng(0).integers(0, 9, (2, 2, 3, 8), np.int32)
   update = lambda params, state: models.bind(
     model, params, state
-  ).updated_state(load)
+  ).updated_state([{'load_E': load}])
   new = jax.jit(update)(params, state)
   assert jax.tree.structure(new) == jax.tree.structure(state)
   expected = 0.5 * np.sign(load.mean(axis=-1, keepdims=True) - load)
@@ -617,7 +639,9 @@ def test_without_router_state_there_is_nothing_to_update():
   for changes in ({}, {'pattern': 'd'}):
     model = _model(**changes)
     bound = models.bind(model, _params(model), _state(model))
-    assert not jax.tree.leaves(bound.updated_state(np.ones((2, 1, 1, 4))))
+    assert not jax.tree.leaves(
+      bound.updated_state([{'load_E': np.ones((2, 1, 1, 4))}])
+    )
 
 
 def test_split_and_bind_are_inverse():
@@ -648,12 +672,13 @@ def test_projections_into_the_stream_start_smaller_the_deeper_the_model():
 
   params = jax.device_get(jax.jit(init)())
   assert jax.tree.map(np.shape, params) == _shapes(N=8, layers_per_pool=2)
-  attention = params['moe']['attention']
+  body = _segment(params)
+  projections = body['moe']['attention']
   std = lambda a, inputs: float(np.std(a)) * inputs**0.5
-  assert std(params['pools']['up_ExDxF'], 16) == pytest.approx(1, rel=0.1)
-  assert std(attention['query_DxHxS'], 16) == pytest.approx(1, rel=0.1)
-  assert std(params['pools']['down_ExFxD'], 8) == pytest.approx(0.25, rel=0.1)
-  assert std(attention['out_HxSxD'], 16) == pytest.approx(0.25, rel=0.1)
+  assert std(body['pools']['up_ExDxF'], 16) == pytest.approx(1, rel=0.1)
+  assert std(projections['query_DxHxS'], 16) == pytest.approx(1, rel=0.1)
+  assert std(body['pools']['down_ExFxD'], 8) == pytest.approx(0.25, rel=0.1)
+  assert std(projections['out_HxSxD'], 16) == pytest.approx(0.25, rel=0.1)
   assert (params['norm']['scale_D'] == 1).all()
 
 
@@ -699,7 +724,7 @@ def test_a_dense_model_is_all_active():
     ({'iterations': 0}, 'iterations=0'),
     ({'shared_F': -1}, 'shared_F=-1'),
     ({'H': 3}, r'H \(3\) .* D \(16\)'),
-    ({'H': 4, 'J': 3}, r'J \(3\) .* H \(4\)'),
+    ({'H': 4, 'attention': {'name': 'rotary', 'J': 3}}, r'J \(3\) .* H \(4\)'),
     ({'D': 6}, 'D=6 .* H=2 .* 3'),
     ({'pattern': 'dx'}, "'dx'"),
     ({'pattern': 'mm'}, "'mm'"),
@@ -709,9 +734,9 @@ def test_a_dense_model_is_all_active():
     ({'N': 3, 'layers_per_pool': 2}, r'layers_per_pool \(2\) .* \(3\)'),
     ({'activation': 'tanh'}, "'tanh'; there are swiglu"),
     ({'dtype': 'float8'}, "'float8'; there are float32"),
-    ({'block': 'post'}, "'post'; there are pre"),
+    ({'block': 'past'}, "'past'; there are pre"),
     ({'link': 'sum'}, "'sum'; there are replace"),
-    ({'residual': {'name': 'adam'}}, "'adam'; there are plain"),
+    ({'residual': {'name': 'eve'}}, "'eve'; there are plain"),
     ({'link': 'add', 'residual': HEAVY}, "'add' with residual 'heavy_ball'"),
     ({'link': 'init', 'residual': HEAVY}, "'init' with residual 'heavy_ball'"),
     ({'router': {'name': 'best'}}, "'best'; there are expert_choice"),
@@ -725,5 +750,7 @@ def test_what_cannot_be_built_is_told_in_one_line(changes, told):
 
 def test_models_are_found_by_their_file():
   assert models.get('decoder') is decoder
-  with pytest.raises(ValueError, match="'encoder'; there are decoder"):
+  with pytest.raises(
+    ValueError, match="'encoder'; there are classifier, decoder"
+  ):
     models.get('encoder')

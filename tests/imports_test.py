@@ -18,14 +18,21 @@ LEVELS = (
   {'main', 'commands'},
   {'train'},
   {'job'},
-  {'objective', 'data', 'tokenizer', 'corpus', 'cache', 'optimizer', 'metrics'}
-  | {'report', 'figures', 'checkpoint', 'models', 'config', 'malloc'},
+  {'objective', 'dataset', 'data', 'pairs', 'images', 'tokenizer', 'corpus'}
+  | {'cache', 'optimizer', 'metrics', 'report', 'figures', 'checkpoint'}
+  | {'models', 'config', 'malloc', 'beam', 'translate'},
+  {'trunk'},
   {'block', 'moe', 'routers', 'experts', 'residual', 'attention', 'parallel'},
-  {'plan', 'balance', 'ops'},
+  {'plan', 'balance', 'ops', 'norm', 'init'},
 )
 # Within a level.
 BESIDE = {
+  'config': {'dataset', 'objective'},
+  'dataset': {'data', 'pairs', 'images', 'tokenizer', 'corpus'},
   'data': {'tokenizer', 'corpus', 'cache'},
+  'pairs': {'tokenizer', 'corpus', 'cache'},
+  'images': {'corpus'},
+  'translate': {'beam', 'pairs'},
   'tokenizer': {'corpus', 'cache'},
   'corpus': {'cache'},
   'report': {'figures', 'metrics'},

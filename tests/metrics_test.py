@@ -188,7 +188,7 @@ def drive(stream, steps=100, seconds=1.0, start=0, note_at=None):
     clock.now += seconds
     progress.update(step, 4.0 - step / 100)
     if step == note_at:
-      progress.evaluation(step, 2.31, 1.95)
+      progress.evaluation(step, {'eval_loss': 2.31, 'eval_bits_per_byte': 1.95})
   progress.close()
 
 
@@ -198,7 +198,7 @@ def test_a_log_gets_whole_plain_lines_and_not_many():
   text = log.getvalue()
   assert all(c == '\n' or c.isprintable() for c in text) and text[-1] == '\n'
   lines = text.splitlines()
-  assert 'eval step 50: loss 2.310, 1.950 bits/byte' in lines
+  assert 'eval step 50: loss 2.310, bits per byte 1.950' in lines
   lines = [x for x in lines if x.startswith('step')]
   assert lines[0].startswith('step   1/100') and '-- left' in lines[0]
   assert lines[1] == (
@@ -235,7 +235,7 @@ def test_a_terminal_shows_one_progress_line_and_every_note(monkeypatch):
   terminal = Terminal()
   drive(terminal, note_at=50)
   rows = terminal.shown()
-  assert rows[0] == 'eval step 50: loss 2.310, 1.950 bits/byte'
+  assert rows[0] == 'eval step 50: loss 2.310, bits per byte 1.950'
   assert rows[1].startswith('step 100/100') and '#' in rows[1]
   assert rows[2:] == ['']
   assert terminal.getvalue().count('\r') > 100

@@ -24,14 +24,18 @@ T = B * L
 VARIANTS = {
   'topk': [
     {'score': 'sigmoid', 'bias_rate': 0.1, 'scale': 2.5},
-    {'renormalise': False, 'k': 3},
+    {'renormalise': False, 'k': 3, 'bias': True},
     {'capacity': 0.5},
     {'capacity': 1.0, 'k': 1, 'group': 6},
   ],
   'switch': [{'capacity': None}, {'jitter': 0.3, 'capacity': 0.5}],
   'expert_choice': [{'k': 1.5, 'group': 6}],
-  'random': [{'k': 2, 'per': 'sequence'}, {'per': 'batch'}],
+  'random': [{'k': 2, 'per': 'sequence'}, {'per': 'ensemble'}],
+  'rexmoe': [{'first': 2, 'mask': 'neginf', 'renormalise': True}],
+  'vmoe': [{'noise': 0.0, 'capacity': 0.5, 'group': 8}],
 }
+# The draws that `random` is declared to make in evaluation too.
+DRAWN = ('token', 'sequence', 'batch', 'position')
 CASES = [
   (name, options)
   for name in routers.names()
@@ -197,7 +201,7 @@ def _ctx(seed=0, forced=None, train=True, microbatch=0, step=0):
     train=train,
     microbatch=microbatch,
   )
-  return ctx.at_layer(jnp.int32(1), forced)
+  return ctx.at_depth(jnp.int32(1), forced)
 
 
 def _x(seed=0):
@@ -386,7 +390,8 @@ def test_without_training_only_declared_randomness_is_left(case):
   a, b = (
     layer.run(layer.params, _x(), _ctx(seed, train=False))[0] for seed in (0, 1)
   )
-  assert np.array_equal(a, b) == (case[0] != 'random')
+  draws = case[0] == 'random' and case[1].get('per', 'token') in DRAWN
+  assert np.array_equal(a, b) != draws
 
 
 def test_compiles_once(case):
@@ -440,7 +445,8 @@ def _route(case, x_TxD, ctx=None):
 
 
 def _logits(case, x_TxD):
-  return np.float64(x_TxD) @ np.float64(_of(case).params['router']['w_DxE'])
+  params = jax.tree.map(np.float64, _of(case).params['router'])
+  return np.float64(x_TxD) @ params['w_DxE'] + params.get('bias_logit_E', 0)
 
 
 @pytest.mark.parametrize(
@@ -575,6 +581,18 @@ def test_without_a_rate_there_is_no_state():
   assert router.update({}, jnp.ones(E)) == {}
 
 
+def test_torch_init_is_uniform_up_to_the_root_of_the_width():
+  make = lambda **options: routers.get('topk')(
+    256, 64, bias=True, rngs=nnx.Rngs(0), **options
+  )
+  torch, normal = make(init='torch'), make()
+  for param in (torch.w_DxE[...], torch.bias_logit_E[...]):
+    assert 0.9 / 16 < float(jnp.abs(param).max()) <= 1 / 16
+  assert float(jnp.std(torch.w_DxE[...])) == pytest.approx(3**-0.5 / 16, 0.02)
+  assert float(jnp.std(normal.w_DxE[...])) == pytest.approx(0.02, 0.02)
+  assert not normal.bias_logit_E[...].any()
+
+
 def test_jitter_is_drawn_in_training_alone():
   case = ('switch', VARIANTS['switch'][1])
   still, _ = _route(case, _x(), _ctx(train=False))
@@ -625,6 +643,33 @@ def test_random_per_batch_is_one_draw_for_each_microbatch():
   assert len(set(firsts[:3])) > 1 and len(set(firsts[2:])) > 1
 
 
+def test_random_per_position_is_one_draw_for_each_place():
+  drawn = [_drawn(_ctx(seed), k=2, per='position') for seed in range(2)]
+  assert (drawn[0] == drawn[0][:1]).all()
+  assert len({tuple(c) for c in drawn[0][0].tolist()}) > 2
+  assert (drawn[0] != drawn[1]).any()
+  other = _drawn(_ctx(microbatch=1), k=2, per='position')
+  np.testing.assert_array_equal(other, drawn[0])
+
+
+def test_fixed_and_ensemble_draw_nothing():
+  assert (_drawn(_ctx(), per='fixed', fixed=2) == 2).all()
+  plan, aux = _route(('random', {'per': 'ensemble'}), _x())
+  assert (np.sort(aux['route']) == np.arange(E)).all()
+  np.testing.assert_array_equal(plan.group_E, [T] * E)
+  np.testing.assert_array_equal(plan.weight_M, np.float32(1 / E))
+  assert _of(('random', {'per': 'ensemble'})).router.k == E
+
+
+def test_evaluation_may_draw_otherwise():
+  options = {'per': 'batch', 'eval_per': 'ensemble'}
+  assert _drawn(_ctx(), **options).shape == (B, L, 1)
+  assert _drawn(_ctx(train=False), **options).shape == (B, L, E)
+  options = {'per': 'batch', 'eval_per': 'token'}
+  as_token = _drawn(_ctx(train=False), per='token')
+  np.testing.assert_array_equal(_drawn(_ctx(train=False), **options), as_token)
+
+
 @pytest.mark.parametrize('per', ['token', 'sequence'])
 def test_a_row_draws_the_same_wherever_it_lies_in_the_batch(per):
   ctx = _ctx()
@@ -636,7 +681,7 @@ def test_a_row_draws_the_same_wherever_it_lies_in_the_batch(per):
 def test_layers_steps_and_passes_draw_anew():
   base = _ctx()
   first = _drawn(base, k=2)
-  for other in (base.at_layer(jnp.int32(2), None), _ctx(step=1), _ctx(seed=1)):
+  for other in (base.at_depth(jnp.int32(2), None), _ctx(step=1), _ctx(seed=1)):
     assert not np.array_equal(first, _drawn(other, k=2))
 
 
@@ -661,7 +706,8 @@ def test_keys_of_a_step_are_those_of_its_parts():
 
 
 def test_every_router_is_found_by_its_file():
-  assert {'topk', 'switch', 'expert_choice', 'random'} <= set(routers.names())
+  known = {'topk', 'switch', 'expert_choice', 'random', 'rexmoe', 'vmoe'}
+  assert known <= set(routers.names())
   for name in routers.names():
     assert issubclass(routers.get(name), routers.Router)
 
@@ -672,7 +718,11 @@ def test_an_unknown_router_is_named():
 
 
 def test_options_and_their_types():
-  assert routers.options('random') == {'k': 1, 'per': 'token'}
+  assert routers.options('switch') == {
+    'capacity': 1.25,
+    'group': None,
+    'jitter': 0.0,
+  }
   assert routers.options('topk')['capacity'] is None
   assert routers.option_type('topk', 'capacity') is float
   assert routers.option_type('topk', 'group') is int
@@ -693,6 +743,11 @@ def test_options_and_their_types():
     ('expert_choice', {'group': 0}, 'group is 0'),
     ('random', {'k': 5}, 'k is 5, .* 4 experts'),
     ('random', {'per': 'year'}, "'year'"),
+    ('random', {'eval_per': 'year'}, "eval_per is 'year'"),
+    ('random', {'k': 2, 'per': 'fixed'}, "k is 2, but per='fixed'"),
+    ('random', {'k': 2, 'eval_per': 'ensemble'}, "eval_per='ensemble'"),
+    ('random', {'per': 'fixed', 'fixed': 4}, 'fixed is 4, .* 4 experts'),
+    ('topk', {'init': 'zero'}, "'zero'"),
   ],
 )
 def test_options_that_no_router_could_follow_are_refused(name, options, told):
@@ -702,7 +757,11 @@ def test_options_that_no_router_could_follow_are_refused(name, options, told):
 
 @pytest.mark.parametrize(
   'name, options',
-  [('switch', {'group': 7}), ('expert_choice', {'group': 7})],
+  [
+    ('switch', {'group': 7}),
+    ('expert_choice', {'group': 7}),
+    ('vmoe', {'group': 7}),
+  ],
 )
 def test_a_group_that_does_not_divide_the_tokens_is_refused(name, options):
   router = routers.get(name)(D, E, rngs=nnx.Rngs(0), **options)

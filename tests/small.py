@@ -11,7 +11,8 @@ def small_config(corpus, **changes):
   c.data.update(
     source='text', path=str(corpus), tokenizer='bytes', eval_fraction=0.2
   )
-  c.model.update(N=2, D=16, H=2, J=1, E=4, expert_F=16, F=32)
+  c.model.update(N=2, D=16, H=2, E=4, expert_F=16, F=32)
+  c.model.attention.J = 1
   for key, value in changes.items():
     c.update_from_flattened_dict({key.replace('__', '.'): value})
   return c

@@ -36,6 +36,7 @@ class Ctx:
   key: jax.Array  # (seed, step, pass, layer, iteration)
   batch_key: jax.Array  # the same and the microbatch
   step_key: jax.Array  # (seed, step, layer)
+  layer_key: jax.Array  # (seed, step, pass, layer), of dropout
   step: jax.Array  # int32, optimiser steps done
   depth: jax.Array  # int32, index among the MoE layers
   row_B: jax.Array  # int32, the sequences here in the global batch
@@ -58,8 +59,8 @@ class Ctx:
       length=L,
     )
 
-  def at_layer(self, depth: jax.Array, forced: Any) -> 'Ctx':
-    """The Ctx of one MoE layer."""
+  def at_depth(self, depth: jax.Array, forced: Any) -> 'Ctx':
+    """The Ctx of the router of one MoE layer."""
     return self.replace(
       key=jax.random.fold_in(self.key, depth),
       batch_key=jax.random.fold_in(self.batch_key, depth),
@@ -68,11 +69,24 @@ class Ctx:
       forced=forced,
     )
 
-  def token_keys(self) -> jax.Array:
-    """[T] keys, one for each token of the global batch."""
+  def at_iteration(self, i: int) -> 'Ctx':
+    """The Ctx of one iteration of a MoE layer."""
+    return self.replace(
+      key=jax.random.fold_in(self.key, i),
+      batch_key=jax.random.fold_in(self.batch_key, i),
+      forced=None if self.forced is None else self.forced[i],
+    )
+
+  def at_layer(self, layer: jax.Array | int) -> 'Ctx':
+    """The same with the dropout key of one layer, dense or MoE."""
+    return self.replace(layer_key=jax.random.fold_in(self.layer_key, layer))
+
+  def token_keys(self, key: jax.Array | None = None) -> jax.Array:
+    """[T] keys, one for each token of the global batch, from `key`."""
+    key = self.key if key is None else key
     place_T = jnp.arange(self.row_T.shape[0], dtype=jnp.int32) % self.length
     fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
-    return jax.vmap(jax.random.fold_in)(fold(self.key, self.row_T), place_T)
+    return jax.vmap(jax.random.fold_in)(fold(key, self.row_T), place_T)
 
 
 def context(
@@ -99,6 +113,7 @@ def context(
     key=key,
     batch_key=jax.random.fold_in(jax.random.fold_in(key, _BATCH), microbatch),
     step_key=jax.random.fold_in(step_key, _STEP),
+    layer_key=jax.random.fold_in(key, _LAYER),
     step=jnp.asarray(step, jnp.int32),
     depth=jnp.zeros((), jnp.int32),
     row_B=batch['row_B'],
@@ -111,7 +126,8 @@ def context(
   return ctx
 
 
-_BATCH, _STEP = 2**31 - 1, 2**31 - 2  # folds that no layer or pass reaches
+# Folds that no layer or pass reaches.
+_BATCH, _STEP, _LAYER = 2**31 - 1, 2**31 - 2, 2**31 - 3
 
 
 class RouterState(nnx.Variable):

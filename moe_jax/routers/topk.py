@@ -5,19 +5,26 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax import balance, plan, routers
+from moe_jax import init as inits
+
+INITS = {'normal': inits.NORMAL, 'torch': inits.TORCH}
 
 
 class Router(routers.Router):
   """The k best experts of each token.
 
   softmax: Mixtral, OLMoE, Qwen3-MoE; with renormalise=False DeepSeek-V2
-  (arXiv 2405.04434). sigmoid with bias_rate > 0: DeepSeek-V3 (2412.19437).
+  (arXiv 2405.04434) and CoE (2506.18945); with bias MomentumSMoE (2410.14574).
+  sigmoid with bias_rate > 0: DeepSeek-V3 (2412.19437).
 
   Args:
     k: experts per token.
     score: 'softmax' over all experts, or 'sigmoid' of each.
     renormalise: gates are divided by their sum over the k chosen.
     scale: gates are multiplied by it, after renormalising.
+    bias: the logits have a learned bias, unlike `bias_rate` in the gates too.
+    init: 'normal' draws the matrix from N(0, 0.02), the bias is 0; 'torch'
+      draws both from U(-1, 1) / sqrt(D), as PyTorch's Linear does.
     bias_rate: step of the loss-free bias (2408.15664), which is added to the
       scores for the choice, never to the gates; 0 keeps no bias.
     capacity: factor on the mean load; None is dropless.
@@ -33,6 +40,8 @@ class Router(routers.Router):
     score: str = 'softmax',
     renormalise: bool = True,
     scale: float = 1.0,
+    bias: bool = False,
+    init: str = 'normal',
     bias_rate: float = 0.0,
     capacity: float | None = None,
     group: int | None = None,
@@ -41,19 +50,26 @@ class Router(routers.Router):
     routers.check(E, k=k, capacity=capacity, group=group)
     if score not in ('softmax', 'sigmoid'):
       raise ValueError(f"score is {score!r}, not 'softmax' or 'sigmoid'")
+    if init not in INITS:
+      raise ValueError(f'init is {init!r}, not one of {", ".join(INITS)}')
     self.k, self.score, self.renormalise = k, score, renormalise
-    self.scale, self.bias_rate = scale, bias_rate
+    self.scale, self.bias, self.bias_rate = scale, bias, bias_rate
     self.capacity, self.group = capacity, group
     # A later token's first choice takes the place of an earlier one's second.
     self.causal = capacity is None or k == 1
     self.equivariant = capacity is None
-    self.w_DxE = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (D, E)))
+    draw = INITS[init]
+    self.w_DxE = nnx.Param(draw.weight(rngs.params(), (D, E), D, E))
+    if bias:
+      self.bias_logit_E = nnx.Param(draw.bias(rngs.params(), (E,), D))
     if bias_rate:
       self.bias_E = routers.RouterState(jnp.zeros((E,), jnp.float32))
 
   def __call__(self, x_TxD, ctx, memory):
     logits_TxE = routers.logits(x_TxD, self.w_DxE[...])
     T, E = logits_TxE.shape
+    if self.bias:
+      logits_TxE += self.bias_logit_E[...].astype(logits_TxE.dtype)[None]
     # In logarithms: sigmoids may all be too small for a sum to divide by.
     if self.score == 'softmax':
       log_TxE = jax.nn.log_softmax(logits_TxE, axis=-1)

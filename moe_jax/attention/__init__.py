@@ -1,0 +1,188 @@
+"""Attention: how tokens meet. One kind per file, found by its name.
+
+A file here defines one class `Attention(attention.Attention)`; `{'name':
+'rotary', 'J': 2}` in a config makes `rotary.Attention(D, H, scheme=scheme,
+rngs=rngs, J=2)`. Nothing else has to be edited.
+"""
+
+import functools
+import importlib
+import inspect
+import pkgutil
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from moe_jax.init import Scheme
+
+# Queries that meet the keys up to them at once: at least, and blocks at most.
+_BLOCK, _BLOCKS = 128, 8
+
+
+@flax.struct.dataclass
+class View:
+  """Who sees whom. Self-attention has one array for queries and keys."""
+
+  query_BxL: jax.Array  # int32, segment of each query's token
+  key_BxL: jax.Array  # int32, of each key's; seen from the same one; -1 padding
+  causal: bool = flax.struct.field(pytree_node=False)  # no later key is seen
+  shared: Any = None  # what `Attention.shared` made for all layers
+  cache_BxCxD: jax.Array | None = None  # inputs before the first of these
+
+
+class Attention(nnx.Module):
+  """The contract: H heads over a stream of width D.
+
+  Attributes:
+    caches: whether the view's `cache_BxCxD` is read.
+    crosses: whether it is also called with another sequence, (x_BxLxD, view,
+      source_BxMxD), whose tokens the view's keys then are.
+  """
+
+  caches = False
+  crosses = False
+
+  def __init__(
+    self,
+    D: int,
+    H: int,
+    *,
+    scheme: Scheme,
+    out_scale: float = 1.0,
+    rngs: nnx.Rngs,
+  ):
+    """`out_scale` is a factor on the initial output projection."""
+    raise NotImplementedError
+
+  @staticmethod
+  def shared(
+    H: int, D: int, rngs: nnx.Rngs, **options: Any
+  ) -> nnx.Param | None:
+    """A parameter that all layers of these options share, or None."""
+    del H, D, rngs, options
+    return None
+
+  def __call__(self, x_BxLxD: jax.Array, view: View) -> jax.Array:
+    """y_BxLxD, in the dtype of x."""
+    raise NotImplementedError
+
+
+def names() -> list[str]:
+  """The kinds of attention that exist."""
+  return sorted(m.name for m in pkgutil.iter_modules(__path__))
+
+
+def get(name: str) -> type[Attention]:
+  """The class in moe_jax/attention/<name>.py; ValueError if there is none."""
+  if name not in names():
+    raise ValueError(f'no attention {name!r}; there are {", ".join(names())}')
+  return importlib.import_module(f'{__name__}.{name}').Attention
+
+
+def options(name: str) -> dict[str, Any]:
+  """The options of a kind of attention and their defaults."""
+  common = inspect.signature(Attention.__init__).parameters
+  parameters = inspect.signature(get(name).__init__).parameters.values()
+  return {p.name: p.default for p in parameters if p.name not in common}
+
+
+def attend(
+  q_BxLxHxS: jax.Array,
+  k_BxMxJxS: jax.Array,
+  v_BxMxJxU: jax.Array,
+  view: View,
+  scale: float | None = None,
+) -> jax.Array:
+  """y_BxLxHxU: softmax(q k * scale) v over the keys that each query sees.
+
+  Head h reads key-value head h // (H / J). The softmax is in at least float32.
+  The answer to a query that sees no key is 0. If the view is causal, query i
+  and key i are the same token.
+
+  Args:
+    scale: S**-0.5 if None.
+  """
+  L, S = q_BxLxHxS.shape[1], q_BxLxHxS.shape[3]
+  scale = S**-0.5 if scale is None else scale
+  # A block of queries does not meet the keys after it: half the work is saved
+  # in the limit. Its scores are computed again for the gradient, not kept.
+  size = block(L) if view.causal else L
+  answers = []
+  for first in range(0, L, size):
+    last = first + size if view.causal else None
+    piece = functools.partial(
+      _attend, first=first if view.causal else None, scale=scale
+    )
+    answers.append(
+      jax.checkpoint(piece)(
+        q_BxLxHxS[:, first : first + size],
+        k_BxMxJxS[:, :last],
+        v_BxMxJxU[:, :last],
+        view.query_BxL[:, first : first + size],
+        view.key_BxL[:, :last],
+      )
+    )
+  return jnp.concatenate(answers, axis=1)
+
+
+def block(L: int) -> int:
+  """How many of L causal queries meet their keys at once."""
+  return max(_BLOCK, -(-L // _BLOCKS))
+
+
+def _attend(
+  q_BxQxHxS, k_BxMxJxS, v_BxMxJxU, query_BxQ, key_BxM, *, first, scale
+):
+  """Query i is token `first` + i of the keys; it sees all if that is None."""
+  (B, Q, H, S), (M, J) = q_BxQxHxS.shape, k_BxMxJxS.shape[1:3]
+  dtype = q_BxQxHxS.dtype
+  wide = np.promote_types(dtype, jnp.float32)
+  q_BxQxJxGxS = q_BxQxHxS.reshape(B, Q, J, H // J, S)
+  score_BxJxGxQxM = jnp.einsum(
+    'bqjgs,bmjs->bjgqm', q_BxQxJxGxS, k_BxMxJxS, preferred_element_type=wide
+  )
+  seen_BxQxM = query_BxQ[:, :, None] == key_BxM[:, None, :]
+  if first is not None:
+    seen_BxQxM &= jnp.tri(Q, M, first, dtype=bool)[None]
+  # Not -inf, of which a softmax over nothing else is NaN, and its gradient.
+  score_BxJxGxQxM = jnp.where(
+    seen_BxQxM[:, None, None], score_BxJxGxQxM * scale, jnp.finfo(wide).min
+  )
+  probs_BxJxGxQxM = jax.nn.softmax(score_BxJxGxQxM, axis=-1).astype(dtype)
+  y_BxQxJxGxU = jnp.einsum('bjgqm,bmju->bqjgu', probs_BxJxGxQxM, v_BxMxJxU)
+  y_BxQxHxU = y_BxQxJxGxU.reshape(B, Q, H, -1)
+  any_BxQ = jnp.any(seen_BxQxM, axis=-1)
+  return jnp.where(any_BxQ[:, :, None, None], y_BxQxHxU, 0)
+
+
+def head_size(D: int, H: int) -> int:
+  """D / H; ValueError if that is no whole number."""
+  if D % H:
+    raise ValueError(f'H ({H}) does not divide D ({D})')
+  return D // H
+
+
+def heads(x_BxLxD: jax.Array, w_DxHxS: jax.Array) -> jax.Array:
+  """A projection into heads, [B, L, H, S], in the dtype of x."""
+  return jnp.einsum('bld,dhs->blhs', x_BxLxD, w_DxHxS.astype(x_BxLxD.dtype))
+
+
+def join(y_BxLxHxS: jax.Array, w_HxSxD: jax.Array) -> jax.Array:
+  """The output projection, [B, L, D], in the dtype of y."""
+  return jnp.einsum('blhs,hsd->bld', y_BxLxHxS, w_HxSxD.astype(y_BxLxHxS.dtype))
+
+
+def rotate(x_BxLxHxS: jax.Array, frequency_P: jax.Array) -> jax.Array:
+  """Rotates the pairs (i, i + S/2) of each head by place * frequency_P[i]."""
+  L = x_BxLxHxS.shape[1]
+  wide = frequency_P.dtype
+  angle_LxP = jnp.arange(L, dtype=wide)[:, None] * frequency_P[None]
+  cos = jnp.cos(angle_LxP)[None, :, None]
+  sin = jnp.sin(angle_LxP)[None, :, None]
+  a, b = jnp.split(x_BxLxHxS.astype(wide), 2, axis=-1)
+  rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+  return rotated.astype(x_BxLxHxS.dtype)

@@ -1,0 +1,166 @@
+"""Latent: keys and values from one small vector (DeepSeek-V2, 2405.04434).
+
+Axes of this file: S = W + P, the parts of a query or key without and with a
+position; U, size of a value; Z and Y, ranks of the key-value and of the query.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from moe_jax import attention
+from moe_jax.init import Scheme
+from moe_jax.norm import RMSNorm
+
+
+class Attention(attention.Attention):
+  """Multi-head latent attention (eq. 9-19), without biases.
+
+  Args:
+    nope, rope, value: W, P and U. P of a key is one for all heads.
+    rank: Z. The latent is normalised, by RMS.
+    query_rank: Y, likewise; queries are not compressed if None.
+    theta: base of the rotary frequencies.
+    yarn_factor: by how much the context of `yarn_length` tokens is extended
+      (YaRN, arXiv 2309.00071); 0 is not at all. Pairs that turn more than
+      `yarn_beta_fast` times in it keep their frequency, those below
+      `yarn_beta_slow` are slowed by the factor. The rotated parts are scaled by
+      m(mscale) / m(mscale_all_dim) and all scores by m(mscale_all_dim)^2, with
+      m(a) = 1 + a ln(factor) / 10.
+
+  Raises:
+    ValueError: `rope` is odd.
+  """
+
+  def __init__(
+    self,
+    D: int,
+    H: int,
+    *,
+    scheme: Scheme,
+    out_scale: float = 1.0,
+    nope: int = 128,
+    rope: int = 64,
+    value: int = 128,
+    rank: int = 512,
+    query_rank: int | None = None,
+    theta: float = 10_000.0,
+    yarn_factor: float = 0.0,
+    yarn_beta_fast: float = 32.0,
+    yarn_beta_slow: float = 1.0,
+    yarn_mscale: float = 1.0,
+    yarn_mscale_all_dim: float = 0.0,
+    yarn_length: int = 4096,
+    rngs: nnx.Rngs,
+  ):
+    if rope % 2:
+      raise ValueError(f'a rotated part of odd size, rope={rope}, has no pairs')
+    self.nope, self.rope, self.theta = nope, rope, theta
+    self.compressed = query_rank is not None
+    self.yarn = _Yarn(
+      yarn_factor,
+      yarn_beta_fast,
+      yarn_beta_slow,
+      yarn_mscale,
+      yarn_mscale_all_dim,
+      yarn_length,
+    )
+
+    def weight(*shape):
+      fans = shape[0], math.prod(shape[1:])
+      return nnx.Param(scheme.attention.weight(rngs.params(), shape, *fans))
+
+    if self.compressed:
+      self.query_DxY = weight(D, query_rank)
+      self.norm_query = RMSNorm(query_rank)
+      self.query_YxHxS = weight(query_rank, H, nope + rope)
+    else:
+      self.query_DxHxS = weight(D, H, nope + rope)
+    self.latent_DxZ = weight(D, rank)
+    self.norm_latent = RMSNorm(rank)
+    self.key_ZxHxW = weight(rank, H, nope)
+    self.value_ZxHxU = weight(rank, H, value)
+    self.key_DxP = weight(D, rope)
+    out_HxUxD = scheme.out.weight(rngs.params(), (H, value, D), H * value, D)
+    self.out_HxUxD = nnx.Param(out_HxUxD * out_scale)
+
+  def __call__(self, x_BxLxD: jax.Array, view: attention.View) -> jax.Array:
+    dtype = x_BxLxD.dtype
+    latent_BxLxZ = self.norm_latent(
+      x_BxLxD @ self.latent_DxZ[...].astype(dtype)
+    )
+    key_BxLxP = x_BxLxD @ self.key_DxP[...].astype(dtype)
+    k_BxLxHxW = attention.heads(latent_BxLxZ, self.key_ZxHxW[...])
+    v_BxLxHxU = attention.heads(latent_BxLxZ, self.value_ZxHxU[...])
+    q_BxLxHxS = self._query(x_BxLxD)
+    q_BxLxHxW, q_BxLxHxP = jnp.split(q_BxLxHxS, [self.nope], axis=-1)
+    k_BxLxHxP = jnp.broadcast_to(
+      self._rotate(key_BxLxP[:, :, None]), q_BxLxHxP.shape
+    )
+    y_BxLxHxU = attention.attend(
+      jnp.concatenate([q_BxLxHxW, self._rotate(q_BxLxHxP)], axis=-1),
+      jnp.concatenate([k_BxLxHxW, k_BxLxHxP], axis=-1),
+      v_BxLxHxU,
+      view,
+      self.yarn.scale * (self.nope + self.rope) ** -0.5,
+    )
+    return attention.join(y_BxLxHxU, self.out_HxUxD[...])
+
+  def _query(self, x_BxLxD):
+    if not self.compressed:
+      return attention.heads(x_BxLxD, self.query_DxHxS[...])
+    query_BxLxY = x_BxLxD @ self.query_DxY[...].astype(x_BxLxD.dtype)
+    return attention.heads(self.norm_query(query_BxLxY), self.query_YxHxS[...])
+
+  def _rotate(self, x_BxLxHxP):
+    wide = np.promote_types(x_BxLxHxP.dtype, jnp.float32)
+    frequency = jnp.asarray(self.yarn.frequency(self.theta, self.rope), wide)
+    # A pair is (2i, 2i + 1) in DeepSeek's weights, (i, i + P/2) in `rotate`.
+    x_BxLxHxP = jnp.concatenate(
+      [x_BxLxHxP[..., 0::2], x_BxLxHxP[..., 1::2]], axis=-1
+    )
+    return attention.rotate(x_BxLxHxP, frequency) * self.yarn.amplitude
+
+
+@dataclasses.dataclass(frozen=True)
+class _Yarn:
+  """The options `yarn_*`."""
+
+  factor: float
+  beta_fast: float
+  beta_slow: float
+  mscale: float
+  mscale_all_dim: float
+  length: int
+
+  @property
+  def amplitude(self):
+    """Factor on the rotated parts of queries and keys."""
+    return self._m(self.mscale) / self._m(self.mscale_all_dim)
+
+  @property
+  def scale(self):
+    """Factor on all scores."""
+    return self._m(self.mscale_all_dim) ** 2
+
+  def frequency(self, theta, P):
+    """float64 [P/2], radians per token."""
+    frequency = theta ** (-np.arange(0, P, 2) / P)
+    if not self.factor:
+      return frequency
+    # The pair, as a real number, that turns so many times in the length.
+    pair = lambda turns: (
+      P * math.log(self.length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+    )
+    low = max(math.floor(pair(self.beta_fast)), 0)
+    high = min(math.ceil(pair(self.beta_slow)), P - 1)
+    width = max(high - low, 1e-3)
+    slowed = np.clip((np.arange(P // 2) - low) / width, 0, 1)
+    return frequency * (1 - slowed + slowed / self.factor)
+
+  def _m(self, mscale):
+    return 1 + 0.1 * mscale * math.log(max(self.factor, 1))

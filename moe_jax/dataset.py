@@ -1,0 +1,129 @@
+"""What a run reads, be it text, pairs of sentences or images."""
+
+import dataclasses
+import importlib.util
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
+
+import grain
+import numpy as np
+
+from moe_jax import data, images, pairs, tokenizer
+from moe_jax.corpus import Corpus, DataConfig, DataError
+
+
+class Dataset(Protocol):
+  """Batches to train on and to evaluate on; each is a dict of arrays.
+
+  Attributes:
+    description: one line for the log.
+    sha256: covers all that could change a batch.
+    sizes: what the model has to know: its fields that the data decides.
+    length: targets a row, padding included.
+    eval_share: the part of the held-out rows that a periodic evaluation reads.
+    token_bytes: int32 [V], the bytes each id stands for, or None.
+  """
+
+  description: str
+  sha256: str
+  sizes: dict[str, Any]
+  length: int
+  eval_share: float
+  token_bytes: np.ndarray | None
+
+  def train_batches(
+    self, batch_size: int, seed: int
+  ) -> grain.DatasetIterator: ...
+
+  def eval_batches(self, batch_size: int, share: float = 1.0) -> Iterator: ...
+
+  def save(self, workdir: pathlib.Path) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+  """Packed documents, cut into rows of `length` tokens."""
+
+  corpus: Corpus
+  tokenizer: tokenizer.Tokenizer
+  train_N: np.ndarray
+  eval_N: np.ndarray
+  length: int
+  eval_share: float
+
+  @property
+  def description(self) -> str:
+    return self.corpus.description
+
+  @property
+  def sha256(self) -> str:
+    return self.corpus.sha256
+
+  @property
+  def sizes(self) -> dict[str, Any]:
+    return {'V': self.tokenizer.vocab_size}
+
+  @property
+  def token_bytes(self) -> np.ndarray:
+    return self.tokenizer.token_bytes
+
+  def train_batches(self, batch_size: int, seed: int) -> grain.DatasetIterator:
+    return data.train_iterator(self.train_N, batch_size, self.length, seed)
+
+  def eval_batches(
+    self, batch_size: int, share: float = 1.0
+  ) -> data.EvalBatches:
+    return data.eval_batches(self.eval_N, batch_size, self.length, share=share)
+
+  def save(self, workdir: pathlib.Path) -> None:
+    self.tokenizer.save(workdir / 'tokenizer.json')
+
+
+def _text(config: DataConfig, length: int) -> Text:
+  corpus = data.load(config)
+  tok = tokenizer.get(config, corpus)
+  train_N, eval_N = data.streams(config, corpus, tok)
+  share = corpus.eval_share(config.eval_bytes)
+  return Text(corpus, tok, train_N, eval_N, length, share)
+
+
+def _pairs(config: pairs.PairsConfig, length: int) -> pairs.Pairs:
+  if config.bleu_lines and not importlib.util.find_spec('sacrebleu'):
+    raise DataError(
+      f'data.bleu_lines={config.bleu_lines} needs sacrebleu:'
+      " pip install 'moe_jax[translation]'"
+    )
+  return pairs.load(dataclasses.replace(config, max_length=length))
+
+
+def _images(config: images.ImagesConfig, length: int) -> images.Images:
+  del length  # one target an image
+  return images.load(config)
+
+
+class Source(NamedTuple):
+  """A kind of data: its config, its reader, sizes that stand for its own."""
+
+  Config: type
+  load: Callable[[Any, int], Dataset]  # (config, length)
+  sizes: dict[str, Any]
+
+
+TEXT = Source(DataConfig, _text, {'V': 8})
+PAIRS = Source(pairs.PairsConfig, _pairs, {'V': 8})
+IMAGES = Source(images.ImagesConfig, _images, {'V': 8, 'size': (8, 8, 1)})
+SOURCES = {
+  'python_stdlib': TEXT,
+  'text': TEXT,
+  'pairs': PAIRS,
+  'digits': IMAGES,
+  'images': IMAGES,
+}
+
+
+def source(name: str) -> Source:
+  """The kind of data of that name; ValueError if there is none."""
+  if name not in SOURCES:
+    raise ValueError(f'data.source is {name!r}; it can be {", ".join(SOURCES)}')
+  return SOURCES[name]

@@ -1,0 +1,504 @@
+"""Labelled images: which to train on, which to hold out, and their batches.
+
+A batch is a dict of arrays, B rows of one image each; L = 1, as an image has
+one target:
+
+  image_BxYxXxC  float32  pixels less the training images' mean, over their
+                          deviation: one of each per channel
+  target_BxL     int32    the class
+  mask_BxL       float32  1 where the row counts, 0 on padding
+  row_B          int32    row number in the global batch
+
+Shards share a batch as they do in data.py: row i of shard s is row
+i * shard_count + s.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import math
+import os
+import pathlib
+import zipfile
+import zlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import grain
+import numpy as np
+
+from moe_jax import corpus
+from moe_jax.corpus import DataError
+
+logger = logging.getLogger(__name__)
+
+SOURCES = ('digits', 'images')
+
+Batch = dict[str, np.ndarray]
+
+READ = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImagesConfig:
+  """What to read, and what to hold out.
+
+  'digits' are scikit-learn's: 1797 images of 8x8, nothing is downloaded.
+  'images' are .npz files by globs and commas: arrays [n, Y, X] or [n, Y, X, C]
+  of uint8 or floats, and integer labels [n]. A key is a list by commas, of
+  which a file's first counts.
+
+  Held out is the first of these that there is: the files of `eval_path`, the
+  arrays under the eval keys, an `eval_fraction` by the hash of the pixels.
+
+  Raises:
+    DataError: a value is unknown, out of range, or would not be read.
+  """
+
+  source: str = 'digits'
+  path: str = ''
+  images_key: str = 'images,x_train'
+  labels_key: str = 'labels,y_train'
+  eval_path: str = ''
+  eval_images_key: str = 'x_test'
+  eval_labels_key: str = 'y_test'
+  eval_fraction: float = 0.1
+  eval_images: int = 0  # of a periodic evaluation; 0 is all
+  shift: int = 0  # training images move by up to so many pixels; 0 fills in
+
+  def __post_init__(self):
+    if self.source not in SOURCES:
+      raise DataError(
+        f'data.source is {self.source!r}; it can be {" or ".join(SOURCES)}'
+      )
+    if self.source == 'images' and not self.path:
+      raise DataError("data.path is empty; data.source 'images' needs a glob")
+    if self.source == 'digits':
+      for name in ('path', 'eval_path'):
+        if getattr(self, name):
+          raise DataError(
+            f"data.{name} is set, but data.source is 'digits';"
+            " data.source='images' reads files"
+          )
+    if not 0 < self.eval_fraction < 1:
+      raise DataError(
+        f'data.eval_fraction is {self.eval_fraction};'
+        ' it must lie between 0 and 1'
+      )
+    if self.eval_images < 0:
+      raise DataError(
+        f'data.eval_images is {self.eval_images}; it must be 0 (all) or more'
+      )
+    if self.shift < 0:
+      raise DataError(f'data.shift is {self.shift}; it must be 0 or more')
+
+
+class Split(NamedTuple):
+  """n images as they were read, uint8 or float32, and their classes."""
+
+  image_nxYxXxC: np.ndarray
+  label_n: np.ndarray  # int32
+
+
+class Images:
+  """The images of a config, ready to be read in batches.
+
+  `sizes` is what a model must know: 'V', the number of classes, and 'size',
+  (Y, X, C). `sha256` covers every pixel and label of both splits.
+  `eval_share` is the part of the held-out images that a periodic evaluation
+  reads.
+  """
+
+  length = 1
+  token_bytes = None
+
+  def __init__(
+    self, config: ImagesConfig, name: str, train: Split, held: Split
+  ):
+    self._train, self._held, self._shift = train, held, config.shift
+    self.mean_C, self.deviation_C = _moments(train.image_nxYxXxC)
+    size = train.image_nxYxXxC.shape[1:]
+    classes = int(train.label_n.max()) + 1
+    have, kept = len(train.label_n), len(held.label_n)
+    self.sizes = {'V': classes, 'size': size}
+    self.sha256 = _digest(train, held)
+    self.eval_share = min(1.0, (config.eval_images or kept) / kept)
+    self.description = (
+      f'{name}: {have:,} images of {_by(size)} to train on, {kept:,} held out,'
+      f' {classes} classes'
+    )
+
+  def train_batches(
+    self,
+    batch_size: int,
+    seed: int,
+    shard_index: int = 0,
+    shard_count: int = 1,
+  ) -> grain.DatasetIterator:
+    """Endless batches of `batch_size / shard_count` images.
+
+    Each epoch shows every image once, in a new order, and moves each anew.
+    `get_state()` and `set_state` are those of data.train_iterator: the same
+    for every shard, and exact with another `shard_count`.
+
+    Raises:
+      DataError: there are too few images for one batch, or the shards do not
+        divide the batch.
+    """
+    _check_shards(batch_size, shard_count)
+    n = len(self._train.label_n)
+    if n < batch_size:
+      raise DataError(
+        f'the training images are too few for one batch: it takes {batch_size},'
+        f' there are {n}'
+      )
+    shuffle_seed, shift_seed = np.random.SeedSequence(seed).generate_state(2)
+    row_B = np.arange(shard_index, batch_size, shard_count)
+
+    @functools.lru_cache(maxsize=4)
+    def shifts(epoch: int) -> np.ndarray:
+      rng = np.random.default_rng([shift_seed, epoch])
+      return rng.integers(-self._shift, self._shift, (n, 2), endpoint=True)
+
+    def batch(places: list[tuple[int, int]]) -> Batch:
+      local = places[shard_index::shard_count]
+      image_B = np.array([image for _, image in local])
+      pixels = self._train.image_nxYxXxC[image_B]
+      if self._shift:
+        moves = [shifts(epoch)[image] for epoch, image in local]
+        pixels = _moved(pixels, np.array(moves))
+      label_B = self._train.label_n[image_B]
+      return self._batch(pixels, label_B, np.ones(len(row_B)), row_B)
+
+    return iter(
+      grain.MapDataset.range(n)
+      .shuffle(seed=int(shuffle_seed))  # anew each epoch
+      .repeat()
+      .map_with_index(lambda index, image: (index // n, image))
+      .batch(batch_size, drop_remainder=True, batch_fn=batch)
+      .to_iter_dataset(READ)
+    )
+
+  def eval_batches(
+    self,
+    batch_size: int,
+    shard_index: int = 0,
+    shard_count: int = 1,
+    share: float = 1.0,
+  ) -> 'EvalBatches':
+    """Batches that hold every held-out image once, padded at the end.
+
+    A `share` below 1 reads about that part of the images, in full batches,
+    spread evenly.
+
+    Raises:
+      DataError: the shards do not divide the batch.
+    """
+    _check_shards(batch_size, shard_count)
+    n = len(self._held.label_n)
+    batches = max(1, math.ceil(share * n / batch_size))
+    count = min(n, batches * batch_size)
+    row_B = np.arange(shard_index, batch_size, shard_count)
+    return EvalBatches(self, np.arange(count) * n // count, batch_size, row_B)
+
+  def held_out(self, image_n: np.ndarray, row_B: np.ndarray) -> Batch:
+    """A batch of held-out images by number; what `row_B` has beyond is padding.
+
+    Padding repeats the last image, with mask 0.
+    """
+    image_B = image_n[np.minimum(row_B, len(image_n) - 1)]
+    pixels = self._held.image_nxYxXxC[image_B]
+    label_B = self._held.label_n[image_B]
+    return self._batch(pixels, label_B, row_B < len(image_n), row_B)
+
+  def save(self, workdir: str | os.PathLike) -> None:
+    """Writes images.json: what prediction must know about the training data."""
+    content = {
+      'classes': self.sizes['V'],
+      'size': list(self.sizes['size']),
+      'mean': self.mean_C.tolist(),
+      'deviation': self.deviation_C.tolist(),
+    }
+    path = pathlib.Path(workdir) / 'images.json'
+    path.write_text(json.dumps(content) + '\n', encoding='utf-8')
+
+  def _batch(self, pixels_BxYxXxC, label_B, counts_B, row_B) -> Batch:
+    mean_C, deviation_C = (
+      x.astype(np.float32) for x in (self.mean_C, self.deviation_C)
+    )
+    return {
+      'image_BxYxXxC': (pixels_BxYxXxC - mean_C) / deviation_C,
+      'target_BxL': label_B[:, None],
+      'mask_BxL': counts_B[:, None].astype(np.float32),
+      'row_B': row_B.astype(np.int32),
+    }
+
+
+class EvalBatches:
+  """A finite sequence of batches that can be read again; len() counts them."""
+
+  def __init__(
+    self,
+    images: Images,
+    image_n: np.ndarray,
+    batch_size: int,
+    row_B: np.ndarray,
+  ):
+    self._images = images
+    self._image_n = image_n  # int64 [n]: which held-out images to read
+    self._batch_size = batch_size
+    self._row_B = row_B  # of the global batch, those of this shard
+
+  def __len__(self) -> int:
+    return -(-len(self._image_n) // self._batch_size)
+
+  def __iter__(self) -> Iterator[Batch]:
+    for start in range(0, len(self._image_n), self._batch_size):
+      image_n = self._image_n[start : start + self._batch_size]
+      yield self._images.held_out(image_n, self._row_B)
+
+
+def _check_shards(batch_size: int, shard_count: int) -> None:
+  if batch_size % shard_count:
+    raise DataError(
+      f'batch_size {batch_size} is no multiple of the'
+      f' {shard_count} processes that read it'
+    )
+
+
+def _moments(image_nxYxXxC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """float64 [C]: mean and deviation; 1 for a channel that never varies."""
+  mean_C = image_nxYxXxC.mean(axis=(0, 1, 2), dtype=np.float64)
+  square_C = np.zeros_like(mean_C)
+  for start in range(0, len(image_nxYxXxC), 1024):  # few in float64 at a time
+    part = image_nxYxXxC[start : start + 1024] - mean_C
+    square_C += np.square(part).sum(axis=(0, 1, 2))
+  deviation_C = np.sqrt(square_C * len(mean_C) / image_nxYxXxC.size)
+  return mean_C, np.where(deviation_C > 0, deviation_C, 1.0)
+
+
+def _moved(pixels_BxYxXxC: np.ndarray, by_Bx2: np.ndarray) -> np.ndarray:
+  """Each image moved down and right by its (y, x); raw 0 comes in."""
+  rows, height, width, _ = pixels_BxYxXxC.shape
+  y_BxY = np.arange(height) - by_Bx2[:, :1]
+  x_BxX = np.arange(width) - by_Bx2[:, 1:]
+  moved = pixels_BxYxXxC[
+    np.arange(rows)[:, None, None],
+    np.clip(y_BxY, 0, height - 1)[:, :, None],
+    np.clip(x_BxX, 0, width - 1)[:, None, :],
+  ]
+  inside_BxY = (y_BxY >= 0) & (y_BxY < height)
+  inside_BxX = (x_BxX >= 0) & (x_BxX < width)
+  inside_BxYxX = inside_BxY[:, :, None] & inside_BxX[:, None, :]
+  return np.where(inside_BxYxX[..., None], moved, np.zeros_like(moved))
+
+
+def _digest(train: Split, held: Split) -> str:
+  total = hashlib.sha256()
+  for split in (train, held):
+    for array in split:
+      # The header states the size, so no two data sets read the same.
+      total.update(json.dumps([array.dtype.str, array.shape]).encode() + b'\n')
+      total.update(np.ascontiguousarray(array))
+  return total.hexdigest()
+
+
+# --- reading ----------------------------------------------------------------
+
+
+def load(config: ImagesConfig) -> Images:
+  """Reads the images that `config` names.
+
+  Raises:
+    DataError: a file, key or package that is missing, a file that is broken or
+      holds Python objects, arrays of another rank, size or type than they
+      should have, pixels that are no numbers, classes without a training
+      image, or nothing left in a split.
+  """
+  if config.source == 'digits':
+    name = "scikit-learn's digits"
+    train, held = _hold_out(_digits(), config.eval_fraction, name)
+  else:
+    name = config.path
+    train, held = _files(config)
+  _check_classes(train, held, name)
+  smallest = min(train.image_nxYxXxC.shape[1:3])
+  if config.shift >= smallest:
+    raise DataError(
+      f'data.shift is {config.shift}; the images have {smallest} pixels'
+    )
+  images = Images(config, name, train, held)
+  logger.info('%s, sha256 %s', images.description, images.sha256[:12])
+  return images
+
+
+def _digits() -> Split:
+  try:
+    from sklearn import datasets
+  except ImportError as error:
+    raise DataError(
+      "data.source 'digits' needs scikit-learn: pip install 'moe_jax[vision]'"
+    ) from error
+  digits = datasets.load_digits()
+  return _split(digits.images, digits.target, "scikit-learn's digits")
+
+
+def _files(config: ImagesConfig) -> tuple[Split, Split]:
+  files, eval_files = corpus.split_files(config.path, config.eval_path)
+  keys = config.images_key, config.labels_key
+  eval_keys = config.eval_images_key, config.eval_labels_key
+  if eval_files:  # their arrays may have either name
+    eval_keys = [','.join(pair) for pair in zip(eval_keys, keys, strict=True)]
+  else:
+    eval_files = [file for file in files if _has(file, config.eval_images_key)]
+  train = _read_all(files, *keys)
+  if not eval_files:
+    return _hold_out(train, config.eval_fraction, config.path)
+  held = _read_all(eval_files, *eval_keys)
+  _check_alike(train, config.path, held, config.eval_path or 'the held-out')
+  return train, held
+
+
+def _read_all(
+  files: list[pathlib.Path], images_key: str, labels_key: str
+) -> Split:
+  splits = [_read(file, images_key, labels_key) for file in files]
+  for file, split in zip(files, splits, strict=True):
+    _check_alike(splits[0], str(files[0]), split, str(file))
+  return Split(
+    *(np.concatenate(arrays) for arrays in zip(*splits, strict=True))
+  )
+
+
+def _read(path: pathlib.Path, images_key: str, labels_key: str) -> Split:
+  with _open(path) as arrays:
+    images = _array(arrays, path, images_key)
+    labels = _array(arrays, path, labels_key)
+  return _split(images, labels, str(path))
+
+
+def _has(path: pathlib.Path, key: str) -> bool:
+  with _open(path) as arrays:
+    return _first(arrays, key) is not None
+
+
+@contextlib.contextmanager
+def _open(path: pathlib.Path) -> Iterator[np.lib.npyio.NpzFile]:
+  with contextlib.ExitStack() as stack:
+    try:
+      file = stack.enter_context(open(path, 'rb'))  # numpy would not close it
+      arrays = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+      raise DataError(f'cannot read {path}: {_line(error)}') from error
+    if not isinstance(arrays, np.lib.npyio.NpzFile):
+      raise DataError(f'{path} is one array, not an .npz file of several')
+    yield stack.enter_context(arrays)
+
+
+def _first(arrays: np.lib.npyio.NpzFile, key: str) -> str | None:
+  names = [name.strip() for name in key.split(',')]
+  return next((name for name in names if name in arrays.files), None)
+
+
+def _array(
+  arrays: np.lib.npyio.NpzFile, path: pathlib.Path, key: str
+) -> np.ndarray:
+  name = _first(arrays, key)
+  if name is None:
+    present = ', '.join(map(repr, arrays.files)) or 'nothing'
+    raise DataError(
+      f'{path} holds no array {key.replace(",", " or ")}; it holds {present}'
+    )
+  try:
+    return np.asarray(arrays[name])
+  except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as e:
+    raise DataError(f'cannot read {name!r} of {path}: {_line(e)}') from e
+
+
+def _line(error: Exception) -> str:
+  return ' '.join(str(error).split())
+
+
+def _split(images: np.ndarray, labels: np.ndarray, where: str) -> Split:
+  """Checked arrays: uint8 or float32 with a channel axis, int32 labels."""
+  if images.ndim not in (3, 4) or not images.size:
+    raise DataError(
+      f'{where}: images have shape {_by(images.shape)};'
+      ' they need [n, Y, X] or [n, Y, X, C]'
+    )
+  if images.dtype != np.uint8 and images.dtype.kind != 'f':
+    raise DataError(
+      f'{where}: images are {images.dtype}; they can be uint8 or floats'
+    )
+  if labels.dtype.kind not in 'iu' or labels.ndim != 1:
+    raise DataError(
+      f'{where}: labels are {labels.dtype} of shape {_by(labels.shape)};'
+      ' they must be integers, one for each image'
+    )
+  if len(images) != len(labels):
+    raise DataError(
+      f'{where}: there are {len(images)} images but {len(labels)} labels'
+    )
+  if images.dtype != np.uint8:
+    with np.errstate(over='ignore'):
+      images = images.astype(np.float32)
+    if not np.isfinite(images).all():
+      raise DataError(f'{where}: a pixel is NaN, infinite or beyond float32')
+  # A label that is no number of a class must not wrap around to one that is.
+  if labels.min() < 0 or labels.max() > np.iinfo(np.int32).max:
+    raise DataError(
+      f'{where}: labels run from {labels.min()} to {labels.max()};'
+      ' classes count from 0'
+    )
+  if images.ndim == 3:
+    images = images[..., None]
+  return Split(images, labels.astype(np.int32))
+
+
+def _by(shape: tuple[int, ...]) -> str:
+  return 'x'.join(map(str, shape)) or '()'
+
+
+def _check_alike(a: Split, a_name: str, b: Split, b_name: str) -> None:
+  said = [
+    f'{_by(split.image_nxYxXxC.shape[1:])} {split.image_nxYxXxC.dtype}'
+    for split in (a, b)
+  ]
+  if said[0] != said[1]:
+    raise DataError(
+      f'the images of {a_name} are {said[0]}, those of {b_name} are {said[1]}'
+    )
+
+
+def _check_classes(train: Split, held: Split, name: str) -> None:
+  """Refuses labels that are not 0..V-1 with an image of each to train on."""
+  seen = np.unique(train.label_n)
+  if len(seen) <= seen[-1]:
+    missing = np.flatnonzero(seen != np.arange(len(seen)))[0]
+    raise DataError(
+      f'{name}: of the classes 0..{seen[-1]}, {missing} has no training image'
+    )
+  if held.label_n.max() > seen[-1]:
+    raise DataError(
+      f'{name}: class {held.label_n.max()} is held out but has no training'
+      f' image; those have classes 0..{seen[-1]}'
+    )
+
+
+def _hold_out(whole: Split, fraction: float, name: str) -> tuple[Split, Split]:
+  """Holds out the images with the smallest hashes, and their doubles."""
+  hashes = [
+    hashlib.sha256(image.tobytes()).hexdigest() for image in whole.image_nxYxXxC
+  ]
+  count = max(1, round(fraction * len(hashes)))
+  last = sorted(hashes)[count - 1]
+  held_n = np.array([digest <= last for digest in hashes])
+  if held_n.all():
+    raise DataError(f'{name}: no image is left to train on')
+  return (
+    Split(*(array[~held_n] for array in whole)),
+    Split(*(array[held_n] for array in whole)),
+  )

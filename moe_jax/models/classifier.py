@@ -1,0 +1,146 @@
+"""A vision transformer that names an image's class (arXiv 2010.11929).
+
+With experts in every second layer it is V-MoE (Riquelme et al. 2021, arXiv
+2106.05974).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from moe_jax import block, trunk
+from moe_jax import routers as routing
+from moe_jax.attention import View
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(trunk.Config):
+  """The layers, and how images enter them.
+
+  Attributes:
+    V: classes.
+    size: rows, columns and channels of an image.
+    patch: rows and columns of a token.
+  """
+
+  V: int
+  size: tuple[int, int, int]
+  patch: int
+
+  def __post_init__(self):
+    super().__post_init__()
+    trunk.require(self.patch >= 1, f'patch={self.patch} is < 1')
+    for axis, n in zip(('rows', 'columns'), self.size[:2], strict=True):
+      trunk.divides('patch', self.patch, f'the {axis} of an image', n)
+
+  @property
+  def tokens(self) -> int:
+    """Patches and the class token."""
+    rows, columns, _ = self.size
+    return rows * columns // self.patch**2 + 1
+
+
+class Classifier(nnx.Module):
+  """Images to logits of their classes."""
+
+  def __init__(
+    self,
+    c: Config,
+    strategy: Callable[..., jax.Array],
+    *,
+    rngs: nnx.Rngs,
+  ):
+    self.c = c
+    lecun, normal = (
+      nnx.initializers.lecun_normal(),
+      nnx.initializers.normal(0.02),
+    )
+    pixels = c.patch**2 * c.size[2]
+    self.patch_PxD = nnx.Param(lecun(rngs.params(), (pixels, c.D)))
+    self.bias_D = nnx.Param(jnp.zeros((c.D,)))
+    self.class_D = nnx.Param(jnp.zeros((c.D,)))
+    self.position_LxD = nnx.Param(normal(rngs.params(), (c.tokens, c.D)))
+    self.head_DxV = nnx.Param(jnp.zeros((c.D, c.V)))
+    self.bias_V = nnx.Param(jnp.zeros((c.V,)))
+    self.trunk = trunk.Trunk(c, strategy, rngs=rngs)
+    self.norm = trunk.make_norm(c, c.D)
+
+  def __call__(
+    self, batch: dict[str, jax.Array], ctx: routing.Ctx
+  ) -> tuple[jax.Array, list[dict[str, Any]]]:
+    """Returns logits_Bx1xV, in at least float32, and aux, see trunk.Trunk.
+
+    Args:
+      batch: `image_BxYxXxC`.
+      ctx: from routers.context.
+    """
+    c = self.c
+    x_BxPxD = patches(batch['image_BxYxXxC'].astype(c.dtype), c.patch)
+    x_BxPxD = x_BxPxD @ self.patch_PxD[...].astype(c.dtype)
+    x_BxPxD += self.bias_D[...].astype(c.dtype)[None, None]
+    class_Bx1xD = jnp.broadcast_to(
+      self.class_D[...].astype(c.dtype), (len(x_BxPxD), 1, c.D)
+    )
+    x_BxLxD, aux = self.encode(
+      jnp.concatenate([class_Bx1xD, x_BxPxD], axis=1), ctx
+    )
+    x_Bx1xD = x_BxLxD[:, :1]
+    wide = np.promote_types(x_Bx1xD.dtype, jnp.float32)
+    logits_Bx1xV = (x_Bx1xD @ self.head_DxV[...].astype(c.dtype)).astype(wide)
+    return logits_Bx1xV + self.bias_V[...].astype(wide)[None, None], aux
+
+  def encode(
+    self, x_BxLxD: jax.Array, ctx: routing.Ctx
+  ) -> tuple[jax.Array, list[dict[str, Any]]]:
+    """The tokens after all layers and the last norm, and aux."""
+    c, (B, L) = self.c, x_BxLxD.shape[:2]
+    zeros_BxL = jnp.zeros((B, L), jnp.int32)
+    pos_BxL = zeros_BxL + jnp.arange(L, dtype=jnp.int32)[None]
+    ctx = ctx.over(zeros_BxL, pos_BxL)
+    x_BxLxD += self.position_LxD[...].astype(x_BxLxD.dtype)[None]
+    x_TxD = block.drop(block.flat(x_BxLxD), c.dropout, ctx.at_layer(c.N), 0)
+    x_BxLxD, aux, _ = self.trunk(
+      x_TxD.reshape(x_BxLxD.shape),
+      ctx,
+      View(zeros_BxL, zeros_BxL, causal=False),
+    )
+    return self.norm(x_BxLxD), aux
+
+  def updated_state(self, aux: list[dict[str, Any]]) -> dict[str, Any]:
+    """The router state after an optimiser step with the load in aux."""
+    new = self.trunk.updated_state(aux)
+    return {'trunk': new} if new else {}
+
+
+build = Classifier
+
+
+def patches(image_BxYxXxC: jax.Array, patch: int) -> jax.Array:
+  """[B, tokens, pixels]: squares, row by row."""
+  B, Y, X, C = image_BxYxXxC.shape
+  cut = image_BxYxXxC.reshape(B, Y // patch, patch, X // patch, patch, C)
+  return cut.swapaxes(2, 3).reshape(B, -1, patch**2 * C)
+
+
+def cost(model: Classifier, length: int) -> dict[str, float]:
+  """Counts parameters and work, from shapes alone; a row is one image.
+
+  As the decoder's, but params_active are those that meet one patch, and
+  flops_per_token is of a whole image, since that is what has a target.
+  """
+  del length
+  c, total = model.c, trunk.size(model)
+  expert, active = model.trunk.weights()
+  active += total - trunk.size(model.trunk)
+  layers = active + 2 * c.N * c.D * c.tokens
+  return {
+    'params_total': total,
+    'expert_params': expert,
+    'params_active': round(active),
+    'flops_per_token': round(6 * c.tokens * layers),
+  }

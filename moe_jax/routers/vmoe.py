@@ -1,0 +1,83 @@
+"""V-MoE: noisy top-k, with losses for importance and load."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moe_jax import balance, plan, routers
+
+
+class Router(routers.Router):
+  """Riquelme et al. 2021, arXiv 2106.05974, section 2 and appendix A.
+
+  In training the logits get noise from N(0, (noise / E)^2), a draw for each
+  token and expert. Gates are the probabilities over all experts, not
+  renormalised. The losses 'importance' and 'smooth_load' are 0 at perfect
+  balance; the latter is there in training with noise alone.
+
+  Args:
+    k: experts per token.
+    noise: standard deviation, times the number of experts.
+    capacity: factor on the mean load in training; None is dropless. Rows are
+      rounded up to a multiple of 4.
+    eval_capacity: the same out of training.
+    group: tokens that share a capacity, and among which the losses balance;
+      None is one sequence.
+  """
+
+  def __init__(
+    self,
+    D: int,
+    E: int,
+    *,
+    k: int = 2,
+    noise: float = 1.0,
+    capacity: float | None = 1.05,
+    eval_capacity: float | None = 4.0,
+    group: int | None = None,
+    rngs: nnx.Rngs,
+  ):
+    for factor in (capacity, eval_capacity):
+      routers.check(E, k=k, capacity=factor, group=group)
+    if noise < 0:
+      raise ValueError(f'noise is {noise}, not at least 0')
+    self.k, self.noise, self.group = k, noise, group
+    self.capacity, self.eval_capacity = capacity, eval_capacity
+    dropless = capacity is None and eval_capacity is None
+    # A later token's first choice takes the place of an earlier one's second.
+    self.causal = dropless or k == 1
+    self.equivariant = dropless and not noise
+    self.w_DxE = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (D, E)))
+
+  def __call__(self, x_TxD, ctx, memory):
+    logits_TxE = noisy_TxE = routers.logits(x_TxD, self.w_DxE[...])
+    T, E = logits_TxE.shape
+    noise = self.noise / E if ctx.train else 0.0
+    if noise:
+      draw = lambda key: jax.random.normal(key, (E,), logits_TxE.dtype)
+      noisy_TxE += noise * jax.vmap(draw)(ctx.token_keys())
+    chance_TxE = jax.nn.softmax(noisy_TxE, axis=-1)
+    expert_TxK = routers.choose(chance_TxE, self.k, ctx)
+    group = min(self.group or ctx.length, T)
+    decision = plan.by_token(
+      expert_TxK,
+      jnp.take_along_axis(chance_TxE, expert_TxK, axis=1),
+      E,
+      capacity=self._rows(group, E, ctx.train),
+      group=group,
+    )
+    probs_TxE = jax.nn.softmax(logits_TxE, axis=-1)
+    aux = routers.report(decision, expert_TxK, probs_TxE, ctx)
+    per_group = lambda a_TxE: a_TxE.reshape(-1, group, E)
+    aux['losses']['z'] = balance.z(logits_TxE)
+    aux['losses']['importance'] = balance.spread(per_group(probs_TxE))
+    if noise:
+      least_Tx1 = jnp.take_along_axis(noisy_TxE, expert_TxK[:, -1:], axis=1)
+      again_TxE = jax.scipy.special.ndtr((logits_TxE - least_Tx1) / noise)
+      aux['losses']['smooth_load'] = balance.spread(per_group(again_TxE))
+    return decision, aux, memory
+
+  def _rows(self, group, E, train):
+    factor = self.capacity if train else self.eval_capacity
+    rows = routers.capacity_rows(factor, group * self.k, 1, E)
+    return rows and rows + -rows % 4

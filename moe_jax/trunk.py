@@ -1,0 +1,494 @@
+"""The layers of a model, dense and MoE in any pattern: (x, ctx, view) -> x.
+
+Models put an embedding below and a head above.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moe_jax import attention, block, init, norm, ops
+from moe_jax import residual as residuals
+from moe_jax import routers as routing
+from moe_jax.experts import ACTIVATIONS, Dense, Experts
+
+DTYPES = ('float32', 'bfloat16', 'float64')
+SEGMENTS = ('body', 'ragged')  # whole groups of layers, and what is left over
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """The shape of the layers; moe_jax/config.py says what each field means.
+
+  Raises ValueError, with the values, for what cannot be built.
+  """
+
+  N: int
+  D: int
+  H: int
+  F: int
+  E: int
+  expert_F: int
+  shared_F: int
+  pattern: str
+  first_dense: int
+  layers_per_pool: int
+  ragged_pool: bool
+  iterations: int
+  routing: str
+  link: str
+  residual: dict[str, Any]
+  router: dict[str, Any]
+  attention: dict[str, Any]
+  block: str
+  norm: str
+  eps: float
+  activation: str
+  bias: bool
+  init: str
+  dropout: float
+  dtype: str
+  remat: bool
+  gmm: str
+
+  def __post_init__(self):
+    sizes = ('N', 'D', 'H', 'F', 'E', 'expert_F')
+    for name in (*sizes, 'layers_per_pool', 'iterations'):
+      require(getattr(self, name) >= 1, f'{name}={getattr(self, name)} is < 1')
+    for name in ('shared_F', 'first_dense'):
+      require(getattr(self, name) >= 0, f'{name}={getattr(self, name)} is < 0')
+    require(0 <= self.dropout < 1, f'dropout={self.dropout} is not in [0, 1)')
+    require(
+      self.pattern.count('m') <= 1
+      and self.pattern
+      and not set(self.pattern) - set('dm'),
+      f"pattern={self.pattern!r} is not d's with at most one m",
+    )
+    require(
+      self.first_dense <= self.N,
+      f'first_dense={self.first_dense} is more than N={self.N} layers',
+    )
+    periods, cut = self._periods()
+    if 'm' not in cut:
+      divides(
+        'the length of pattern',
+        len(self.pattern),
+        'N - first_dense',
+        self.N - self.first_dense,
+      )
+    if self.depth and not self.ragged_pool:
+      divides('layers_per_pool', self.layers_per_pool, 'MoE layers', self.depth)
+    require(
+      not cut or periods % self.layers_per_pool == 0,
+      f'N={self.N} cuts pattern={self.pattern!r} off inside a pool of'
+      f' layers_per_pool={self.layers_per_pool}',
+    )
+    for name, known in (
+      ('activation', ACTIVATIONS),
+      ('dtype', DTYPES),
+      ('block', block.BLOCKS),
+      ('norm', norm.NORMS),
+      ('init', init.SCHEMES),
+      ('routing', block.ROUTINGS),
+    ):
+      value = getattr(self, name)
+      require(value in known, f'{name}={value!r}; there are {", ".join(known)}')
+    residuals.check(self.link, self.residual.get('name'))
+
+  @property
+  def depth(self) -> int:
+    """MoE layers."""
+    periods, cut = self._periods()
+    return (self.pattern * periods + cut).count('m')
+
+  @property
+  def first(self) -> int:
+    """Dense layers before the pattern begins; all layers of a dense model."""
+    return self.first_dense if self.depth else self.N
+
+  @property
+  def pools(self) -> tuple[tuple[int, int, str], ...]:
+    """(G, R, pattern) of each segment: whole groups, then a ragged one if any.
+
+    The ragged one has fewer MoE layers, or one with fewer dense layers.
+    """
+    periods, cut = self._periods()
+    whole, left = divmod(periods, self.layers_per_pool)
+    segments = (
+      (whole, self.layers_per_pool, self.pattern),
+      (1, left, self.pattern),
+      (1, 1, cut),
+    )
+    return tuple(s for s in segments if all(s)) if self.depth else ()
+
+  @property
+  def out_scale(self) -> float:
+    """Keeps the stream's variance at initialisation independent of depth."""
+    return (2 * self.N) ** -0.5 if init.SCHEMES[self.init].shrinks else 1.0
+
+  def _periods(self):
+    """(whole patterns, the beginning of one that is cut off at its end)."""
+    periods, left = divmod(self.N - self.first_dense, len(self.pattern))
+    return periods, self.pattern[:left]
+
+
+class Segment(nnx.Module):
+  """G pools of R MoE layers each, with the dense layers of their pattern.
+
+  Parameters are stacked: `moe` over [G, R] (its routers over [G, R, I]),
+  `dense` over [G, R, d's in the pattern], `pools` over [G].
+  """
+
+  def __init__(
+    self,
+    c: Config,
+    G: int,
+    R: int,
+    pattern: str,
+    make_layer: Callable[..., nnx.Module],
+    *,
+    rngs: nnx.Rngs,
+  ):
+    self.c, self.G, self.R, self.pattern = c, G, R, pattern
+    dense = pattern.count('d')
+    routed = functools.partial(_routed, c, c.E * R)
+    self.moe = block.stack(
+      lambda rngs: make_layer(routed, rngs=rngs), (G, R), rngs
+    )
+    self.pools = block.stack(functools.partial(_pool, c, R), (G,), rngs)
+    if dense:
+      self.dense = block.stack(
+        lambda rngs: make_layer(_dense(c, c.F), rngs=rngs), (G, R, dense), rngs
+      )
+
+  def first_router(self) -> nnx.Module:
+    return block.at(block.at(block.at(self.moe, 0), 0).feed.routers, 0)
+
+  def __call__(self, x_BxLxD, memory, cache, layer, depth, run):
+    """Scans over pools and, inside, over the layers that share one.
+
+    Args:
+      cache: [G * R * pattern, B, C, D], or None.
+      layer, depth: index of the first layer, and of the first MoE layer.
+      run: a _Run.
+
+    Returns:
+      x, memory, aux with leading axes [G, R, I], and the next cache.
+    """
+    c, (G, R) = self.c, (self.G, self.R)
+    graph_pool, pools = nnx.split(self.pools)
+    graph_moe, moe = nnx.split(self.moe)
+    graph_dense, dense = (
+      nnx.split(self.dense) if 'd' in self.pattern else (None, None)
+    )
+    period = len(self.pattern)
+    order = jnp.arange(G * R, dtype=jnp.int32).reshape(G, R)
+    if cache is not None:
+      cache = cache.reshape(G, R, period, *cache.shape[1:])
+
+    def one_period(experts, carry, scanned):
+      """The layers of one pattern, with the pool that they share."""
+      (x, memory), (i, moe, dense, forced, cache) = carry, scanned
+      ctx = run.ctx.at_depth(run.ctx.depth + depth + i, forced)
+      caches, d = [], 0
+      for j, kind in enumerate(self.pattern):
+        here = ctx.at_layer(layer + i * period + j)
+        old = None if cache is None else cache[j]
+        if kind == 'd':
+          module, d = block.at(nnx.merge(graph_dense, dense), d), d + 1
+          caches.append(_next_cache(old, x))
+          x, memory, _ = run.layer(module, x, memory, None, here, old)
+        else:
+          caches.append(_next_cache(old, x))
+          module = nnx.merge(graph_moe, moe)
+          x, memory, aux = run.layer(module, x, memory, experts, here, old)
+      new = None if cache is None else jnp.stack(caches)
+      return (x, memory), (aux, new)
+
+    def pool(carry, scanned):
+      pool, layers = scanned
+      experts = nnx.merge(graph_pool, pool)
+      body = remat(c, functools.partial(one_period, experts))
+      return jax.lax.scan(body, carry, layers)
+
+    layers = (order, moe, dense, run.ctx.forced, cache)
+    (x_BxLxD, memory), (aux, cache) = jax.lax.scan(
+      pool, (x_BxLxD, memory), (pools, layers)
+    )
+    if cache is not None:
+      cache = cache.reshape(G * R * period, *cache.shape[3:])
+    return x_BxLxD, memory, aux, cache
+
+  def updated_state(self, load_GxRxIxE: jax.Array) -> dict[str, Any]:
+    """The routers' state after an optimiser step with that load."""
+    graph, old, rest = nnx.split(
+      self.moe.feed.routers, routing.RouterState, ...
+    )
+    if self.c.routing != 'each':  # one router, however often it was asked
+      load_GxRxIxE = jnp.sum(load_GxRxIxE, axis=2, keepdims=True)
+
+    def update(old, rest, load_E):
+      router = nnx.merge(graph, old, rest)
+      return router.update(nnx.to_pure_dict(old), load_E)
+
+    for _ in range(3):
+      update = jax.vmap(update)
+    return {'moe': {'feed': {'routers': update(old, rest, load_GxRxIxE)}}}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+  """What one call hands to every layer."""
+
+  wiring: block.Wiring
+  ctx: routing.Ctx
+  view: attention.View
+  source: block.Source
+
+  def layer(self, module, x_BxLxD, memory, experts, ctx, cache_BxCxD):
+    view = self.view.replace(cache_BxCxD=cache_BxCxD)
+    return module(x_BxLxD, memory, experts, self.wiring, ctx, view, self.source)
+
+
+class Trunk(nnx.Module):
+  """N layers: dense ones in `first`, then the segments with MoE layers.
+
+  Args:
+    cross: each layer also attends to another sequence.
+  """
+
+  def __init__(
+    self,
+    c: Config,
+    strategy: Callable[..., jax.Array],
+    *,
+    cross: bool = False,
+    rngs: nnx.Rngs,
+  ):
+    require(
+      not cross or c.block in block.CROSSING,
+      f'block={c.block!r} cannot attend to another sequence;'
+      f' {", ".join(block.CROSSING)} can',
+    )
+    self.c = c
+    self.wiring = block.Wiring(
+      residual=residuals.get(**c.residual),
+      link=residuals.LINKS[c.link],
+      iterations=c.iterations,
+      routing=c.routing,
+      dropout=c.dropout,
+      strategy=strategy,
+    )
+    options = dict(c.attention)
+    name = options.pop('name')
+    kind = attention.get(name)
+    require(
+      not cross or kind.crosses,
+      f'attention={name!r} cannot attend to another sequence',
+    )
+    make_layer = functools.partial(_layer, c, kind, options, cross)
+    if c.first:
+      self.first = block.stack(
+        lambda rngs: make_layer(_dense(c, c.F), rngs=rngs), (c.first,), rngs
+      )
+    for name, pools in zip(SEGMENTS, c.pools, strict=False):
+      setattr(self, name, Segment(c, *pools, make_layer, rngs=rngs))
+    shared = kind.shared(c.H, c.D, rngs, **options)
+    if shared is not None:
+      self.shared = shared
+
+  def __call__(
+    self,
+    x_BxLxD: jax.Array,
+    ctx: routing.Ctx,
+    view: attention.View,
+    source: block.Source = None,
+    cache_NxBxCxD: jax.Array | None = None,
+  ) -> tuple[jax.Array, list[dict[str, Any]], jax.Array | None]:
+    """Returns x, aux and the cache of the next block of the same rows.
+
+    aux has one dict for each segment, what the routers report with leading
+    axes [G, R, I]; it is empty in a dense model. `ctx.forced`, where given, is
+    a list of such dicts' 'route'. `ctx.depth` counts the MoE layers of the
+    model below this trunk. The cache is of the layers' inputs and carries no
+    gradient.
+    """
+    c = self.c
+    if hasattr(self, 'shared'):
+      view = view.replace(shared=self.shared[...])
+    run = _Run(self.wiring, ctx, view, source)
+    memory, aux, caches = self._memory(x_BxLxD), [], []
+    cut = lambda a, n: None if cache_NxBxCxD is None else cache_NxBxCxD[a:][:n]
+    if c.first:
+      x_BxLxD, memory, cache = self._first(
+        x_BxLxD, memory, cut(0, c.first), run
+      )
+      caches.append(cache)
+    layer, depth, routes = c.first, 0, ctx.forced or [None] * len(c.pools)
+    for segment, route in zip(self.segments().values(), routes, strict=True):
+      layers = segment.G * segment.R * len(segment.pattern)
+      here = dataclasses.replace(run, ctx=ctx.replace(forced=route))
+      x_BxLxD, memory, found, cache = segment(
+        x_BxLxD, memory, cut(layer, layers), layer, depth, here
+      )
+      aux.append(found)
+      caches.append(cache)
+      layer, depth = layer + layers, depth + segment.G * segment.R
+    cache = None if cache_NxBxCxD is None else jnp.concatenate(caches)
+    return x_BxLxD, aux, cache
+
+  def segments(self) -> dict[str, Segment]:
+    return {n: getattr(self, n) for n in SEGMENTS if hasattr(self, n)}
+
+  def _memory(self, x_BxLxD):
+    x_TxD = block.flat(x_BxLxD)
+    routers = ()
+    if self.segments():
+      routers = self.body.first_router().memory(x_TxD)
+    return self.wiring.residual.init(x_TxD), routers
+
+  def _first(self, x_BxLxD, memory, cache, run):
+    graph, stacked = nnx.split(self.first)
+
+    def layer(carry, scanned):
+      (x, memory), (i, state, old) = carry, scanned
+      module, ctx = nnx.merge(graph, state), run.ctx.at_layer(i)
+      new = _next_cache(old, x)
+      x, memory, _ = run.layer(module, x, memory, None, ctx, old)
+      return (x, memory), new
+
+    order = jnp.arange(self.c.first, dtype=jnp.int32)
+    (x_BxLxD, memory), cache = jax.lax.scan(
+      remat(self.c, layer), (x_BxLxD, memory), (order, stacked, cache)
+    )
+    return x_BxLxD, memory, cache
+
+  def updated_state(self, aux: list[dict[str, Any]]) -> dict[str, Any]:
+    """The router state after an optimiser step with the load in aux."""
+    if not jax.tree.leaves(nnx.state(self, routing.RouterState)):
+      return {}
+    segments = zip(self.segments().items(), aux, strict=True)
+    return {n: s.updated_state(found['load_E']) for (n, s), found in segments}
+
+  def weights(self) -> tuple[int, float]:
+    """(parameters of the pools, parameters that meet one token)."""
+    c, expert, active = self.c, 0, size(self)
+    for segment in self.segments().values():
+      pool = size(segment.pools)
+      uses = segment.G * segment.R * c.iterations * segment.moe.feed.routers.k
+      one = pool / (segment.G * segment.R * c.E)  # weights of an expert
+      expert, active = expert + pool, active + uses * one - pool
+      if c.shared_F:
+        active += (c.iterations - 1) * size(segment.moe.feed.shared)
+    return expert, active
+
+
+def remat(c: Config, body: Callable) -> Callable:
+  """Recomputes the body in the backward pass, but never its routing."""
+  if not c.remat:
+    return body
+  policy = jax.checkpoint_policies.save_only_these_names('route', 'plan')
+  return jax.checkpoint(body, policy=policy, prevent_cse=False)
+
+
+def size(module: nnx.Module) -> int:
+  """The number of its parameters."""
+  params = jax.tree.leaves(nnx.state(module, nnx.Param))
+  return sum(math.prod(a.shape) for a in params)
+
+
+def make_norm(c: Config, D: int) -> nnx.Module:
+  """A norm of the kind that the layers have."""
+  return norm.NORMS[c.norm](D, c.eps)
+
+
+def require(holds: bool, message: str) -> None:
+  if not holds:
+    raise ValueError(message)
+
+
+def divides(name: str, value: int, other_name: str, other: int) -> None:
+  require(
+    other % value == 0,
+    f'{name} ({value}) does not divide {other_name} ({other})',
+  )
+
+
+def _layer(c, kind, options, cross, make_feed, *, rngs):
+  """A layer of the block, with the feed-forward that `make_feed` makes."""
+  make = functools.partial(
+    kind,
+    c.D,
+    c.H,
+    scheme=init.SCHEMES[c.init],
+    out_scale=c.out_scale,
+    **options,
+  )
+  feed = make_feed(rngs)
+  return block.BLOCKS[c.block](
+    c.D,
+    functools.partial(make_norm, c),
+    make(rngs=rngs),
+    make(rngs=rngs) if cross else None,
+    feed,
+  )
+
+
+def _dense(c, F):
+  return functools.partial(_make_dense, c, F)
+
+
+def _make_dense(c, F, rngs):
+  return Dense(
+    c.D,
+    F,
+    activation=c.activation,
+    bias=c.bias,
+    init=init.SCHEMES[c.init].feed,
+    out_scale=c.out_scale,
+    rngs=rngs,
+  )
+
+
+def _routed(c, candidates, rngs):
+  """The routers of one layer, over `candidates` experts."""
+  options = dict(c.router)
+  router = routing.get(options.pop('name'))
+  make_router = lambda rngs: router(c.D, candidates, rngs=rngs, **options)
+  routers = c.iterations if c.routing == 'each' else 1
+  scale_I = None
+  if residuals.LINKS[c.link].learned:
+    scale_I = nnx.Param(jnp.zeros((c.iterations,)))
+  return block.Routed(
+    block.stack(make_router, (routers,), rngs),
+    _make_dense(c, c.shared_F, rngs) if c.shared_F else None,
+    scale_I,
+  )
+
+
+def _pool(c, R, rngs):
+  return Experts(
+    c.E * R,
+    c.D,
+    c.expert_F,
+    activation=c.activation,
+    bias=c.bias,
+    init=init.SCHEMES[c.init].experts,
+    out_scale=c.out_scale,
+    gmm=functools.partial(ops.gmm, impl=c.gmm),
+    rngs=rngs,
+  )
+
+
+def _next_cache(old_BxCxD, x_BxLxD):
+  """The last C inputs of a layer."""
+  if old_BxCxD is None:
+    return None
+  both = jnp.concatenate([old_BxCxD, x_BxLxD], axis=1)
+  return jax.lax.stop_gradient(both[:, -old_BxCxD.shape[1] :])

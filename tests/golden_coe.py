@@ -1,0 +1,415 @@
+"""Chain-of-Experts (arXiv 2506.18945): equal to the authors' own numbers.
+
+A table reads the authors' arrays off our parameters. It reads gradients off
+ours as well and, backwards, says where to put the authors' weights.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import golden
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax import attention, block, config, models, objective, routers, trunk
+from moe_jax.plan import Plan
+
+Params = dict[str, Any]
+Table = Callable[[Params], dict[str, Any]]
+
+TOL, TOL_AUX, TOL_LOSS, TOL_F32 = 1e-9, 1e-8, 1e-6, 2e-5
+
+
+def with_weights(
+  params: Params, table: Table, arrays: dict[str, np.ndarray]
+) -> tuple[Params, int]:
+  """Params with the file's arrays in the places that the table reads.
+
+  Also returns how many numbers of the params the table does not read.
+  """
+  leaves, tree = jax.tree.flatten(params)
+  ends = np.cumsum([a.size for a in leaves])
+  cut = lambda flat: jax.tree.unflatten(
+    tree,
+    [
+      flat[end - a.size : end].reshape(a.shape)
+      for a, end in zip(leaves, ends, strict=True)
+    ],
+  )
+  # Where the table finds the numbers 0, 1, 2, ... is where it reads.
+  places = table(cut(np.arange(ends[-1])))
+  assert places.keys() == arrays.keys()
+  flat = np.concatenate([np.asarray(a, np.float64).ravel() for a in leaves])
+  read = np.zeros(flat.shape, int)
+  for name, place in places.items():
+    assert place.shape == arrays[name].shape, name
+    flat[place] = arrays[name]
+    np.add.at(read, place, 1)
+  assert read.max() == 1, 'the table reads a number twice'
+  return jax.tree.map(jnp.asarray, cut(flat)), int(np.sum(read == 0))
+
+
+def without_attention(params: Params) -> Params:
+  """A trunk's params with attention that answers 0: the files have none."""
+  new = dict(params)
+  for name in set(params) & set(trunk.SEGMENTS):
+    moe = params[name]['moe']
+    nothing = {**moe['attention'], 'out_HxSxD': _zeros(moe['attention'])}
+    new[name] = {**params[name], 'moe': {**moe, 'attention': nothing}}
+  return new
+
+
+def _zeros(attention):
+  return jnp.zeros_like(attention['out_HxSxD'])
+
+
+@dataclasses.dataclass
+class Step:
+  """What one (router, experts) step saw, said and answered."""
+
+  h_TxD: np.ndarray
+  gate_TxE: np.ndarray
+  y_TxD: np.ndarray
+
+
+@contextlib.contextmanager
+def watched():
+  """While it lasts, aux has `steps`: what each step saw, planned, answered."""
+  routed = block.Routed.__call__
+
+  def call(self, h0_TxD, memory, experts, wiring, ctx):
+    found = []
+
+    def strategy(h_TxD, plan, experts):
+      y_TxD = wiring.strategy(h_TxD, plan, experts)
+      found.append((h_TxD, plan, y_TxD))
+      return y_TxD
+
+    wiring_ = dataclasses.replace(wiring, strategy=strategy)
+    h_TxD, memory, aux = routed(self, h0_TxD, memory, experts, wiring_, ctx)
+    aux['steps'] = jax.tree.map(lambda *a: jnp.stack(a), *found)
+    return h_TxD, memory, aux
+
+  with mock.patch.object(block.Routed, '__call__', call):
+    yield
+
+
+def unstacked(aux: list[dict[str, Any]]) -> list[Step]:
+  """The steps of a model's aux in the order in which they were made."""
+  found = []
+  for segment in aux:
+    steps = segment['steps']
+    for i in np.ndindex(steps[0].shape[:3]):  # [G, R, I]
+      h_TxD, plan, y_TxD = jax.tree.map(lambda a, i=i: np.asarray(a[i]), steps)
+      found.append(Step(h_TxD, gates(plan), y_TxD))
+  return found
+
+
+def gates(plan: Plan) -> np.ndarray:
+  """gate_TxE, zero where an expert has not the token."""
+  T, E = len(plan.home_TxK), len(plan.group_E)
+  expert_M = np.repeat(np.arange(E), plan.group_E)
+  gate_TxE = np.zeros((T, E), plan.weight_M.dtype)
+  np.add.at(gate_TxE, (plan.token_M, expert_M), plan.weight_M)
+  return gate_TxE
+
+
+# Compiling is what takes the time.
+jit = functools.partial(
+  jax.jit, compiler_options={'xla_backend_optimization_level': 0}
+)
+
+
+def view(B: int, L: int) -> attention.View:
+  """Each row is one document."""
+  segment_BxL = jnp.zeros((B, L), jnp.int32)
+  return attention.View(segment_BxL, segment_BxL, causal=True)
+
+
+def _fields(meta: dict[str, Any]) -> dict[str, Any]:
+  """The authors' flags as a config line says them; defaults are config.json's.
+
+  The expert weights are of all iterations, whatever the flags.
+  """
+  outer, inner = (
+    meta.get('outer_residual', False),
+    meta.get('inner_residual', True),
+  )
+  return dict(
+    D=16,
+    E=meta['E'],
+    expert_F=meta['F'],
+    shared_F=meta['F'] * meta['n_shared'],
+    iterations=meta['inner_iter'],
+    routing='each' if meta.get('use_igate', True) else 'shared',
+    link='add' if inner else 'replace',
+    residual=config.choice('residual', 'plain' if outer else 'replace'),
+    router=config.router(
+      'topk',
+      k=meta['K'],
+      renormalise=meta.get('norm_topk_prob', False),
+      scale=meta.get('routed_scaling_factor', 1.0),
+      init='torch',
+    ),
+    activation='swiglu',
+    norm='rms',
+    eps=meta['rms_eps'],
+  )
+
+
+def _losses(meta):
+  kind = 'sequence_balance' if meta.get('seq_aux', True) else 'balance'
+  return {kind: meta['aux_alpha']}
+
+
+# --- One layer ---------------------------------------------------------------
+
+
+def _layer_table(params: Params) -> dict[str, Any]:
+  """The authors' arrays of a layer: theirs are [out, in], ours [in, out]."""
+  moe, experts = params['body']['moe'], params['body']['pools']
+  feed = jax.tree.map(lambda a: a[0, 0], moe['feed'])  # pool 0, layer 0
+  found = {
+    'rmsnorm': moe['norm_feed']['scale_D'][0, 0],
+    'router': feed['routers']['w_DxE'].swapaxes(-1, -2),  # [I, E, D]
+    'exp_gate_proj': experts['gate_ExDxF'][0].swapaxes(-1, -2),
+    'exp_up_proj': experts['up_ExDxF'][0].swapaxes(-1, -2),
+    'exp_down_proj': experts['down_ExFxD'][0].swapaxes(-1, -2),
+  }
+  if 'shared' in feed:
+    one = feed['shared']['one']
+    found['shared_gate_proj'] = one['gate_ExDxF'][0].T
+    found['shared_up_proj'] = one['up_ExDxF'][0].T
+    found['shared_down_proj'] = one['down_ExFxD'][0].T
+  return found
+
+
+@functools.cache
+def _programs(settings: '_Settings'):
+  """What the seeds of a variant share: params, gradients, inference."""
+  meta = settings.meta
+  fields = {'N': 1, **_fields(meta)}
+  layers = golden.build('decoder', fields, 'float64', V=1).trunk
+
+  def forward(params, x_BxLxD, train):
+    B, L, _ = x_BxLxD.shape
+    ctx = golden.context(B, L, train=train)
+    with watched():
+      bound = models.bind(layers, params, {})
+      out_BxLxD, aux, _ = bound(x_BxLxD, ctx, view(B, L))
+    return out_BxLxD, aux
+
+  def loss(params, x_BxLxD, cotangent_BxLxD, weight):
+    out_BxLxD, aux = forward(params, x_BxLxD, train=True)
+    loss = jnp.sum(out_BxLxD * cotangent_BxLxD)
+    loss += weight * objective.weighted(_losses(meta), aux)
+    return loss, (out_BxLxD, aux)
+
+  return (
+    without_attention(models.split(layers)[0]),
+    jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)),
+    jit(lambda params, x_BxLxD: forward(params, x_BxLxD, train=False)[0]),
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+  """A file's settings but for its seed, equal where their text is."""
+
+  text: str
+  meta: dict[str, Any] = dataclasses.field(compare=False)
+
+
+def _settings(meta: dict[str, Any]) -> _Settings:
+  meta = {k: v for k, v in meta.items() if k not in ('seed', 'margin')}
+  return _Settings(str(meta), meta)
+
+
+def layer(g: golden.Golden) -> None:
+  """coe_it*: outputs, routing, losses and all gradients of one layer."""
+  a, meta = dict(g.arrays), g.meta
+  a.pop('meta')  # settings, see `_fields`
+  params, gradients, infer = _programs(_settings(meta))
+  weights = {k[2:]: a.pop(k) for k in list(a) if k.startswith('w_')}
+  params, _ = with_weights(params, _layer_table, weights)
+  x_BxLxD, cotangent_BxLxD = a.pop('x'), a.pop('R')
+
+  for prefix, weight, tol in (('g_', 1.0, TOL_AUX), ('gna_', 0.0, TOL)):
+    (_, (out_BxLxD, aux)), (d_params, d_x) = gradients(
+      params, x_BxLxD, cotangent_BxLxD, weight
+    )
+    expected = {k: a.pop(k) for k in list(a) if k.startswith(prefix)}
+    found = {**_layer_table(d_params), 'x': d_x}
+    found = {prefix + name: gradient for name, gradient in found.items()}
+    golden.gradients_near(found, expected, tol)
+  golden.near(out_BxLxD, a.pop('out'), TOL)
+  golden.near(out_BxLxD, a.pop('out_f32'), TOL_F32)
+  ((kind, alpha),) = _losses(meta).items()
+  loss_I = alpha * aux[0]['losses'][kind][0, 0]
+  golden.near(loss_I, a.pop('aux_loss'), TOL_LOSS)
+
+  golden.near(infer(params, x_BxLxD), a.pop('out_eval'), TOL)
+
+  found = unstacked(aux)
+  h_IxTxD = np.stack([step.h_TxD for step in found])
+  golden.near(h_IxTxD.reshape(-1, *x_BxLxD.shape), a.pop('iter_in'), TOL)
+  gate_IxTxE = np.stack([step.gate_TxE for step in found])
+  golden.near(gate_IxTxE, a.pop('combine'), TOL)
+  _same_experts(aux[0]['route'][0, 0], a['topk_idx'])
+  chosen_I = zip(a.pop('topk_idx'), a.pop('topk_weight'), strict=True)
+  for gate_TxE, chosen in zip(gate_IxTxE, chosen_I, strict=True):
+    golden.near(gate_TxE, golden.dense(*chosen, meta['E']), TOL)
+  w_IxDxE = params['body']['moe']['feed']['routers']['w_DxE'][0, 0]
+  logits_IxTxE = jnp.stack(
+    [
+      routers.logits(h_TxD, w_IxDxE[i if meta['use_igate'] else 0])
+      for i, h_TxD in enumerate(h_IxTxD)
+    ]
+  )
+  golden.near(logits_IxTxE, a.pop('router_logits'), TOL)
+  golden.near(jax.nn.softmax(logits_IxTxE), a.pop('router_probs'), TOL)
+  assert not a, f'unchecked: {sorted(a)}'
+
+
+def _same_experts(found, expected):
+  """The same sets of experts, whatever their order."""
+  np.testing.assert_array_equal(np.sort(found), np.sort(expected))
+
+
+# --- A model -----------------------------------------------------------------
+
+
+def _model_table(params: Params, meta: dict[str, Any]) -> dict[str, Any]:
+  """torch's names: [out, in], a module for each expert and iteration."""
+  H, Z, P = meta['heads'], meta['kv_lora'], meta['qk_rope']
+  stack = params['trunk']['body']
+  experts = stack['pools']
+  flat = lambda a_XxHxS: a_XxHxS.reshape(len(a_XxHxS), -1).T
+  found = {
+    'model.embed_tokens.weight': params['embed_VxD'],
+    'model.norm.weight': params['norm']['scale_D'],
+    'lm_head.weight': params['head_DxV'].T,
+  }
+  for l in range(2):
+    moe = jax.tree.map(lambda a, l=l: a[l, 0], stack['moe'])
+    mla, feed = moe['attention'], moe['feed']
+    one = feed['shared']['one']
+    # Each head's values follow its keys; the rotated key follows the latent.
+    key_value = np.concatenate([mla['key_ZxHxW'], mla['value_ZxHxU']], axis=-1)
+    assert key_value.shape[:2] == (Z, H)
+    own = {
+      'input_layernorm': moe['norm_attention']['scale_D'],
+      'post_attention_layernorm': moe['norm_feed']['scale_D'],
+      'self_attn.q_proj': flat(mla['query_DxHxS']),
+      'self_attn.kv_a_proj_with_mqa': np.concatenate(
+        [mla['latent_DxZ'], mla['key_DxP']], axis=1
+      ).T,
+      'self_attn.kv_a_layernorm': mla['norm_latent']['scale_D'],
+      'self_attn.kv_b_proj': flat(key_value),
+      'self_attn.o_proj': mla['out_HxUxD'].reshape(-1, meta['D']).T,
+      'mlp.shared_experts.gate_proj': one['gate_ExDxF'][0].T,
+      'mlp.shared_experts.up_proj': one['up_ExDxF'][0].T,
+      'mlp.shared_experts.down_proj': one['down_ExFxD'][0].T,
+    }
+    assert mla['key_DxP'].shape[1] == P
+    for i in range(meta['inner_iter']):
+      own[f'mlp.gate.{i}'] = feed['routers']['w_DxE'][i].T
+    for e in range(meta['E']):
+      own[f'mlp.experts.{e}.gate_proj'] = experts['gate_ExDxF'][l, e].T
+      own[f'mlp.experts.{e}.up_proj'] = experts['up_ExDxF'][l, e].T
+      own[f'mlp.experts.{e}.down_proj'] = experts['down_ExFxD'][l, e].T
+    for name, value in own.items():
+      found[f'model.layers.{l}.{name}.weight'] = value
+  return found
+
+
+def _model_fields(meta):
+  yarn = meta['rope_scaling'] or {}
+  names = ('beta_fast', 'beta_slow', 'mscale', 'mscale_all_dim')
+  options = {f'yarn_{name}': float(yarn[name]) for name in names if yarn}
+  if yarn:
+    options['yarn_factor'] = float(yarn['factor'])
+    options['yarn_length'] = yarn['original_max_position_embeddings']
+  latent = config.attend(
+    'latent',
+    nope=meta['qk_nope'],
+    rope=meta['qk_rope'],
+    value=meta['v_head'],
+    rank=meta['kv_lora'],
+    theta=meta['rope_theta'],
+    **options,
+  )
+  fields = _fields(meta)
+  return dict(fields, N=2, H=meta['heads'], attention=latent, tied=False)
+
+
+@functools.cache
+def _model_programs(settings: _Settings):
+  """As `_programs`, of a model."""
+  meta = settings.meta
+  model = golden.build('decoder', _model_fields(meta), 'float64', V=meta['V'])
+  next_token = objective.get('next_token', losses=_losses(meta))
+
+  def loss(params, batch):
+    def forward(batch, pass_):
+      ctx = golden.context(*batch['ids_BxL'].shape, train=True)
+      with watched():
+        found.append(models.bind(model, params, {})(batch, ctx))
+      return found[0]
+
+    found = []
+    loss, metrics = next_token(forward, batch)
+    return loss, (metrics, found[0][0])
+
+  return model, jit(jax.value_and_grad(loss, has_aux=True))
+
+
+def model(g: golden.Golden) -> None:
+  """coe_model_*: logits, routing, losses and all gradients of a model."""
+  a = dict(g.arrays)
+  a.pop('meta')  # settings, see `_model_fields`
+  weights = {k[2:]: a.pop(k) for k in list(a) if k.startswith('p/')}
+  expected = {k[2:]: a.pop(k) for k in list(a) if k.startswith('g/')}
+  V, D = weights['lm_head.weight'].shape
+  meta = {**g.meta, 'V': V, 'D': D}
+  like, gradients = _model_programs(_settings(meta))
+  table = functools.partial(_model_table, meta=meta)
+  params, unread = with_weights(models.split(like)[0], table, weights)
+  assert not unread
+  ids_BxL = a.pop('input_ids').astype(np.int32)
+  (B, L), place_L = ids_BxL.shape, np.arange(ids_BxL.shape[1])
+  batch = {
+    'ids_BxL': ids_BxL,
+    'segment_BxL': np.zeros((B, L), np.int32),
+    'target_BxL': np.roll(ids_BxL, -1, axis=1),
+    'mask_BxL': np.broadcast_to(place_L < L - 1, (B, L)),
+  }
+
+  (total, (metrics, logits_BxLxV)), d_params = gradients(params, batch)
+  golden.gradients_near(table(d_params), expected, TOL_AUX)
+  loss = metrics['nll_sum'] / metrics['tokens']
+  golden.near(loss, a.pop('loss'), TOL)
+  (aux,), ((kind, alpha),) = metrics['aux'], _losses(meta).items()
+  golden.near(total - loss, np.sum(a['aux_loss']), TOL_LOSS)
+  golden.near(alpha * aux['losses'][kind][:, 0], a.pop('aux_loss'), TOL_LOSS)
+
+  golden.near(logits_BxLxV, a.pop('logits'), TOL)
+  golden.near(logits_BxLxV, a.pop('logits_f32'), TOL_F32)
+  _same_experts(aux['route'][:, 0], a['topk_idx'])
+  flat = lambda a_NxIxTxK: a_NxIxTxK.reshape(-1, *a_NxIxTxK.shape[2:])
+  chosen = flat(a.pop('topk_idx')), flat(a.pop('topk_weight'))
+  for step, *one in zip(unstacked([aux]), *chosen, strict=True):
+    golden.near(step.gate_TxE, golden.dense(*one, meta['E']), TOL)
+  assert not a, f'unchecked: {sorted(a)}'
+
+  latent = block.at(block.at(like.trunk.body.moe, 0), 0).attention
+  scale = latent.yarn.scale * (meta['qk_nope'] + meta['qk_rope']) ** -0.5
+  golden.near(scale, np.asarray(meta['softmax_scale']), TOL)
+
+
+CHECKS = {'coe_it': layer, 'coe_model_': model}
