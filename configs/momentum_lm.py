@@ -13,7 +13,7 @@ def get_config():
   c = config.default()
   c.description = "MomentumSMoE's language model on the standard library"
   c.steps, c.batch_size, c.seq_len = 840, 8, 128
-  c.data.update(vocab_size=2048, eval_bytes=100_000)
+  c.data.update(vocab_size=2048, eval_bytes=100_000, order='stream')
   c.model.update(N=3, D=128, H=4, E=8, expert_F=128, tied=False, bias=True)
   c.model.update(block='authors_lm', norm='layer', eps=1e-5)
   c.model.update(activation='relu', init='momentum_smoe', embed_std=1.0)

@@ -11,7 +11,18 @@ Names of arrays carry their axes, `x_TxD`, and configs use the same letters:
   F  hidden width of an expert I  iterations (router, experts) in a layer
   V  vocabulary                N  layers
 
-A layer, whole:
+A model is an embedding, a trunk and a head. A trunk is plain loops:
+
+  for pool in pools:                       # layers_per_pool > 1: ReXMoE
+    for layer in layers of the pool:       # a block owns norms and attention
+      x = x + attention(norm(x))
+      h = h0 = residual.peek(norm(x), memory)
+      for router in routers of the layer:  # iterations > 1: Chain-of-Experts
+        y, memory = moe(h, router, pool, memory)
+        h = link(h0, h, y)
+      x, memory = residual.apply(x, memory, h)  # plain, or with momentum
+
+A routed step, whole:
 
   plan, aux, memory = router(x_TxD, ctx, memory)
   y_TxD = combine(experts(dispatch(x_TxD, plan), plan.group_E), plan, T)
@@ -19,9 +30,10 @@ A layer, whole:
 Who may import whom (left imports right only; tests/imports_test.py checks, and
 lists the few imports within a level):
 
-  main -> train -> job -> {objective, data, tokenizer, corpus, cache, optimizer,
-  metrics, figures, report, checkpoint, models, config, malloc} -> {block, moe,
-  routers, experts, residual, attention, parallel} -> {plan, balance, ops} ->
+  main -> train -> job -> {objective, dataset, data, pairs, images, tokenizer,
+  corpus, cache, optimizer, metrics, figures, report, checkpoint, models,
+  config, malloc, beam, translate} -> trunk -> {block, moe, routers, experts,
+  residual, attention, parallel} -> {plan, balance, ops, norm, init} ->
   pallas_kernels -> jax
 
 Two words that are never mixed: *memory* lives over depth inside one forward

@@ -101,9 +101,11 @@ class Block(nnx.Module):
   Attributes:
     normalised: the block's answer is normalised, so that the model needs no
       norm after its last layer.
+    raw: attention reads the layer's input as it is, so that a cache of inputs
+      is one of what attention has read.
   """
 
-  normalised = False
+  normalised, raw = False, False
 
   def __init__(
     self,
@@ -174,7 +176,7 @@ class PreNorm(Block):
 class PostNorm(Block):
   """norm(x + attention(x)), then norm of x with its answer (1706.03762)."""
 
-  normalised = True
+  normalised, raw = True, True
 
   def __call__(self, x, memory, experts, wiring, ctx, view, source=None):
     x = self.norm_attention(x + self._attend(x, wiring, ctx, view))
@@ -192,7 +194,7 @@ class AuthorsLM(Block):
   residual is added twice. A dense layer is norm(x + y), as in their GLaM.
   """
 
-  normalised = True
+  normalised, raw = True, True
 
   def __init__(self, D, norm, attention, cross, feed):
     super().__init__(D, norm, attention, cross, feed)

@@ -18,6 +18,7 @@ from typing import NamedTuple
 logger = logging.getLogger(__name__)
 
 SOURCES = ('python_stdlib', 'text')
+ORDERS = ('shuffled', 'stream')
 TOKENIZERS = ('bytes', 'bpe')
 MIN_BPE_VOCAB = 257  # every byte, and the separator
 
@@ -50,6 +51,7 @@ class DataConfig:
   vocab_size: int = 4096
   cache_dir: str = ''
   eval_bytes: int = 0
+  order: str = 'shuffled'
 
   def __post_init__(self):
     if self.source not in SOURCES:
@@ -60,6 +62,10 @@ class DataConfig:
       raise DataError(
         f'data.tokenizer is {self.tokenizer!r};'
         f' it can be {" or ".join(TOKENIZERS)}'
+      )
+    if self.order not in ORDERS:
+      raise DataError(
+        f'data.order is {self.order!r}; it can be {" or ".join(ORDERS)}'
       )
     if self.tokenizer == 'bpe' and self.vocab_size < MIN_BPE_VOCAB:
       raise DataError(

@@ -18,6 +18,7 @@ is a dict of arrays, B rows of L tokens:
                         a document's numbers are the same wherever it is packed
   mask_BxL     float32  1 where the target counts, 0 on padding
   row_B        int32    row number in the global batch
+  begins_B     int32    1 where a row begins anew, in streams alone
 
 Each of `shard_count` processes reads every `shard_count`-th row of each global
 batch, from row `shard_index` on: row i of shard s is row i * shard_count + s.
@@ -38,7 +39,7 @@ from moe_jax.tokenizer import Tokenizer
 
 __all__ = (
   'Corpus', 'DataConfig', 'DataError', 'EvalBatches', 'eval_batches', 'load',
-  'pack', 'streams', 'train_iterator',
+  'pack', 'stream_iterator', 'streams', 'train_iterator',
 )  # fmt: skip
 
 Batch = dict[str, np.ndarray]
@@ -167,6 +168,45 @@ def train_iterator(
   )
 
 
+def stream_iterator(
+  train_N: np.ndarray,
+  batch_size: int,
+  seq_len: int,
+  seed: int,
+  shard_index: int = 0,
+  shard_count: int = 1,
+) -> grain.DatasetIterator:
+  """Endless batches whose rows go on where those of the batch before ended.
+
+  The ring of `train_iterator` is cut, in each epoch from a new random place,
+  into `batch_size` tracks; a batch takes the next `seq_len` tokens of each.
+  `begins_B` is 1 in the first batch of an epoch. State, shards and errors are
+  those of `train_iterator`.
+  """
+  _check_sizes('training', train_N, batch_size, seq_len, shard_count)
+  ring = len(train_N) - 1
+  track = ring // batch_size
+  blocks = track // seq_len
+  row_B = np.arange(shard_index, batch_size, shard_count)
+  (cut_seed,) = np.random.SeedSequence(seed).generate_state(1)
+
+  def batch(index: int, block: int) -> Batch:
+    epoch = index // blocks
+    cut = int(np.random.default_rng([cut_seed, epoch]).integers(ring))
+    first_B = cut + row_B * track + block * seq_len
+    place = (first_B[:, None] + np.arange(seq_len + 1)) % ring
+    found = _batch(train_N[place], np.ones_like(place), row_B, train_N[0])
+    begins_B = np.full(len(row_B), int(block == 0), np.int32)
+    return {**found, 'begins_B': begins_B}
+
+  return iter(
+    grain.MapDataset.range(blocks)
+    .repeat()
+    .map_with_index(batch)
+    .to_iter_dataset(READ)
+  )
+
+
 class EvalBatches:
   """A finite sequence of batches that can be read again; len() counts them."""
 
@@ -178,8 +218,10 @@ class EvalBatches:
     seq_len: int,
     shard_index: int,
     shard_count: int,
+    streams: bool,
   ):
     self._eval_N = eval_N
+    self._streams = streams
     self._row_n = row_n  # int64 [n]: which rows of the stream to read
     self._batch_size = batch_size
     self._seq_len = seq_len
@@ -197,7 +239,11 @@ class EvalBatches:
       first_B[: len(rows)] = rows * self._seq_len
       place = first_B[self._row_B, None] + np.arange(self._seq_len + 1)
       window = self._eval_N[np.minimum(place, last)]
-      yield _batch(window, place <= last, self._row_B, self._eval_N[0])
+      found = _batch(window, place <= last, self._row_B, self._eval_N[0])
+      if self._streams:
+        begins_B = np.full(len(self._row_B), int(start == 0), np.int32)
+        found['begins_B'] = begins_B
+      yield found
 
 
 def eval_batches(
@@ -207,12 +253,15 @@ def eval_batches(
   shard_index: int = 0,
   shard_count: int = 1,
   share: float = 1.0,
+  streams: bool = False,
 ) -> EvalBatches:
   """Batches in which every token after the first is a target exactly once.
 
   The end of the last row and what is missing from the last batch are padding:
   separators, with mask 0. A `share` below 1 reads about that part of the rows,
-  in full batches, spread evenly over the stream.
+  in full batches, spread evenly over the stream; with `streams` each row of a
+  batch goes on where that of the batch before ended, and `begins_B` is 1 in
+  the first.
 
   Raises:
     DataError: the stream is too short for one batch, or the shards do not
@@ -222,13 +271,18 @@ def eval_batches(
   rows = -(-(len(eval_N) - 1) // seq_len)
   batches = max(1, math.ceil(share * rows / batch_size))
   count = min(rows, batches * batch_size)
+  row_n = np.arange(count) * rows // count
+  if streams:  # a track of consecutive rows for each row of the batch
+    tracks = np.arange(batch_size)[None] * -(-rows // batch_size)
+    row_n = (tracks + np.arange(batches)[:, None]).reshape(-1)
   return EvalBatches(
     eval_N=eval_N,
-    row_n=np.arange(count) * rows // count,
+    row_n=row_n,
     batch_size=batch_size,
     seq_len=seq_len,
     shard_index=shard_index,
     shard_count=shard_count,
+    streams=streams,
   )
 
 

@@ -23,6 +23,8 @@ class Dataset(Protocol):
     length: targets a row, padding included.
     eval_share: the part of the held-out rows that a periodic evaluation reads.
     token_bytes: int32 [V], the bytes each id stands for, or None.
+    streams: a row goes on where that of the batch before ended, unless the
+      batch's `begins_B` says that it begins anew.
   """
 
   description: str
@@ -31,6 +33,7 @@ class Dataset(Protocol):
   length: int
   eval_share: float
   token_bytes: np.ndarray | None
+  streams: bool
 
   def train_batches(
     self, batch_size: int, seed: int
@@ -51,6 +54,7 @@ class Text:
   eval_N: np.ndarray
   length: int
   eval_share: float
+  streams: bool
 
   @property
   def description(self) -> str:
@@ -69,12 +73,19 @@ class Text:
     return self.tokenizer.token_bytes
 
   def train_batches(self, batch_size: int, seed: int) -> grain.DatasetIterator:
-    return data.train_iterator(self.train_N, batch_size, self.length, seed)
+    make = data.stream_iterator if self.streams else data.train_iterator
+    return make(self.train_N, batch_size, self.length, seed)
 
   def eval_batches(
     self, batch_size: int, share: float = 1.0
   ) -> data.EvalBatches:
-    return data.eval_batches(self.eval_N, batch_size, self.length, share=share)
+    return data.eval_batches(
+      self.eval_N,
+      batch_size,
+      self.length,
+      share=share,
+      streams=self.streams,
+    )
 
   def save(self, workdir: pathlib.Path) -> None:
     self.tokenizer.save(workdir / 'tokenizer.json')
@@ -85,7 +96,8 @@ def _text(config: DataConfig, length: int) -> Text:
   tok = tokenizer.get(config, corpus)
   train_N, eval_N = data.streams(config, corpus, tok)
   share = corpus.eval_share(config.eval_bytes)
-  return Text(corpus, tok, train_N, eval_N, length, share)
+  streams = config.order == 'stream'
+  return Text(corpus, tok, train_N, eval_N, length, share, streams)
 
 
 def _pairs(config: pairs.PairsConfig, length: int) -> pairs.Pairs:

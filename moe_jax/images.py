@@ -39,6 +39,13 @@ SOURCES = ('digits', 'images')
 
 Batch = dict[str, np.ndarray]
 
+# What numpy, zipfile and zlib say of a file that is broken or packed in a way
+# they do not know.
+UNREADABLE = (
+  *(OSError, ValueError, EOFError, RuntimeError),
+  *(zipfile.BadZipFile, zlib.error),
+)
+
 READ = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
 
 
@@ -114,6 +121,7 @@ class Images:
 
   length = 1
   token_bytes = None
+  streams = False
 
   def __init__(
     self, config: ImagesConfig, name: str, train: Split, held: Split
@@ -391,7 +399,7 @@ def _open(path: pathlib.Path) -> Iterator[np.lib.npyio.NpzFile]:
     try:
       file = stack.enter_context(open(path, 'rb'))  # numpy would not close it
       arrays = np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except UNREADABLE as error:
       raise DataError(f'cannot read {path}: {_line(error)}') from error
     if not isinstance(arrays, np.lib.npyio.NpzFile):
       raise DataError(f'{path} is one array, not an .npz file of several')
@@ -414,8 +422,10 @@ def _array(
     )
   try:
     return np.asarray(arrays[name])
-  except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as e:
-    raise DataError(f'cannot read {name!r} of {path}: {_line(e)}') from e
+  except UNREADABLE as error:
+    raise DataError(
+      f'cannot read {name!r} of {path}: {_line(error)}'
+    ) from error
 
 
 def _line(error: Exception) -> str:

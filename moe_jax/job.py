@@ -65,11 +65,19 @@ def prepare(config: Any, workdir: str) -> Job | None:
   c['corpus_sha256'] = found.sha256
   _, changed = _earlier(c, workdir)  # now with the corpus
   init = _model(c, gmm, strategy, found.sizes)
+  model = nnx.eval_shape(init)
+  if found.streams and (not hasattr(model, 'blank') or model.blank(1) is None):
+    raise ValueError(
+      f"data.order='stream' needs a cache: model.name={c['model']['name']!r},"
+      f' model.attention.name={c["model"]["attention"]["name"]!r} and'
+      f' model.block={c["model"]["block"]!r} have none; decoder, span and'
+      ' authors_lm have one'
+    )
   job = Job(
     config=c,
     workdir=workdir,
     changed=changed,
-    model=nnx.eval_shape(init),
+    model=model,
     init=init,
     objective=goal,
     optimizer=optimizer.make(settings, c['steps']),

@@ -182,6 +182,7 @@ class Pairs:
   train_R: np.ndarray = dataclasses.field(repr=False)  # rows that fit
   eval: Split = dataclasses.field(repr=False)
   eval_pairs: list[Pair] = dataclasses.field(repr=False)
+  streams = False
 
   @property
   def token_bytes(self) -> np.ndarray:

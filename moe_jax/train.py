@@ -32,6 +32,7 @@ class TrainState(NamedTuple):
   params: Any
   router_state: Any  # over steps, without gradient
   opt_state: Any
+  cache_BxNxCxD: Any  # of the last block of each row, or None
 
 
 def initial_state(job: Job) -> TrainState:
@@ -42,7 +43,8 @@ def initial_state(job: Job) -> TrainState:
     if job.config['model']['dtype'] == 'float64':
       params = jax.tree.map(lambda a: a.astype(jnp.float64), params)
     opt_state = job.optimizer.init(params)
-    return TrainState(jnp.int32(0), params, router_state, opt_state)
+    cache = _blank(job)
+    return TrainState(jnp.int32(0), params, router_state, opt_state, cache)
 
   return parallel.put_replicated(jax.jit(init)(), job.mesh)
 
@@ -52,21 +54,24 @@ def make_step(job: Job) -> Callable[[TrainState, Any], tuple]:
   parts = job.config['optimizer']['accumulate']
 
   def loss_of(params, state, tokens, batch, microbatch):
-    forward = _forward(job, state._replace(params=params), microbatch, True)
+    state = state._replace(params=params)
+    forward, kept = _forward(job, state, microbatch, True)
     loss, found = job.objective(forward, batch, tokens)
-    return loss, {'loss': loss, **found, 'aux': _fixed_size(found['aux'])}
+    found = {'loss': loss, **found, 'aux': _fixed_size(found['aux'])}
+    return loss, (found, kept)
 
   def step(state, batch):
     # Row i goes to microbatch i % parts, so that no row changes its device.
     cut = lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1)
     tokens = jnp.sum(batch['mask_BxL']) / parts
+    batch = _with_cache(batch, state.cache_BxNxCxD)
 
     def add_gradient(total, scanned):
       gradient = jax.grad(loss_of, has_aux=True)
       grads, found = gradient(state.params, state, tokens, *scanned)
       return jax.tree.map(jnp.add, total, grads), found
 
-    grads, found = jax.lax.scan(
+    grads, (found, kept) = jax.lax.scan(
       add_gradient,
       jax.tree.map(jnp.zeros_like, state.params),
       (jax.tree.map(cut, batch), jnp.arange(parts, dtype=jnp.int32)),
@@ -83,16 +88,18 @@ def make_step(job: Job) -> Callable[[TrainState, Any], tuple]:
     if found['aux']:
       model = models.bind(job.model, params, router_state)
       router_state = model.updated_state(found['aux'])
-    state = TrainState(state.step + 1, params, router_state, opt_state)
+    join = lambda a: a.swapaxes(0, 1).reshape(-1, *a.shape[2:])
+    cache = join(kept['cache']) if kept else None
+    state = TrainState(state.step + 1, params, router_state, opt_state, cache)
     return state, {**found, 'grad_norm': norm}
 
   return jax.jit(step, donate_argnums=0)
 
 
 def _forward(job, state, microbatch, train):
-  """The model of this state as an objective calls it."""
+  """The model of this state as an objective calls it, and what calls keep."""
   model = models.bind(job.model, state.params, state.router_state)
-  seed_key = jax.random.key(job.config['seed'])
+  seed_key, kept = jax.random.key(job.config['seed']), {}
 
   def forward(batch, pass_):
     ctx = routers.context(
@@ -104,23 +111,49 @@ def _forward(job, state, microbatch, train):
       pass_=pass_,
       steps=job.config['steps'],
     )
-    return model(batch, ctx)
+    if 'cache_BxNxCxD' not in batch:
+      return model(batch, ctx)
+    cache_NxBxCxD = batch['cache_BxNxCxD'].swapaxes(0, 1)
+    logits_BxLxV, aux, cache = model.advance(batch, ctx, cache_NxBxCxD)
+    kept['cache'] = cache.swapaxes(0, 1)
+    return logits_BxLxV, aux
 
-  return forward
+  return forward, kept
+
+
+def _blank(job):
+  """The cache before the first block of a stream; None without one."""
+  if not job.dataset.streams:
+    return None
+  return job.model.blank(job.config['batch_size']).swapaxes(0, 1)
+
+
+def _with_cache(batch, cache_BxNxCxD):
+  """The batch with its rows' cache, empty where a row begins anew."""
+  if cache_BxNxCxD is None:
+    return batch
+  begins = batch['begins_B'][:, None, None, None]
+  cache = jnp.where(begins, 0, cache_BxNxCxD)
+  return {**batch, 'cache_BxNxCxD': cache}
 
 
 def make_eval(job: Job) -> Callable[..., tuple]:
-  """(state, batch, index) -> sums over its targets: the objective's, bytes."""
+  """(state, batch, index) -> sums over its targets, the next cache.
+
+  Sums are those of the objective, and of the targets' bytes.
+  """
   token_bytes_V = job.dataset.token_bytes
 
   def evaluate(state, batch, index):
     batch['row_B'] += index * batch['row_B'].shape[0]
-    _, found = job.objective(_forward(job, state, index, False), batch)
+    batch = _with_cache(batch, state.cache_BxNxCxD)
+    forward, kept = _forward(job, state, index, False)
+    _, found = job.objective(forward, batch)
     sums = {k: v for k, v in found.items() if k != 'aux'}
     if token_bytes_V is not None:
       bytes_BxL = jnp.asarray(token_bytes_V)[batch['target_BxL']]
       sums['bytes'] = jnp.sum(jnp.where(batch['mask_BxL'] > 0, bytes_BxL, 0))
-    return sums
+    return sums, kept.get('cache')
 
   return jax.jit(evaluate)
 
@@ -136,7 +169,8 @@ def evaluate(
   sums = collections.Counter()
   for index, batch in enumerate(job.eval_batches(share)):
     batch = parallel.put_batch(batch, job.mesh)
-    found = run_eval(state, batch, jnp.int32(index))
+    found, cache = run_eval(state, batch, jnp.int32(index))
+    state = state._replace(cache_BxNxCxD=cache)
     sums.update({k: float(v) for k, v in found.items()})
   nats, tokens = sums['nll_sum'], sums['tokens']
   values = {'eval_loss': nats / tokens}

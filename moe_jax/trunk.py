@@ -113,7 +113,12 @@ class Config:
     return self.first_dense if self.depth else self.N
 
   @property
-  def pools(self) -> tuple[tuple[int, int, str], ...]:
+  def pools(self) -> tuple[tuple[int, int], ...]:
+    """(G, R) of each segment."""
+    return tuple((G, R) for G, R, _ in self.segments)
+
+  @property
+  def segments(self) -> tuple[tuple[int, int, str], ...]:
     """(G, R, pattern) of each segment: whole groups, then a ragged one if any.
 
     The ragged one has fewer MoE layers, or one with fewer dense layers.
@@ -297,8 +302,8 @@ class Trunk(nnx.Module):
       self.first = block.stack(
         lambda rngs: make_layer(_dense(c, c.F), rngs=rngs), (c.first,), rngs
       )
-    for name, pools in zip(SEGMENTS, c.pools, strict=False):
-      setattr(self, name, Segment(c, *pools, make_layer, rngs=rngs))
+    for name, sizes in zip(SEGMENTS, c.segments, strict=False):
+      setattr(self, name, Segment(c, *sizes, make_layer, rngs=rngs))
     shared = kind.shared(c.H, c.D, rngs, **options)
     if shared is not None:
       self.shared = shared

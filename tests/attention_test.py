@@ -177,7 +177,10 @@ def test_names_and_options():
   assert attention.options('full') == {}
   with pytest.raises(ValueError, match=r"'rotar'.*full.*latent.*rotary.*span"):
     attention.get('rotar')
-  assert [attention.get(n).caches for n in ('rotary', 'span')] == [False, True]
+  make = lambda name: attention.get(name)(
+    24, H, scheme=init.get('lecun'), rngs=nnx.Rngs(0)
+  )
+  assert [make(name).caches for name in ('rotary', 'span')] == [0, 256]
 
 
 @pytest.mark.parametrize(

@@ -330,3 +330,74 @@ def test_damaged_streams_are_rebuilt(tmp_path, caplog, harm):
   train_N, _ = data.streams(config, corpus, tok)
   np.testing.assert_array_equal(train_N, expected)
   assert len(caplog.records) == 1 and str(path) in caplog.text
+
+
+# --- streams ----------------------------------------------------------------
+
+
+@hypothesis.settings(deadline=None)
+@hypothesis.given(cases(), st.integers(0, 3))
+def test_a_stream_goes_on_where_its_rows_ended(case, seed):
+  lengths, batch_size, seq_len = case
+  stream = _stream(*lengths)
+  blocks = (len(stream) - 1) // batch_size // seq_len
+  batches = _take(
+    data.stream_iterator(stream, batch_size, seq_len, seed), 2 * blocks + 1
+  )
+  for k, (old, new) in enumerate(itertools.pairwise(batches)):
+    begins = (k + 1) % blocks == 0
+    assert new['begins_B'].tolist() == [begins] * batch_size
+    if not begins:
+      np.testing.assert_array_equal(
+        new['ids_BxL'][:, 0], old['target_BxL'][:, -1]
+      )
+  assert batches[0]['begins_B'].all()
+  # No token is a target twice in an epoch.
+  seen = np.concatenate([b['target_BxL'].reshape(-1) for b in batches[:blocks]])
+  words = seen[seen > 0]
+  assert len(set(words.tolist())) == len(words)
+
+
+def test_streams_resume_and_are_shared_out():
+  stream = _stream(50, 40)
+  whole = _take(data.stream_iterator(stream, 4, 3, 7), 20)
+  iterator = data.stream_iterator(stream, 4, 3, 7)
+  _take(iterator, 9)
+  again = data.stream_iterator(stream, 4, 3, 7)
+  again.set_state(json.loads(json.dumps(iterator.get_state())))
+  for a, b in zip(whole[9:], _take(again, 11), strict=True):
+    np.testing.assert_array_equal(a['ids_BxL'], b['ids_BxL'])
+  for shard in range(2):
+    part = _take(data.stream_iterator(stream, 4, 3, 7, shard, 2), 20)
+    for a, b in zip(whole, part, strict=True):
+      for name, value in b.items():
+        np.testing.assert_array_equal(value, a[name][shard::2])
+
+
+@hypothesis.settings(deadline=None)
+@hypothesis.given(cases())
+def test_evaluated_streams_target_each_token_once_and_go_on(case):
+  lengths, batch_size, seq_len = case
+  stream = _stream(*lengths)
+  batches = list(data.eval_batches(stream, batch_size, seq_len, streams=True))
+  targets = np.concatenate(
+    [
+      np.concatenate([b['target_BxL'][row] for b in batches])
+      for row in range(batch_size)
+    ]
+  )
+  counted = np.concatenate(
+    [
+      np.concatenate([b['mask_BxL'][row] for b in batches])
+      for row in range(batch_size)
+    ]
+  )
+  assert targets[counted == 1].tolist() == stream[1:].tolist()
+  begins = [b['begins_B'].tolist() for b in batches]
+  first = [1] * batch_size
+  assert begins == [first] + [[0] * batch_size] * (len(batches) - 1)
+  for old, new in itertools.pairwise(batches):
+    both = new['mask_BxL'][:, 0] == 1
+    np.testing.assert_array_equal(
+      new['ids_BxL'][both, 0], old['target_BxL'][both, -1]
+    )

@@ -2,143 +2,35 @@
 
 import collections
 import functools
-import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from flax import nnx
+from tiny import B, L, T, V
 
-from moe_jax import attention, block, models, objective, ops, parallel, routers
+from moe_jax import attention, block, models, ops, parallel, routers
 from moe_jax.models import decoder
 from moe_jax.plan import by_token, combine, dispatch
 
-B, L, V = 2, 16, 32
-T = B * L
-
-TINY = {
-  'V': V,
-  'N': 2,
-  'D': 16,
-  'H': 2,
-  'F': 24,
-  'E': 4,
-  'expert_F': 8,
-  'shared_F': 0,
-  'pattern': 'm',
-  'first_dense': 0,
-  'layers_per_pool': 1,
-  'ragged_pool': False,
-  'iterations': 1,
-  'routing': 'each',
-  'link': 'replace',
-  'residual': {'name': 'plain'},
-  'router': {'name': 'topk', 'k': 2},
-  'attention': {'name': 'rotary', 'J': 1, 'theta': 100.0},
-  'block': 'pre',
-  'norm': 'rms',
-  'eps': 1e-6,
-  'activation': 'swiglu',
-  'bias': False,
-  'init': 'lecun',
-  'dropout': 0.0,
-  'tied': True,
-  'embed_std': 0.02,
-  'dtype': 'float32',
-  'remat': False,
-  'gmm': 'cpu',
-}
-
-
-def _config(**changes):
-  return decoder.Config(**{**TINY, **changes})
-
-
-def _model(**changes):
-  """Shapes without arrays."""
-  c = _config(**changes)
-  build = lambda: decoder.build(c, parallel.local, rngs=nnx.Rngs(0))
-  return nnx.eval_shape(build)
-
-
-def _params(model):
-  """Values that depend on a parameter's name and shape alone."""
-
-  def fill(path, a):
-    name = path[-1].key
-    draw = np.random.default_rng(zlib.crc32(name.encode()))
-    value = 0.3 * draw.normal(size=a.shape) + name.startswith('scale')
-    return value.astype(np.float32)
-
-  return jax.tree_util.tree_map_with_path(fill, models.split(model)[0])
-
-
-def _state(model):
-  return jax.tree.map(
-    lambda a: np.zeros(a.shape, a.dtype), models.split(model)[1]
-  )
-
-
-def _batch(seed=0):
-  draw = np.random.default_rng(seed)
-  ids_BxN = draw.integers(0, V, (B, L + 1), np.int32)
-  document = np.int32([0] * 5 + [1] * (L - 5))
-  place = np.int32([*range(5), *range(L - 5)])
-  return {
-    'ids_BxL': ids_BxN[:, :-1],
-    'target_BxL': ids_BxN[:, 1:],
-    'mask_BxL': np.ones((B, L), np.float32),
-    'segment_BxL': np.stack([document] * B),
-    'pos_BxL': np.stack([place] * B),
-    'row_B': np.arange(B, dtype=np.int32),
-  }
-
-
-def _segment(tree):
-  """What is stacked over pools and layers, of a tree like the model."""
-  return tree['trunk']['body']
-
-
-def _with_segment(tree, segment):
-  return {**tree, 'trunk': {**tree['trunk'], 'body': segment}}
-
-
-def _ctx(batch, forced=None):
-  return routers.context(
-    batch, jax.random.key(0), jnp.int32(3), train=True, forced=forced
-  )
-
-
-def _forward(model, params, batch, forced=None):
-  """logits_BxLxV, aux."""
-  return models.bind(model, params, _state(model))(batch, _ctx(batch, forced))
-
-
-def _run(model, params, batch, forced=None):
-  return jax.jit(functools.partial(_forward, model))(params, batch, forced)
-
-
-def _loss(model, params, batch):
-  goal = objective.next_token(losses={'balance': 0.1, 'z': 0.01})
-  return goal(lambda batch, pass_: _forward(model, params, batch), batch)
-
 
 def _value_and_grad(model):
-  return jax.value_and_grad(functools.partial(_loss, model), has_aux=True)
+  return jax.value_and_grad(functools.partial(tiny.loss, model), has_aux=True)
 
 
 def _grads(model, params):
   """(loss, gradients) of the standard batch."""
-  (loss, _), grads = jax.jit(_value_and_grad(model))(params, _batch())
+  (loss, _), grads = jax.jit(_value_and_grad(model))(params, tiny.batch())
   return jax.device_get((loss, grads))
 
 
 @functools.cache
 def _plain():
   """The model that most variants are neutral to, its parameters."""
-  model = _model()
-  return model, _params(model)
+  model = tiny.model()
+  return model, tiny.params(model)
 
 
 @functools.cache
@@ -165,8 +57,8 @@ def _assert_close(a, b, tolerance):
 def _by_hand(model, params, batch):
   """logits_BxLxV and the aux of each iteration in each layer."""
   c = model.c
-  model = models.bind(model, params, _state(model))
-  ctx, segment_BxL = _ctx(batch), batch['segment_BxL']
+  model = models.bind(model, params, tiny.state(model))
+  ctx, segment_BxL = tiny.ctx(batch), batch['segment_BxL']
   view = attention.View(segment_BxL, segment_BxL, causal=True)
   x_BxLxD = model.embed_VxD[...][batch['ids_BxL']]
   found, depth, momentum = [], 0, None
@@ -262,9 +154,9 @@ WIRINGS = {
 @functools.cache
 def _wired(name):
   """model, params, logits_BxLxV, aux."""
-  model = _model(**WIRINGS[name])
-  params = _params(model)
-  return model, params, *_run(model, params, _batch())
+  model = tiny.model(**WIRINGS[name])
+  params = tiny.params(model)
+  return model, params, *tiny.run(model, params, tiny.batch())
 
 
 @pytest.mark.parametrize('name', WIRINGS)
@@ -272,7 +164,7 @@ def test_scan_is_the_unrolled_loop(name):
   model, params, logits_BxLxV, aux = _wired(name)
   c = model.c
   by_hand = jax.jit(functools.partial(_by_hand, model))
-  expected_BxLxV, found = by_hand(params, _batch())
+  expected_BxLxV, found = by_hand(params, tiny.batch())
   _assert_close(logits_BxLxV, expected_BxLxV, 1e-5)
   if not c.pools:
     assert aux == [] and found == []
@@ -301,50 +193,54 @@ def test_momentum_without_memory_is_the_plain_rule():
   neutral = {'name': 'heavy_ball', 'mu': 0.0, 'gamma': 1.0, 'sign': 1.0}
   params = _plain()[1]
   a, b = (
-    _run(m, params, _batch()) for m in (_model(residual=neutral), _model())
+    tiny.run(m, params, tiny.batch())
+    for m in (tiny.model(residual=neutral), tiny.model())
   )
   _assert_equal(a, b)
   # What is computed again for the gradient is fused and rounded otherwise.
   close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6)
-  found = _grads(_model(residual=neutral), params)
+  found = _grads(tiny.model(residual=neutral), params)
   jax.tree.map(close, found, _plain_grads())
 
 
 def test_with_one_iteration_two_links_are_one():
-  params = _params(_model())
-  a, b = (_run(_model(link=link), params, _batch()) for link in ('add', 'init'))
+  params = tiny.params(tiny.model())
+  a, b = (
+    tiny.run(tiny.model(link=link), params, tiny.batch())
+    for link in ('add', 'init')
+  )
   _assert_equal(a, b)
 
 
 def test_one_expert_for_all_is_a_dense_layer():
-  moe = _model(E=1, router={'name': 'topk', 'k': 1}, expert_F=24)
-  dense = _model(pattern='d', F=24)
-  params = _params(moe)
-  layers = jax.tree.map(lambda a: a[:, 0], _segment(params)['moe'])
-  layers['feed'] = {'one': _segment(params)['pools']}
+  moe = tiny.model(E=1, router={'name': 'topk', 'k': 1}, expert_F=24)
+  dense = tiny.model(pattern='d', F=24)
+  params = tiny.params(moe)
+  layers = jax.tree.map(lambda a: a[:, 0], tiny.segment(params)['moe'])
+  layers['feed'] = {'one': tiny.segment(params)['pools']}
   twin = {**params, 'trunk': {'first': layers}}
-  assert jax.tree.structure(twin) == jax.tree.structure(_params(dense))
-  logits_BxLxV, (aux,) = _run(moe, params, _batch())
-  _assert_close(logits_BxLxV, _run(dense, twin, _batch())[0], 1e-6)
+  assert jax.tree.structure(twin) == jax.tree.structure(tiny.params(dense))
+  logits_BxLxV, (aux,) = tiny.run(moe, params, tiny.batch())
+  _assert_close(logits_BxLxV, tiny.run(dense, twin, tiny.batch())[0], 1e-6)
   assert not np.asarray(aux['dropped']).any()
   np.testing.assert_allclose(aux['losses']['balance'], 1)
   _assert_equal(aux['entropy'], np.zeros((2, 1, 1), np.float32))
 
 
 def test_layers_that_share_a_pool_add_their_gradients():
-  shared = _model(layers_per_pool=2)
-  params = _params(shared)
-  apart = _model(E=8)  # as many candidates, but for each layer its own
+  shared = tiny.model(layers_per_pool=2)
+  params = tiny.params(shared)
+  apart = tiny.model(E=8)  # as many candidates, but for each layer its own
   swap = functools.partial(jax.tree.map, lambda a: a.swapaxes(0, 1))
   twice = functools.partial(jax.tree.map, lambda a: np.concatenate([a, a]))
-  body = _segment(params)
-  twin = _with_segment(
+  body = tiny.segment(params)
+  twin = tiny.with_segment(
     params, {'moe': swap(body['moe']), 'pools': twice(body['pools'])}
   )
   loss, grads = _grads(shared, params)
   loss_apart, grads_apart = _grads(apart, twin)
   np.testing.assert_array_equal(loss, loss_apart)
-  grads, grads_apart = _segment(grads), _segment(grads_apart)
+  grads, grads_apart = tiny.segment(grads), tiny.segment(grads_apart)
   _assert_equal(grads['moe'], swap(grads_apart['moe']))
   for name, d in grads_apart['pools'].items():
     # Both layers reach their experts, and the pool gets the sum of both.
@@ -354,27 +250,27 @@ def test_layers_that_share_a_pool_add_their_gradients():
 
 
 def _shapes(**changes):
-  return jax.tree.map(lambda a: a.shape, models.split(_model(**changes))[0])
+  return jax.tree.map(lambda a: a.shape, models.split(tiny.model(**changes))[0])
 
 
 def test_expert_parameters_are_counted_once():
-  cost = lambda **changes: decoder.cost(_model(N=4, **changes), L)
+  cost = lambda **changes: decoder.cost(tiny.model(N=4, **changes), L)
   plain = cost()['expert_params']
   assert plain == 4 * 4 * 3 * 16 * 8
   for changes in ({'layers_per_pool': 4}, {'iterations': 3}):
     assert cost(**changes)['expert_params'] == plain
-  pooled = _segment(_shapes(N=4, layers_per_pool=2, iterations=3))
+  pooled = tiny.segment(_shapes(N=4, layers_per_pool=2, iterations=3))
   assert pooled['pools']['up_ExDxF'] == (2, 8, 16, 8)
   # Every layer and iteration has a router, over all candidates of the pool.
   assert pooled['moe']['feed']['routers']['w_DxE'] == (2, 2, 3, 16, 8)
-  routers = _segment(_shapes(N=4))['moe']['feed']['routers']
+  routers = tiny.segment(_shapes(N=4))['moe']['feed']['routers']
   assert routers['w_DxE'] == (4, 1, 1, 16, 4)
 
 
 def test_k_may_exceed_E_where_a_pool_has_more_candidates():
-  _model(layers_per_pool=2, router={'name': 'topk', 'k': 6})
+  tiny.model(layers_per_pool=2, router={'name': 'topk', 'k': 6})
   with pytest.raises(ValueError, match=r'k is 6, .* 4 experts'):
-    _model(router={'name': 'topk', 'k': 6})
+    tiny.model(router={'name': 'topk', 'k': 6})
 
 
 # Rematerialisation.
@@ -382,7 +278,7 @@ def test_k_may_exceed_E_where_a_pool_has_more_candidates():
 
 def test_rematerialisation_changes_no_number():
   loss, grads = _plain_grads()
-  found_loss, found = _grads(_model(remat=True), _plain()[1])
+  found_loss, found = _grads(tiny.model(remat=True), _plain()[1])
   np.testing.assert_allclose(found_loss, loss, 1e-6)
   _assert_close(found, grads, 1e-5)
 
@@ -401,7 +297,7 @@ def test_rematerialisation_changes_no_number():
 def test_recomputing_never_routes_again(router):
   """Under rematerialisation nothing is chosen or sorted a second time."""
   keep, recompute = (
-    _choices(_model(N=2, pattern='m', remat=remat, router=router))
+    _choices(tiny.model(N=2, pattern='m', remat=remat, router=router))
     for remat in (False, True)
   )
   assert keep and recompute == keep
@@ -409,7 +305,7 @@ def test_recomputing_never_routes_again(router):
 
 def _choices(model):
   """How many top_k and sort there are in a gradient's program."""
-  params, batch = _params(model), _batch()
+  params, batch = tiny.params(model), tiny.batch()
   jaxpr = jax.make_jaxpr(_value_and_grad(model))(params, batch)
   names = collections.Counter(_primitives(jaxpr.jaxpr))
   assert names['dot_general'] > 4
@@ -433,19 +329,21 @@ def _is_jaxpr(x):
 def test_rematerialisation_recomputes_the_rest():
   count = lambda model: collections.Counter(
     _primitives(
-      jax.make_jaxpr(_value_and_grad(model))(_params(model), _batch()).jaxpr
+      jax.make_jaxpr(_value_and_grad(model))(
+        tiny.params(model), tiny.batch()
+      ).jaxpr
     )
   )['dot_general']
-  assert count(_model(remat=True)) > count(_model())
+  assert count(tiny.model(remat=True)) > count(tiny.model())
 
 
 # Routing replayed, and what it depends on.
 
 
 def test_a_recorded_routing_is_replayed_through_the_whole_model():
-  model = _model(iterations=2, layers_per_pool=2)
-  params, batch = _params(model), _batch()
-  run = jax.jit(functools.partial(_forward, model))
+  model = tiny.model(iterations=2, layers_per_pool=2)
+  params, batch = tiny.params(model), tiny.batch()
+  run = jax.jit(functools.partial(tiny.forward, model))
   logits_BxLxV, (aux,) = run(params, batch)
   again_BxLxV, (again,) = run(params, batch, [aux['route']])
   _assert_equal((again_BxLxV, again), (logits_BxLxV, aux))
@@ -486,16 +384,16 @@ def test_later_tokens_change_nothing_where_a_router_is_causal(
 ):
   """All tokens after a place are replaced: no gradient could see a choice."""
   monkeypatch.setattr(ops, 'gmm', _row_by_row)
-  model = _model(router=router)
-  params = _params(model)
-  run = jax.jit(functools.partial(_forward, model))
-  batch = _batch()
+  model = tiny.model(router=router)
+  params = tiny.params(model)
+  run = jax.jit(functools.partial(tiny.forward, model))
+  batch = tiny.batch()
   whole_BxLxV = np.array(run(params, batch)[0])
   moved = 0
   for seed in range(1, 5):
     for cut in (3, 7, 12):
       ids_BxL = batch['ids_BxL'].copy()
-      ids_BxL[:, cut:] = _batch(seed)['ids_BxL'][:, cut:]
+      ids_BxL[:, cut:] = tiny.batch(seed)['ids_BxL'][:, cut:]
       # One document, so that attention could see a change if it were later.
       other_BxLxV = run(params, {**batch, 'ids_BxL': ids_BxL})[0]
       difference = np.abs(other_BxLxV - whole_BxLxV)
@@ -547,7 +445,7 @@ def remembering(monkeypatch):
   monkeypatch.setattr(
     routers, 'get', lambda n: Remembering if n == 'toy' else get(n)
   )
-  return _model(
+  return tiny.model(
     N=4,
     pattern='dm',
     layers_per_pool=2,
@@ -558,8 +456,8 @@ def remembering(monkeypatch):
 
 
 def test_memory_goes_from_router_to_router(remembering):
-  params, batch = _params(remembering), _batch()
-  _, (aux,) = _run(remembering, params, batch)
+  params, batch = tiny.params(remembering), tiny.batch()
+  _, (aux,) = tiny.run(remembering, params, batch)
   seen = np.asarray(aux['old_TxE']).reshape(4, T, 8)  # layer 0, 0, 1, 1
   left = np.asarray(aux['logits_TxE']).reshape(4, T, 8)
   _assert_equal(seen[0], np.ones((T, 8), np.float32))
@@ -569,11 +467,11 @@ def test_memory_goes_from_router_to_router(remembering):
 
 def test_a_gradient_reaches_the_first_router_through_memory(remembering):
   def last(params):
-    _, (aux,) = _forward(remembering, params, _batch())
+    _, (aux,) = tiny.forward(remembering, params, tiny.batch())
     return jnp.sum(aux['logits_TxE'][0, 1, 1])
 
-  grads = jax.jit(jax.grad(last))(_params(remembering))
-  d_RxI = np.abs(_segment(grads)['moe']['feed']['routers']['w_DxE'][0]).max(
+  grads = jax.jit(jax.grad(last))(tiny.params(remembering))
+  d_RxI = np.abs(tiny.segment(grads)['moe']['feed']['routers']['w_DxE'][0]).max(
     axis=(2, 3)
   )
   assert (d_RxI > 1e-4).all()
@@ -584,13 +482,13 @@ def test_a_gradient_reaches_the_first_router_through_memory(remembering):
 
 @functools.cache
 def _routed():
-  return _run(*_plain(), _batch())
+  return tiny.run(*_plain(), tiny.batch())
 
 
 def test_bfloat16_is_close_and_ends_in_float32():
   logits_BxLxV, (aux,) = _routed()
-  low_BxLxV, (low,) = _run(
-    _model(dtype='bfloat16'), _plain()[1], _batch(), [aux['route']]
+  low_BxLxV, (low,) = tiny.run(
+    tiny.model(dtype='bfloat16'), _plain()[1], tiny.batch(), [aux['route']]
   )
   assert low_BxLxV.dtype == jnp.float32
   assert jax.tree.map(lambda a: a.dtype, low) == jax.tree.map(
@@ -604,8 +502,8 @@ def test_float64_agrees():
   logits_BxLxV, (aux,) = _routed()
   with jax.enable_x64(True):
     wide = jax.tree.map(np.float64, _plain()[1])
-    high_BxLxV, (high,) = _run(
-      _model(dtype='float64'), wide, _batch(), [aux['route']]
+    high_BxLxV, (high,) = tiny.run(
+      tiny.model(dtype='float64'), wide, tiny.batch(), [aux['route']]
     )
     assert high_BxLxV.dtype == high['losses']['z'].dtype == jnp.float64
   _assert_close(np.asarray(logits_BxLxV), np.asarray(high_BxLxV), 1e-5)
@@ -614,7 +512,9 @@ def test_float64_agrees():
 def test_grouped_matmuls_agree():
   logits_BxLxV, _ = _routed()
   _assert_close(
-    _run(_model(gmm='xla'), _plain()[1], _batch())[0], logits_BxLxV, 1e-5
+    tiny.run(tiny.model(gmm='xla'), _plain()[1], tiny.batch())[0],
+    logits_BxLxV,
+    1e-5,
   )
 
 
@@ -623,8 +523,8 @@ def test_grouped_matmuls_agree():
 
 def test_state_is_updated_for_every_router():
   router = {'name': 'topk', 'k': 2, 'bias_rate': 0.5}
-  model = _model(N=4, layers_per_pool=2, iterations=3, router=router)
-  params, state = _params(model), _state(model)
+  model = tiny.model(N=4, layers_per_pool=2, iterations=3, router=router)
+  params, state = tiny.params(model), tiny.state(model)
   load = np.random.default_rng(0).integers(0, 9, (2, 2, 3, 8), np.int32)
   update = lambda params, state: models.bind(
     model, params, state
@@ -637,8 +537,8 @@ def test_state_is_updated_for_every_router():
 
 def test_without_router_state_there_is_nothing_to_update():
   for changes in ({}, {'pattern': 'd'}):
-    model = _model(**changes)
-    bound = models.bind(model, _params(model), _state(model))
+    model = tiny.model(**changes)
+    bound = models.bind(model, tiny.params(model), tiny.state(model))
     assert not jax.tree.leaves(
       bound.updated_state([{'load_E': np.ones((2, 1, 1, 4))}])
     )
@@ -646,9 +546,9 @@ def test_without_router_state_there_is_nothing_to_update():
 
 def test_split_and_bind_are_inverse():
   router = {'name': 'topk', 'k': 2, 'bias_rate': 0.5}
-  model = _model(router=router, tied=False)
-  params = _params(model)
-  state = jax.tree.map(lambda a: a + 3, _state(model))
+  model = tiny.model(router=router, tied=False)
+  params = tiny.params(model)
+  state = jax.tree.map(lambda a: a + 3, tiny.state(model))
   found = models.split(models.bind(model, params, state))
   assert jax.tree.structure(found) == jax.tree.structure((params, state))
   _assert_equal(found, (params, state))
@@ -667,12 +567,12 @@ def test_a_stack_is_made_of_different_modules():
 def test_projections_into_the_stream_start_smaller_the_deeper_the_model():
   def init():
     rngs = nnx.Rngs(jax.random.key(0, impl='rbg'))  # compiles fast
-    c = _config(N=8, layers_per_pool=2)
+    c = tiny.config(N=8, layers_per_pool=2)
     return models.split(decoder.build(c, parallel.local, rngs=rngs))[0]
 
   params = jax.device_get(jax.jit(init)())
   assert jax.tree.map(np.shape, params) == _shapes(N=8, layers_per_pool=2)
-  body = _segment(params)
+  body = tiny.segment(params)
   projections = body['moe']['attention']
   std = lambda a, inputs: float(np.std(a)) * inputs**0.5
   assert std(body['pools']['up_ExDxF'], 16) == pytest.approx(1, rel=0.1)
@@ -683,7 +583,7 @@ def test_projections_into_the_stream_start_smaller_the_deeper_the_model():
 
 
 def test_cost_by_hand():
-  model = _model(
+  model = tiny.model(
     N=7,
     first_dense=1,
     pattern='dm',
@@ -709,7 +609,7 @@ def test_cost_by_hand():
 
 
 def test_a_dense_model_is_all_active():
-  cost = decoder.cost(_model(pattern='d'), L)
+  cost = decoder.cost(tiny.model(pattern='d'), L)
   assert cost['expert_params'] == 0
   assert cost['params_active'] == cost['params_total']
 
@@ -744,7 +644,7 @@ def test_a_dense_model_is_all_active():
 )
 def test_what_cannot_be_built_is_told_in_one_line(changes, told):
   with pytest.raises(ValueError, match=told) as raised:
-    _model(**changes)
+    tiny.model(**changes)
   assert '\n' not in str(raised.value)
 
 

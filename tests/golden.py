@@ -1,5 +1,6 @@
 """What the golden checks share: files, weights, and how near is near enough."""
 
+import functools
 import json
 import os
 import pathlib
@@ -15,6 +16,15 @@ from moe_jax import routers as routing
 
 DIRECTORY = pathlib.Path(
   os.environ.get('MOE_GOLDEN_DIR') or pathlib.Path(__file__).parent / 'golden'
+)
+
+# jax.jit for what runs a few times: to compile takes nearly all of the time.
+jit = functools.partial(
+  jax.jit,
+  compiler_options={
+    'xla_backend_optimization_level': 0,
+    'xla_llvm_disable_expensive_passes': True,
+  },
 )
 
 
@@ -85,7 +95,8 @@ def build(name: str, fields: dict[str, Any], dtype: str, **sizes) -> nnx.Module:
 
 def context(B: int, L: int, *, train: bool = False, **changes) -> routing.Ctx:
   """The Ctx of a model that reads B rows of L tokens."""
-  zeros_BxL, row_B = jnp.zeros((B, L), jnp.int32), jnp.arange(B, dtype=jnp.int32)
+  zeros_BxL = jnp.zeros((B, L), jnp.int32)
+  row_B = jnp.arange(B, dtype=jnp.int32)
   batch = {'ids_BxL': zeros_BxL, 'pos_BxL': zeros_BxL, 'row_B': row_B}
   ctx = routing.context(batch, jax.random.key(0), 0, train=train)
   return ctx.replace(**changes)

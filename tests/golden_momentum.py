@@ -15,7 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from golden_coe import with_weights
+from golden_coe import (
+  jit,
+  Params,
+  TOL,
+  TOL_AUX,
+  TOL_F32,
+  TOL_LOSS,
+  with_weights,
+)
 
 from moe_jax import (
   attention,
@@ -29,15 +37,7 @@ from moe_jax import (
   trunk,
 )
 
-Params = dict[str, Any]
 Arrays = dict[str, np.ndarray]
-
-TOL, TOL_AUX, TOL_LOSS, TOL_F32 = 1e-9, 1e-8, 1e-6, 2e-5
-
-# A program runs once or twice: compiling it well takes longer than running it.
-compiled = functools.partial(
-  jax.jit, compiler_options={'xla_backend_optimization_level': 0}
-)
 
 
 def settings(g: golden.Golden) -> str:
@@ -283,7 +283,7 @@ def _compiled_stack(text):
   layers = _stack(meta)
   last = watched(layers)
 
-  @functools.partial(compiled, static_argnames='balance')
+  @functools.partial(jit, static_argnames='balance')
   def gradients(params, x_BxLxD, cotangent_BxLxD, *, balance):
     def forward(params, x_BxLxD):
       B, L = x_BxLxD.shape[:2]
@@ -473,7 +473,7 @@ def _compiled_lm(text):
   last = watched(model.trunk)
   loss = objective.get('next_token', losses={})
 
-  @compiled
+  @jit
   @functools.partial(jax.value_and_grad, has_aux=True)
   def gradients(params, batch, cache_NxBxCxD):
     kept = []
@@ -519,6 +519,7 @@ def language_model(g: golden.Golden) -> None:
     gradients(params, batch, cache_NxBxCxD)
   )
   metrics, logits_BxLxV, next_NxBxCxD = kept
+  seen = last()
   golden.near(loss, a.pop('loss'), TOL)
   golden.near(next_NxBxCxD, a.pop('h_cache_next'), TOL)
   log_BxLxV = jax.nn.log_softmax(logits_BxLxV)
@@ -526,7 +527,6 @@ def language_model(g: golden.Golden) -> None:
   golden.near(log_BxLxV, a.pop('log_probs_f32'), TOL_F32)
   golden.gradients_near(table(d_params), expected, TOL)
 
-  seen = last()
   logits_NxTxE = router_logits(params['trunk']['body'], seen.h_TxD)
   golden.near(logits_NxTxE, a.pop('router_logits'), TOL)
   route_NxTxK = metrics['aux'][0]['route'][:, 0, 0]
@@ -613,7 +613,7 @@ def _compiled_encoder(text):
   model = _encoder(meta)
   last = watched(model.trunk)
 
-  @compiled
+  @jit
   def gradients(params, x_BxLxD, cotangent_BxLxD):
     def forward(params, x_BxLxD):
       bound = models.bind(model, params, {})

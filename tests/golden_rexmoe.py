@@ -145,7 +145,7 @@ def layer(g: golden.Golden) -> None:
       golden.near(infer(params, x_TxD), out_TxD, 1e-12)
     load_M = np.asarray(aux['load_E'])
     np.testing.assert_array_equal(load_M, a.pop('load'))
-    # A derived number, which reports make of the load.
+    # Of the load, which is all that the library reports.
     golden.near(load_M / load_M.mean() - 1, a.pop('lbv'), TOL_LOSS)
     for i, (kind, name) in enumerate(LOSSES.items()):
       golden.near(aux['losses'][kind], a.pop(f'aux_{name}'), TOL_LOSS)

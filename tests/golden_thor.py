@@ -143,16 +143,6 @@ class Unread(dict):
     assert not self, f'unread: {sorted(self)}'
 
 
-# To compile takes most of the time.
-jit = functools.partial(
-  jax.jit,
-  compiler_options={
-    'xla_backend_optimization_level': 0,
-    'xla_llvm_disable_expensive_passes': True,
-  },
-)
-
-
 def _fields(E, H, block_name, **router):
   """What a user would write for the authors' small model."""
   return dict(
@@ -241,7 +231,7 @@ def _layer(cross, block_name, E, H, **router):
     )
     return y_BxLxD, *seen[0], aux
 
-  @jit
+  @golden.jit
   def run(inputs, pads, cotangent_BxLxD, route_T):
     if cotangent_BxLxD is None:
       return forward(inputs, pads, route_T, train=False), None
@@ -374,7 +364,7 @@ def _draws(layer, eval_per):
     return router(x_TxD, ctx, ())[1]['route'][:, 0]
 
   return np.asarray(
-    jit(jax.vmap(route))(jax.random.split(jax.random.key(0), 30))
+    golden.jit(jax.vmap(route))(jax.random.split(jax.random.key(0), 30))
   )
 
 
@@ -477,7 +467,7 @@ def _model(E, H, N, encoder_N, V, train):
   model = _shapes({**fields, 'N': N, 'encoder_N': encoder_N}, V)
   _, state = models.split(model)
 
-  @jit
+  @golden.jit
   def run(params, batch, forced):
     ctx = routing.context(
       batch, jax.random.key(0), 0, train=train, forced=forced
@@ -497,7 +487,7 @@ def _model(E, H, N, encoder_N, V, train):
   return model, run
 
 
-@jit
+@golden.jit
 def _pull(pullback, slope_BxLxV):
   return pullback(slope_BxLxV)[0]
 

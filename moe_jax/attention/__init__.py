@@ -38,12 +38,12 @@ class Attention(nnx.Module):
   """The contract: H heads over a stream of width D.
 
   Attributes:
-    caches: whether the view's `cache_BxCxD` is read.
+    caches: how many inputs before these the view's `cache_BxCxD` may hold.
     crosses: whether it is also called with another sequence, (x_BxLxD, view,
       source_BxMxD), whose tokens the view's keys then are.
   """
 
-  caches = False
+  caches = 0
   crosses = False
 
   def __init__(

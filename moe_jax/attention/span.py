@@ -28,8 +28,6 @@ class Attention(attention.Attention):
     ValueError: H does not divide D, or, when called, the cache is not P long.
   """
 
-  caches = True
-
   def __init__(
     self,
     D: int,
@@ -40,7 +38,7 @@ class Attention(attention.Attention):
     span: int = 256,
     rngs: nnx.Rngs,
   ):
-    self.span = span
+    self.caches = span
     S = attention.head_size(D, H)
     weight = scheme.attention.weight
     project = lambda: weight(rngs.params(), (D, H, S), D, D)
@@ -61,7 +59,7 @@ class Attention(attention.Attention):
   def __call__(self, x_BxLxD: jax.Array, view: attention.View) -> jax.Array:
     """The view's `shared` is position_SxP; its cache is of zeros if None."""
     B, L, D = x_BxLxD.shape
-    dtype, P = x_BxLxD.dtype, self.span
+    dtype, P = x_BxLxD.dtype, self.caches
     cache_BxPxD = view.cache_BxCxD
     if cache_BxPxD is None:
       cache_BxPxD = jnp.zeros((B, P, D), dtype)

@@ -91,6 +91,14 @@ class Decoder(nnx.Module):
       logits_BxLxV += self.bias_V[...].astype(wide)[None, None]
     return logits_BxLxV, aux, cache_NxBxCxD
 
+  def blank(self, B: int) -> jax.Array | None:
+    """The cache before the first block of B rows; None if there is none."""
+    c = self.c
+    layers = self.trunk.first if c.first else self.trunk.body.moe
+    if not (layers.attention.caches and block.BLOCKS[c.block].raw):
+      return None
+    return jnp.zeros((c.N, B, layers.attention.caches, c.D), c.dtype)
+
   def updated_state(self, aux: list[dict[str, Any]]) -> dict[str, Any]:
     """The router state after an optimiser step with the load in aux."""
     new = self.trunk.updated_state(aux)

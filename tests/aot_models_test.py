@@ -1,0 +1,178 @@
+"""The papers' settings, compiled whole for chips that are not there.
+
+The training step of every config in configs/paper, at its published widths and
+length, with as many rows as fit on one chip. Needs the extra `aot`. Nothing is
+executed. Each compilation has a process of its own: libtpu reads its settings
+once.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import pathlib
+import re
+import runpy
+import subprocess
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.experimental import topologies
+
+from moe_jax import config, job, models, objective, optimizer, parallel, train
+from pallas_kernels import cost, tiling
+
+pytestmark = pytest.mark.skipif(
+  not all(map(importlib.util.find_spec, ('libtpu', 'jax_cuda13_plugin'))),
+  reason="needs the extra 'aot': libtpu or jax_cuda13_plugin is not installed",
+)
+
+TESTS = pathlib.Path(__file__).parent
+PAPERS = sorted(p.stem for p in (TESTS.parent / 'configs/paper').glob('*.py'))
+H100 = (TESTS / 'h100.txtpb').read_text()
+GIB = 2**30
+HBM = {'v5e': 16 * GIB, 'v5p': 95 * GIB, 'v6e': 32 * GIB, 'h100': 79 * GIB}
+ROWS = {'momentum_vmoe': 64, 'rexmoe_half': 4, 'rexmoe_2b': 2}  # else 8
+IMAGE = {'V': 1000, 'size': (224, 224, 3)}  # ImageNet's
+
+
+def compiled(name, chip, gmm, count):
+  """Prints what the compiler says of a config's step on so many chips."""
+  mesh = jax.sharding.Mesh(
+    np.reshape(devices(chip)[:count], (count, 1, 1)),
+    parallel.AXES,
+    axis_types=(jax.sharding.AxisType.Auto,) * len(parallel.AXES),
+  )
+  path = TESTS.parent / 'configs/paper' / f'{name}.py'
+  c = config.resolve(runpy.run_path(str(path))['get_config']())
+  c['batch_size'] = ROWS.get(name, 8) * count
+  abstract = abstract_job(c, gmm, mesh)
+  state = jax.eval_shape(functools.partial(train.initial_state, abstract))
+  everywhere, rows = (
+    jax.NamedSharding(mesh, s) for s in (jax.P(), jax.P(parallel.AXES))
+  )
+  place = lambda tree, sharding: jax.tree.map(
+    lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree
+  )
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    step = train.make_step(abstract).lower(
+      place(state, everywhere), place(batch_of(c), rows)
+    )
+  program = step.compile()
+  memory, text = program.memory_analysis(), program.as_text()
+  calls = re.findall(r'%(\w+)\S* = .*"tpu_custom_call"', text)
+  found = {
+    'arguments': memory.argument_size_in_bytes,
+    'outputs': memory.output_size_in_bytes,
+    'donated': memory.alias_size_in_bytes,
+    'temporary': memory.temp_size_in_bytes,
+    'kernels': sorted(set(calls)),
+    'reduced': 'all-reduce' in text,
+  }
+  print(json.dumps(found))
+
+
+def devices(chip):
+  if chip == 'h100':
+    topology = topologies.get_topology_desc(
+      '', 'cuda', topology='1x1x8', target_config=H100
+    )
+  else:
+    topology = topologies.get_topology_desc(tiling.CHIPS[chip].topology, 'tpu')
+  return topology.devices
+
+
+def abstract_job(c, gmm, mesh):
+  """What job.prepare returns, without data and on devices that are not here."""
+  values = {**c['model'], 'gmm': gmm, **sizes_of(c)}
+  module = models.get(values.pop('name'))
+  shape = module.Config(**values)
+  init = lambda: module.build(shape, parallel.local, rngs=nnx.Rngs(0))
+  settings = optimizer.Config(**c['optimizer'])
+  given = dict(
+    config=c,
+    model=nnx.eval_shape(init),
+    init=init,
+    objective=objective.get(**c['objective']),
+    optimizer=optimizer.make(settings, c['steps']),
+    mesh=mesh,
+    dataset=types.SimpleNamespace(streams=streams(c)),
+  )
+  names = [f.name for f in dataclasses.fields(job.Job)]
+  return job.Job(**{name: given.get(name) for name in names})
+
+
+def sizes_of(c):
+  """What the data would say, as published."""
+  if c['data']['source'] == 'images':
+    return IMAGE
+  return {'V': c['data']['vocab_size']}
+
+
+def streams(c):
+  return c['data'].get('order') == 'stream'
+
+
+def batch_of(c):
+  """The shapes of a batch, as data.py, pairs.py and images.py state them."""
+  B, L, source = c['batch_size'], c['seq_len'], c['data']['source']
+  L = 1 if source == 'images' else L
+  ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
+  floats = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+  batch = {
+    'target_BxL': ints(B, L),
+    'mask_BxL': floats(B, L),
+    'row_B': ints(B),
+  }
+  if source == 'images':
+    return {**batch, 'image_BxYxXxC': floats(B, *IMAGE['size'])}
+  for name in ('ids_BxL', 'segment_BxL', 'pos_BxL'):
+    batch[name] = ints(B, L)
+  if source == 'pairs':
+    batch['source_BxS'] = ints(B, L)
+    batch['source_mask_BxS'] = floats(B, L)
+  if streams(c):
+    batch['begins_B'] = ints(B)
+  return batch
+
+
+def in_process(name, chip, gmm, count=1):
+  """What `compiled` finds, in a process of its own."""
+  call = f'compiled({name!r}, {chip!r}, {gmm!r}, {count})'
+  env = cost.environment('')
+  del env['LIBTPU_INIT_ARGS']  # no schedules: a whole step's are large
+  done = subprocess.run(
+    [sys.executable, '-c', f'import aot_models_test as t; t.{call}'],
+    cwd=TESTS,
+    env=env,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr[-2000:]
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+def check_memory(found, chip):
+  # The old state makes room for the new one: only metrics are beside it.
+  assert found['outputs'] - found['donated'] < 2**20
+  new = found['outputs'] - found['donated'] + found['temporary']
+  assert found['arguments'] + new < HBM[chip]
+
+
+@pytest.mark.parametrize('name', PAPERS)
+def test_a_step_fits_on_a_tpu(name):
+  found = in_process(name, 'v5p', 'tpu')
+  check_memory(found, 'v5p')
+  assert found['kernels'] == ['dlhs', 'drhs', 'gmm']
+
+
+@pytest.mark.parametrize('name', PAPERS)
+def test_a_step_fits_on_a_gpu(name):
+  found = in_process(name, 'h100', 'xla')
+  check_memory(found, 'h100')

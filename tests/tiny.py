@@ -1,0 +1,121 @@
+"""A decoder so small that plain loops check it, and its parameters."""
+
+import functools
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from moe_jax import models, objective, parallel, routers
+from moe_jax.models import decoder
+
+B, L, V = 2, 16, 32
+T = B * L
+
+TINY = {
+  'V': V,
+  'N': 2,
+  'D': 16,
+  'H': 2,
+  'F': 24,
+  'E': 4,
+  'expert_F': 8,
+  'shared_F': 0,
+  'pattern': 'm',
+  'first_dense': 0,
+  'layers_per_pool': 1,
+  'ragged_pool': False,
+  'iterations': 1,
+  'routing': 'each',
+  'link': 'replace',
+  'residual': {'name': 'plain'},
+  'router': {'name': 'topk', 'k': 2},
+  'attention': {'name': 'rotary', 'J': 1, 'theta': 100.0},
+  'block': 'pre',
+  'norm': 'rms',
+  'eps': 1e-6,
+  'activation': 'swiglu',
+  'bias': False,
+  'init': 'lecun',
+  'dropout': 0.0,
+  'tied': True,
+  'embed_std': 0.02,
+  'dtype': 'float32',
+  'remat': False,
+  'gmm': 'cpu',
+}
+
+
+def config(**changes):
+  return decoder.Config(**{**TINY, **changes})
+
+
+def model(**changes):
+  """Shapes without arrays."""
+  c = config(**changes)
+  build = lambda: decoder.build(c, parallel.local, rngs=nnx.Rngs(0))
+  return nnx.eval_shape(build)
+
+
+def params(model):
+  """Values that depend on a parameter's name and shape alone."""
+
+  def fill(path, a):
+    name = path[-1].key
+    draw = np.random.default_rng(zlib.crc32(name.encode()))
+    value = 0.3 * draw.normal(size=a.shape) + name.startswith('scale')
+    return value.astype(np.float32)
+
+  return jax.tree_util.tree_map_with_path(fill, models.split(model)[0])
+
+
+def state(model):
+  return jax.tree.map(
+    lambda a: np.zeros(a.shape, a.dtype), models.split(model)[1]
+  )
+
+
+def batch(seed=0):
+  draw = np.random.default_rng(seed)
+  ids_BxN = draw.integers(0, V, (B, L + 1), np.int32)
+  document = np.int32([0] * 5 + [1] * (L - 5))
+  place = np.int32([*range(5), *range(L - 5)])
+  return {
+    'ids_BxL': ids_BxN[:, :-1],
+    'target_BxL': ids_BxN[:, 1:],
+    'mask_BxL': np.ones((B, L), np.float32),
+    'segment_BxL': np.stack([document] * B),
+    'pos_BxL': np.stack([place] * B),
+    'row_B': np.arange(B, dtype=np.int32),
+  }
+
+
+def segment(tree):
+  """What is stacked over pools and layers, of a tree like the model."""
+  return tree['trunk']['body']
+
+
+def with_segment(tree, segment):
+  return {**tree, 'trunk': {**tree['trunk'], 'body': segment}}
+
+
+def ctx(batch, forced=None):
+  return routers.context(
+    batch, jax.random.key(0), jnp.int32(3), train=True, forced=forced
+  )
+
+
+def forward(model, params, batch, forced=None):
+  """logits_BxLxV, aux."""
+  return models.bind(model, params, state(model))(batch, ctx(batch, forced))
+
+
+def run(model, params, batch, forced=None):
+  return jax.jit(functools.partial(forward, model))(params, batch, forced)
+
+
+def loss(model, params, batch):
+  goal = objective.next_token(losses={'balance': 0.1, 'z': 0.01})
+  return goal(lambda batch, pass_: forward(model, params, batch), batch)
