@@ -121,7 +121,7 @@ def jax_layer(size, gmm):
   import jax
   from flax import nnx
 
-  from moe_jax import experts, moe, ops, parallel, routers
+  from moe_jax import experts, ops, parallel, routers
 
   T, D, E, K, F = size
   draws = layer_draws(size)
@@ -142,9 +142,8 @@ def jax_layer(size, gmm):
 
   def answer(params, x_TxD):
     layer = nnx.merge(graph, params)
-    return moe.moe(
-      x_TxD, layer['router'], layer['experts'], parallel.local, ctx, ()
-    )[0]
+    plan, _, _ = layer['router'](x_TxD, ctx, ())
+    return parallel.local(x_TxD, plan, layer['experts'])
 
   @jax.jit
   def run(params, x_TxD, dy_TxD):
@@ -219,7 +218,7 @@ def jax_job(size, dtype):
   c = config.default()
   c.batch_size, c.seq_len = size.B, size.L
   c.data.vocab_size = size.V
-  c.model.update(N=size.N, D=size.D, H=size.H, J=size.H, dtype=dtype)
+  c.model.update(N=size.N, D=size.D, H=size.H, dtype=dtype)
   c.model.update(E=size.E, expert_F=size.F)
   c.model.router = config.router('topk', k=size.K)
   c.objective.losses.balance = BALANCE

@@ -32,7 +32,7 @@ lists the few imports within a level):
 
   main -> train -> job -> {objective, dataset, data, pairs, images, tokenizer,
   corpus, cache, optimizer, metrics, figures, report, checkpoint, models,
-  config, malloc, beam, translate} -> trunk -> {block, moe, routers, experts,
+  config, malloc, beam, translate} -> trunk -> {block, routers, experts,
   residual, attention, parallel} -> {plan, balance, ops, norm, init} ->
   pallas_kernels -> jax
 

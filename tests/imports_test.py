@@ -22,7 +22,7 @@ LEVELS = (
   | {'cache', 'optimizer', 'metrics', 'report', 'figures', 'checkpoint'}
   | {'models', 'config', 'malloc', 'beam', 'translate'},
   {'trunk'},
-  {'block', 'moe', 'routers', 'experts', 'residual', 'attention', 'parallel'},
+  {'block', 'routers', 'experts', 'residual', 'attention', 'parallel'},
   {'plan', 'balance', 'ops', 'norm', 'init'},
 )
 # Within a level.
@@ -37,8 +37,7 @@ BESIDE = {
   'corpus': {'cache'},
   'report': {'figures', 'metrics'},
   'figures': {'metrics'},
-  'block': {'moe', 'routers', 'experts', 'residual', 'attention'},
-  'moe': {'routers'},
+  'block': {'routers', 'experts', 'residual', 'attention'},
 }
 # Who may import a package that the others must not know.
 ALONE = {

@@ -14,7 +14,6 @@ from flax import nnx
 
 from moe_jax import parallel, routers
 from moe_jax.experts import Experts
-from moe_jax.moe import moe
 
 B, L, D, E, F = 2, 12, 16, 4, 8
 T = B * L
@@ -153,10 +152,8 @@ def _layer(name, options):
     nnx.replace_by_pure_dict(w_experts, params['experts'])
     experts = nnx.merge(graph_experts, w_experts)
     router = bound(params)
-    y_TxD, aux, _ = moe(
-      x_TxD, router, experts, parallel.local, ctx, router.memory(x_TxD)
-    )
-    return y_TxD, aux
+    plan, aux, _ = router(x_TxD, ctx, router.memory(x_TxD))
+    return parallel.local(x_TxD, plan, experts), aux
 
   def run(params, x_TxD, ctx):
     traces.append(1)
