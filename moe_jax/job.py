@@ -56,6 +56,11 @@ def prepare(config: Any, workdir: str) -> Job | None:
   gmm = ops.choose_gmm(
     None if c['model']['gmm'] == 'auto' else c['model']['gmm']
   )
+  if gmm == 'tpu' and mesh.size > 1:
+    raise ValueError(
+      f"model.gmm='tpu' runs on one device, the mesh has {mesh.size};"
+      " model.gmm='xla' runs on several"
+    )
   settings = optimizer.Config(**c['optimizer'])
   goal = objective.get(**c['objective'])
   source = dataset.source(c['data']['source'])

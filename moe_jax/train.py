@@ -46,7 +46,10 @@ def initial_state(job: Job) -> TrainState:
     cache = _blank(job)
     return TrainState(jnp.int32(0), params, router_state, opt_state, cache)
 
-  return parallel.put_replicated(jax.jit(init)(), job.mesh)
+  state = jax.jit(init)()
+  cache = parallel.put_batch(state.cache_BxNxCxD, job.mesh)
+  state = parallel.put_replicated(state, job.mesh)
+  return state._replace(cache_BxNxCxD=cache)
 
 
 def make_step(job: Job) -> Callable[[TrainState, Any], tuple]:

@@ -3,7 +3,7 @@
 import pytest
 from small import small_config
 
-from moe_jax import config
+from moe_jax import config, ops
 from moe_jax import job as jobs
 
 WRONG = {
@@ -41,6 +41,15 @@ WRONG = {
   'data.source': ('web', "'web'"),
   'data.path': ('/no/such/file', '/no/such/file'),
 }
+
+
+def test_a_kernel_of_one_device_is_refused_on_several(
+  corpus, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(ops, 'choose_gmm', lambda impl: 'tpu')
+  c = small_config(corpus, mesh__data=2)
+  with pytest.raises(ValueError, match=r"gmm='tpu'.*one device.* 2;"):
+    jobs.prepare(c, str(tmp_path))
 
 
 @pytest.mark.parametrize('key', WRONG)
