@@ -13,7 +13,7 @@ from moe_jax import config
 def get_config():
   c = config.default()
   c.description = 'THOR: two passes through random experts, translation'
-  c.steps, c.batch_size, c.seq_len = 600, 32, 40
+  c.steps, c.batch_size, c.seq_len = 1500, 32, 40
   c.data = config.source('pairs', vocab_size=2048, eval_lines=200)
   c.model = config.model('translator', N=2, encoder_N=2, D=128, H=4, F=256)
   c.model.update(pattern='md', E=2, expert_F=256, block='post', init='thor')
