@@ -21,6 +21,6 @@ def get_config():
   c.model.router = config.router('topk', k=2, bias=True, init='torch')
   c.model.residual = config.choice('residual', 'heavy_ball', mu=0.7, sign=-1.0)
   c.objective.losses.update(balance=0.0, z=0.0)
-  c.optimizer.update(learning_rate=7e-4, schedule='constant', warmup=0.05)
+  c.optimizer.update(learning_rate=3e-3, schedule='constant', warmup=0.05)
   c.optimizer.update(b2=0.999, weight_decay=0.0, clip=0.0)
   return c
