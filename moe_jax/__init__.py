@@ -30,11 +30,11 @@ A routed step, whole:
 Who may import whom (left imports right only; tests/imports_test.py checks, and
 lists the few imports within a level):
 
-  main -> train -> job -> {objective, dataset, data, pairs, images, tokenizer,
-  corpus, cache, optimizer, metrics, figures, report, checkpoint, models,
-  config, malloc, beam, translate} -> trunk -> {block, routers, experts,
-  residual, attention, parallel} -> {plan, balance, ops, norm, init} ->
-  pallas_kernels -> jax
+  main -> train -> job -> {objective, dataset, data, pairs, images, rows,
+  tokenizer, corpus, cache, optimizer, metrics, figures, report, checkpoint,
+  models, config, malloc, beam, translate} -> trunk -> {block, routers,
+  experts, residual, attention, parallel} -> {plan, balance, ops, norm, init}
+  -> pallas_kernels -> jax
 
 Two words that are never mixed: *memory* lives over depth inside one forward
 pass; *state* lives over training steps.

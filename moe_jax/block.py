@@ -103,9 +103,10 @@ class Block(nnx.Module):
       norm after its last layer.
     raw: attention reads the layer's input as it is, so that a cache of inputs
       is one of what attention has read.
+    crosses: it can attend to another sequence too.
   """
 
-  normalised, raw = False, False
+  normalised, raw, crosses = False, False, False
 
   def __init__(
     self,
@@ -165,6 +166,8 @@ class Block(nnx.Module):
 class PreNorm(Block):
   """x + attention(norm(x)), then x with the answer to norm(x)."""
 
+  crosses = True
+
   def __call__(self, x, memory, experts, wiring, ctx, view, source=None):
     x += self._attend(self.norm_attention(x), wiring, ctx, view)
     if source is not None:
@@ -176,7 +179,7 @@ class PreNorm(Block):
 class PostNorm(Block):
   """norm(x + attention(x)), then norm of x with its answer (1706.03762)."""
 
-  normalised, raw = True, True
+  normalised, raw, crosses = True, True, True
 
   def __call__(self, x, memory, experts, wiring, ctx, view, source=None):
     x = self.norm_attention(x + self._attend(x, wiring, ctx, view))
@@ -251,7 +254,6 @@ BLOCKS = {
   'authors_lm_inside': AuthorsLMInside,
   'vmoe': VMoE,
 }
-CROSSING = ('pre', 'post')  # blocks that can attend to another sequence
 
 
 def drop(

@@ -26,7 +26,6 @@ batch, from row `shard_index` on: row i of shard s is row i * shard_count + s.
 
 import functools
 import hashlib
-import math
 import pathlib
 from collections.abc import Iterator
 
@@ -35,17 +34,13 @@ import numpy as np
 
 from moe_jax import cache
 from moe_jax.corpus import Corpus, DataConfig, DataError, load
+from moe_jax.rows import Batch, of_shard, READ, spread
 from moe_jax.tokenizer import Tokenizer
 
 __all__ = (
   'Corpus', 'DataConfig', 'DataError', 'EvalBatches', 'eval_batches', 'load',
   'pack', 'stream_iterator', 'streams', 'train_iterator',
 )  # fmt: skip
-
-Batch = dict[str, np.ndarray]
-
-# One thread keeps ahead of any device: a batch is a gather of a few kilobytes.
-READ = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
 
 
 def pack(documents: list[np.ndarray], separator: int) -> np.ndarray:
@@ -138,7 +133,8 @@ def train_iterator(
     DataError: the stream is too short for one batch, or the shards do not
       divide the batch.
   """
-  _check_sizes('training', train_N, batch_size, seq_len, shard_count)
+  row_B = of_shard(batch_size, shard_index, shard_count)
+  _check_sizes('training', train_N, batch_size, seq_len)
   ring = len(train_N) - 1
   rows = ring // seq_len
   # Derived here, because grain does not promise to keep its own derivation.
@@ -152,9 +148,8 @@ def train_iterator(
     return first_token(index // rows) + row * seq_len
 
   def batch(starts: list[int]) -> Batch:
-    local = np.array(starts[shard_index::shard_count])
+    local = np.array(starts)[row_B]
     place = (local[:, None] + np.arange(seq_len + 1)) % ring
-    row_B = np.arange(shard_index, batch_size, shard_count)
     return _batch(train_N[place], np.ones_like(place), row_B, train_N[0])
 
   return iter(
@@ -183,11 +178,11 @@ def stream_iterator(
   `begins_B` is 1 in the first batch of an epoch. State, shards and errors are
   those of `train_iterator`.
   """
-  _check_sizes('training', train_N, batch_size, seq_len, shard_count)
+  row_B = of_shard(batch_size, shard_index, shard_count)
+  _check_sizes('training', train_N, batch_size, seq_len)
   ring = len(train_N) - 1
   track = ring // batch_size
   blocks = track // seq_len
-  row_B = np.arange(shard_index, batch_size, shard_count)
   (cut_seed,) = np.random.SeedSequence(seed).generate_state(1)
 
   def batch(index: int, block: int) -> Batch:
@@ -216,8 +211,7 @@ class EvalBatches:
     row_n: np.ndarray,
     batch_size: int,
     seq_len: int,
-    shard_index: int,
-    shard_count: int,
+    row_B: np.ndarray,
     streams: bool,
   ):
     self._eval_N = eval_N
@@ -225,7 +219,7 @@ class EvalBatches:
     self._row_n = row_n  # int64 [n]: which rows of the stream to read
     self._batch_size = batch_size
     self._seq_len = seq_len
-    self._row_B = np.arange(shard_index, batch_size, shard_count)
+    self._row_B = row_B
 
   def __len__(self) -> int:
     return -(-len(self._row_n) // self._batch_size)
@@ -267,12 +261,12 @@ def eval_batches(
     DataError: the stream is too short for one batch, or the shards do not
       divide the batch.
   """
-  _check_sizes('held-out', eval_N, batch_size, seq_len, shard_count)
+  row_B = of_shard(batch_size, shard_index, shard_count)
+  _check_sizes('held-out', eval_N, batch_size, seq_len)
   rows = -(-(len(eval_N) - 1) // seq_len)
-  batches = max(1, math.ceil(share * rows / batch_size))
-  count = min(rows, batches * batch_size)
-  row_n = np.arange(count) * rows // count
+  row_n = spread(rows, share * rows, batch_size)
   if streams:  # a track of consecutive rows for each row of the batch
+    batches = -(-len(row_n) // batch_size)
     tracks = np.arange(batch_size)[None] * -(-rows // batch_size)
     row_n = (tracks + np.arange(batches)[:, None]).reshape(-1)
   return EvalBatches(
@@ -280,8 +274,7 @@ def eval_batches(
     row_n=row_n,
     batch_size=batch_size,
     seq_len=seq_len,
-    shard_index=shard_index,
-    shard_count=shard_count,
+    row_B=row_B,
     streams=streams,
   )
 
@@ -291,13 +284,7 @@ def _check_sizes(
   stream: np.ndarray,
   batch_size: int,
   seq_len: int,
-  shard_count: int,
 ) -> None:
-  if batch_size % shard_count:
-    raise DataError(
-      f'batch_size {batch_size} is no multiple of the'
-      f' {shard_count} processes that read it'
-    )
   need, have = batch_size * seq_len + 1, len(stream)
   if have < need:
     raise DataError(

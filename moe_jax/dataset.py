@@ -115,16 +115,16 @@ def _images(config: images.ImagesConfig, length: int) -> images.Images:
 
 
 class Source(NamedTuple):
-  """A kind of data: its config, its reader, sizes that stand for its own."""
+  """A kind of data: its config, its reader, the model that it is for."""
 
   Config: type
   load: Callable[[Any, int], Dataset]  # (config, length)
-  sizes: dict[str, Any]
+  model: str
 
 
-TEXT = Source(DataConfig, _text, {'V': 8})
-PAIRS = Source(pairs.PairsConfig, _pairs, {'V': 8})
-IMAGES = Source(images.ImagesConfig, _images, {'V': 8, 'size': (8, 8, 1)})
+TEXT = Source(DataConfig, _text, 'decoder')
+PAIRS = Source(pairs.PairsConfig, _pairs, 'translator')
+IMAGES = Source(images.ImagesConfig, _images, 'classifier')
 SOURCES = {
   'python_stdlib': TEXT,
   'text': TEXT,

@@ -19,7 +19,6 @@ import functools
 import hashlib
 import json
 import logging
-import math
 import os
 import pathlib
 import zipfile
@@ -32,12 +31,11 @@ import numpy as np
 
 from moe_jax import corpus
 from moe_jax.corpus import DataError
+from moe_jax.rows import Batch, Batches, of_shard, READ, spread
 
 logger = logging.getLogger(__name__)
 
 SOURCES = ('digits', 'images')
-
-Batch = dict[str, np.ndarray]
 
 # What numpy, zipfile and zlib say of a file that is broken or packed in a way
 # they do not know.
@@ -45,8 +43,6 @@ UNREADABLE = (
   *(OSError, ValueError, EOFError, RuntimeError),
   *(zipfile.BadZipFile, zlib.error),
 )
-
-READ = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +152,7 @@ class Images:
       DataError: there are too few images for one batch, or the shards do not
         divide the batch.
     """
-    _check_shards(batch_size, shard_count)
+    row_B = of_shard(batch_size, shard_index, shard_count)
     n = len(self._train.label_n)
     if n < batch_size:
       raise DataError(
@@ -164,7 +160,6 @@ class Images:
         f' there are {n}'
       )
     shuffle_seed, shift_seed = np.random.SeedSequence(seed).generate_state(2)
-    row_B = np.arange(shard_index, batch_size, shard_count)
 
     @functools.lru_cache(maxsize=4)
     def shifts(epoch: int) -> np.ndarray:
@@ -196,7 +191,7 @@ class Images:
     shard_index: int = 0,
     shard_count: int = 1,
     share: float = 1.0,
-  ) -> 'EvalBatches':
+  ) -> Batches:
     """Batches that hold every held-out image once, padded at the end.
 
     A `share` below 1 reads about that part of the images, in full batches,
@@ -205,22 +200,16 @@ class Images:
     Raises:
       DataError: the shards do not divide the batch.
     """
-    _check_shards(batch_size, shard_count)
+    row_B = of_shard(batch_size, shard_index, shard_count)
     n = len(self._held.label_n)
-    batches = max(1, math.ceil(share * n / batch_size))
-    count = min(n, batches * batch_size)
-    row_B = np.arange(shard_index, batch_size, shard_count)
-    return EvalBatches(self, np.arange(count) * n // count, batch_size, row_B)
 
-  def held_out(self, image_n: np.ndarray, row_B: np.ndarray) -> Batch:
-    """A batch of held-out images by number; what `row_B` has beyond is padding.
+    def batch(image_B: np.ndarray) -> Batch:
+      """Padding, -1, shows the last image, with mask 0."""
+      pixels = self._held.image_nxYxXxC[image_B]
+      label_B = self._held.label_n[image_B]
+      return self._batch(pixels, label_B, image_B >= 0, row_B)
 
-    Padding repeats the last image, with mask 0.
-    """
-    image_B = image_n[np.minimum(row_B, len(image_n) - 1)]
-    pixels = self._held.image_nxYxXxC[image_B]
-    label_B = self._held.label_n[image_B]
-    return self._batch(pixels, label_B, row_B < len(image_n), row_B)
+    return Batches(batch, spread(n, share * n, batch_size), batch_size, row_B)
 
   def save(self, workdir: str | os.PathLike) -> None:
     """Writes images.json: what prediction must know about the training data."""
@@ -243,38 +232,6 @@ class Images:
       'mask_BxL': counts_B[:, None].astype(np.float32),
       'row_B': row_B.astype(np.int32),
     }
-
-
-class EvalBatches:
-  """A finite sequence of batches that can be read again; len() counts them."""
-
-  def __init__(
-    self,
-    images: Images,
-    image_n: np.ndarray,
-    batch_size: int,
-    row_B: np.ndarray,
-  ):
-    self._images = images
-    self._image_n = image_n  # int64 [n]: which held-out images to read
-    self._batch_size = batch_size
-    self._row_B = row_B  # of the global batch, those of this shard
-
-  def __len__(self) -> int:
-    return -(-len(self._image_n) // self._batch_size)
-
-  def __iter__(self) -> Iterator[Batch]:
-    for start in range(0, len(self._image_n), self._batch_size):
-      image_n = self._image_n[start : start + self._batch_size]
-      yield self._images.held_out(image_n, self._row_B)
-
-
-def _check_shards(batch_size: int, shard_count: int) -> None:
-  if batch_size % shard_count:
-    raise DataError(
-      f'batch_size {batch_size} is no multiple of the'
-      f' {shard_count} processes that read it'
-    )
 
 
 def _moments(image_nxYxXxC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -65,7 +65,14 @@ def prepare(config: Any, workdir: str) -> Job | None:
   goal = objective.get(**c['objective'])
   source = dataset.source(c['data']['source'])
   data_config = source.Config(**c['data'])
-  _model(c, gmm, strategy, source.sizes)  # before the time that the data takes
+  if c['model']['name'] != source.model:
+    raise ValueError(
+      f'data.source={c["data"]["source"]!r} is for the model'
+      f' {source.model!r}, model.name is {c["model"]["name"]!r}'
+    )
+  module = models.get(source.model)
+  # Before the time that the data takes, with sizes that stand for its own.
+  _model(c, gmm, strategy, module.smallest(c['model']))
   found = source.load(data_config, c['seq_len'])
   c['corpus_sha256'] = found.sha256
   _, changed = _earlier(c, workdir)  # now with the corpus

@@ -31,11 +31,10 @@ import hashlib
 import itertools
 import json
 import logging
-import math
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import grain
@@ -43,14 +42,12 @@ import numpy as np
 
 from moe_jax import cache, corpus, tokenizer
 from moe_jax.corpus import DataError
+from moe_jax.rows import Batch, Batches, of_shard, READ, spread
 
 logger = logging.getLogger(__name__)
 
-Batch = dict[str, np.ndarray]
-
 PAD = '<|pad|>'
 MIN_VOCAB = 258  # every byte, the mark and the pad
-READ = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,7 +203,7 @@ class Pairs:
       DataError: the pairs are too few for one batch, or the shards do not
         divide the batch.
     """
-    row_B = _shard(batch_size, shard_index, shard_count)
+    row_B = of_shard(batch_size, shard_index, shard_count)
     if len(self.train_R) < batch_size:
       raise DataError(
         f'too few training pairs for a batch of {batch_size}: there are'
@@ -233,7 +230,7 @@ class Pairs:
     shard_index: int = 0,
     shard_count: int = 1,
     share: float = 1.0,
-  ) -> 'EvalBatches':
+  ) -> Batches:
     """Batches in which every held-out pair is once, in order.
 
     What is missing from the last batch are rows of padding. A `share` below 1
@@ -242,13 +239,9 @@ class Pairs:
     Raises:
       DataError: the shards do not divide the batch.
     """
-    row_B = _shard(batch_size, shard_index, shard_count)
-    pair_n = self._spread(share, batch_size)
-    pair_n = np.pad(pair_n, (0, -len(pair_n) % batch_size), constant_values=-1)
-    pair_nxB = pair_n.reshape(-1, batch_size)[:, row_B]
-    return EvalBatches(
-      lambda pair_B: self._batch(self.eval, pair_B, row_B), pair_nxB
-    )
+    row_B = of_shard(batch_size, shard_index, shard_count)
+    batch = lambda pair_B: self._batch(self.eval, pair_B, row_B)
+    return Batches(batch, self._spread(share, batch_size), batch_size, row_B)
 
   def references(self, share: float, batch_size: int) -> list[dict[str, str]]:
     """source, target and language, uncut, of the rows of `eval_batches`."""
@@ -271,9 +264,7 @@ class Pairs:
   def _spread(self, share: float, batch_size: int) -> np.ndarray:
     """int64 [n]: which held-out pairs to read."""
     pairs = len(self.eval_pairs)
-    batches = max(1, math.ceil(round(share * pairs) / batch_size))
-    count = min(pairs, batches * batch_size)
-    return np.arange(count) * pairs // count
+    return spread(pairs, round(share * pairs), batch_size)
 
   def _batch(
     self, split: Split, pair_B: np.ndarray, row_B: np.ndarray
@@ -300,35 +291,9 @@ class Pairs:
     }
 
 
-class EvalBatches:
-  """A finite sequence of batches that can be read again; len() counts them."""
-
-  def __init__(
-    self, batch: Callable[[np.ndarray], Batch], pair_nxB: np.ndarray
-  ):
-    self._batch = batch
-    self._pair_nxB = pair_nxB
-
-  def __len__(self) -> int:
-    return len(self._pair_nxB)
-
-  def __iter__(self) -> Iterator[Batch]:
-    return map(self._batch, self._pair_nxB)
-
-
 def _first(length_B: np.ndarray, width: int) -> np.ndarray:
   """bool [B, width]: the first `length_B` places."""
   return np.arange(width) < length_B[:, None]
-
-
-def _shard(batch_size: int, shard_index: int, shard_count: int) -> np.ndarray:
-  """The rows of a global batch that this shard reads."""
-  if batch_size % shard_count:
-    raise DataError(
-      f'batch_size {batch_size} is no multiple of the'
-      f' {shard_count} processes that read it'
-    )
-  return np.arange(shard_index, batch_size, shard_count)
 
 
 def load(config: PairsConfig) -> Pairs:

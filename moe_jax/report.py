@@ -68,6 +68,9 @@ def _big(x):
 
 TILES = (  # key of the summary, label, format
   ('eval_bits_per_byte', 'held-out bits/byte', '{:.3f}'.format),
+  ('eval_accuracy', 'held-out accuracy', '{:.1%}'.format),
+  ('eval_bleu', 'held-out BLEU', '{:.1f}'.format),
+  ('eval_chrf', 'held-out chrF', '{:.1f}'.format),
   ('eval_loss', 'held-out loss', '{:.3f}'.format),
   ('initial_loss', 'initial loss', '{:.3f}'.format),
   ('steps', 'steps', _big),

@@ -46,10 +46,11 @@ def initial_state(job: Job) -> TrainState:
     cache = _blank(job)
     return TrainState(jnp.int32(0), params, router_state, opt_state, cache)
 
-  state = jax.jit(init)()
-  cache = parallel.put_batch(state.cache_BxNxCxD, job.mesh)
-  state = parallel.put_replicated(state, job.mesh)
-  return state._replace(cache_BxNxCxD=cache)
+  state = parallel.put_replicated(jax.jit(init)(), job.mesh)
+  if state.cache_BxNxCxD is not None:  # its rows are where the batch's are
+    cache = parallel.put_batch(state.cache_BxNxCxD, job.mesh)
+    state = state._replace(cache_BxNxCxD=cache)
+  return state
 
 
 def make_step(job: Job) -> Callable[[TrainState, Any], tuple]:

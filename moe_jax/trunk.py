@@ -113,11 +113,6 @@ class Config:
     return self.first_dense if self.depth else self.N
 
   @property
-  def pools(self) -> tuple[tuple[int, int], ...]:
-    """(G, R) of each segment."""
-    return tuple((G, R) for G, R, _ in self.segments)
-
-  @property
   def segments(self) -> tuple[tuple[int, int, str], ...]:
     """(G, R, pattern) of each segment: whole groups, then a ragged one if any.
 
@@ -205,12 +200,11 @@ class Segment(nnx.Module):
       for j, kind in enumerate(self.pattern):
         here = ctx.at_layer(layer + i * period + j)
         old = None if cache is None else cache[j]
+        caches.append(_next_cache(old, x))
         if kind == 'd':
           module, d = block.at(nnx.merge(graph_dense, dense), d), d + 1
-          caches.append(_next_cache(old, x))
           x, memory, _ = run.layer(module, x, memory, None, here, old)
         else:
-          caches.append(_next_cache(old, x))
           module = nnx.merge(graph_moe, moe)
           x, memory, aux = run.layer(module, x, memory, experts, here, old)
       new = None if cache is None else jnp.stack(caches)
@@ -276,10 +270,11 @@ class Trunk(nnx.Module):
     cross: bool = False,
     rngs: nnx.Rngs,
   ):
+    crossing = [name for name, kind in block.BLOCKS.items() if kind.crosses]
     require(
-      not cross or c.block in block.CROSSING,
+      not cross or c.block in crossing,
       f'block={c.block!r} cannot attend to another sequence;'
-      f' {", ".join(block.CROSSING)} can',
+      f' {", ".join(crossing)} can',
     )
     self.c = c
     self.wiring = block.Wiring(
@@ -335,7 +330,7 @@ class Trunk(nnx.Module):
         x_BxLxD, memory, cut(0, c.first), run
       )
       caches.append(cache)
-    layer, depth, routes = c.first, 0, ctx.forced or [None] * len(c.pools)
+    layer, depth, routes = c.first, 0, ctx.forced or [None] * len(c.segments)
     for segment, route in zip(self.segments().values(), routes, strict=True):
       layers = segment.G * segment.R * len(segment.pattern)
       here = dataclasses.replace(run, ctx=ctx.replace(forced=route))

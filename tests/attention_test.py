@@ -10,7 +10,7 @@ import oracle
 import pytest
 from flax import nnx
 
-from moe_jax import attention, init
+from moe_jax import attention, config, init
 
 B, L, D, H = 2, 7, 24, 4
 S = D // H
@@ -173,8 +173,9 @@ def test_the_scheme_and_the_output_scale_are_followed(name):
 
 def test_names_and_options():
   assert {'full', 'latent', 'rotary', 'span'} <= set(attention.names())
-  assert attention.options('rotary') == {'J': None, 'theta': 10_000.0}
-  assert attention.options('full') == {}
+  options = lambda name: config.attend(name).to_dict()
+  assert options('rotary') == {'name': 'rotary', 'J': None, 'theta': 10_000.0}
+  assert options('full') == {'name': 'full'}
   with pytest.raises(ValueError, match=r"'rotar'.*full.*latent.*rotary.*span"):
     attention.get('rotar')
   make = lambda name: attention.get(name)(

@@ -42,7 +42,7 @@ def sizes(c):
     return {'V': c['data']['vocab_size']}
   if c['data']['source'] == 'images':
     return {'V': 1000, 'size': (224, 224, 3)}
-  return dataset.source(c['data']['source']).sizes
+  return models.get(c['model']['name']).smallest(c['model'])
 
 
 def build(c):

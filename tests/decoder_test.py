@@ -72,11 +72,9 @@ def _by_hand(model, params, batch):
     x_BxLxD = dense(block.at(model.trunk.first, n), x_BxLxD)
   places = [
     (body, g, r)
-    for body, (G, R) in zip(
-      model.trunk.segments().values(), c.pools, strict=True
-    )
-    for g in range(G)
-    for r in range(R)
+    for body in model.trunk.segments().values()
+    for g in range(body.G)
+    for r in range(body.R)
   ]
   for body, g, r in places:
     experts = block.at(body.pools, g)
@@ -166,10 +164,10 @@ def test_scan_is_the_unrolled_loop(name):
   by_hand = jax.jit(functools.partial(_by_hand, model))
   expected_BxLxV, found = by_hand(params, tiny.batch())
   _assert_close(logits_BxLxV, expected_BxLxV, 1e-5)
-  if not c.pools:
+  if not c.segments:
     assert aux == [] and found == []
     return
-  (shape,), (aux,) = c.pools, aux
+  ((*shape, _),), (aux,) = c.segments, aux
   shape = (*shape, c.iterations)
   expected = jax.tree.map(
     lambda *a: np.stack(a).reshape(*shape, *a[0].shape), *found

@@ -1,18 +1,23 @@
 """What the golden checks share: files, weights, and how near is near enough."""
 
+import contextlib
+import dataclasses
 import functools
 import json
 import os
 import pathlib
+from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe_jax import config, models, parallel
+from moe_jax import attention, block, config, models, parallel, trunk
 from moe_jax import routers as routing
+from moe_jax.plan import Plan
 
 DIRECTORY = pathlib.Path(
   os.environ.get('MOE_GOLDEN_DIR') or pathlib.Path(__file__).parent / 'golden'
@@ -26,6 +31,13 @@ jit = functools.partial(
     'xla_llvm_disable_expensive_passes': True,
   },
 )
+
+Params = dict[str, Any]
+Table = Callable[[Params], dict[str, Any]]
+
+# Of float64, of gradients with an auxiliary loss in them, of such losses, which
+# the authors round to float32, and of float32.
+TOL, TOL_AUX, TOL_LOSS, TOL_F32 = 1e-9, 1e-8, 1e-6, 2e-5
 
 
 class Golden:
@@ -100,3 +112,103 @@ def context(B: int, L: int, *, train: bool = False, **changes) -> routing.Ctx:
   batch = {'ids_BxL': zeros_BxL, 'pos_BxL': zeros_BxL, 'row_B': row_B}
   ctx = routing.context(batch, jax.random.key(0), 0, train=train)
   return ctx.replace(**changes)
+
+
+def with_weights(
+  params: Params, table: Table, arrays: dict[str, np.ndarray]
+) -> tuple[Params, int]:
+  """Params with the file's arrays in the places that the table reads.
+
+  Also returns how many numbers of the params the table does not read.
+  """
+  leaves, tree = jax.tree.flatten(params)
+  ends = np.cumsum([a.size for a in leaves])
+  cut = lambda flat: jax.tree.unflatten(
+    tree,
+    [
+      flat[end - a.size : end].reshape(a.shape)
+      for a, end in zip(leaves, ends, strict=True)
+    ],
+  )
+  # Where the table finds the numbers 0, 1, 2, ... is where it reads.
+  places = table(cut(np.arange(ends[-1])))
+  assert places.keys() == arrays.keys()
+  flat = np.concatenate([np.asarray(a, np.float64).ravel() for a in leaves])
+  read = np.zeros(flat.shape, int)
+  for name, place in places.items():
+    assert place.shape == arrays[name].shape, name
+    flat[place] = arrays[name]
+    np.add.at(read, place, 1)
+  assert read.max() == 1, 'the table reads a number twice'
+  return jax.tree.map(jnp.asarray, cut(flat)), int(np.sum(read == 0))
+
+
+def without_attention(params: Params) -> Params:
+  """A trunk's params with attention that answers 0: the files have none."""
+  new = dict(params)
+  for name in set(params) & set(trunk.SEGMENTS):
+    moe = params[name]['moe']
+    out_HxSxD = jnp.zeros_like(moe['attention']['out_HxSxD'])
+    silent = {**moe['attention'], 'out_HxSxD': out_HxSxD}
+    new[name] = {**params[name], 'moe': {**moe, 'attention': silent}}
+  return new
+
+
+@dataclasses.dataclass
+class Step:
+  """What one (router, experts) step saw, said and answered."""
+
+  h_TxD: np.ndarray
+  gate_TxE: np.ndarray
+  y_TxD: np.ndarray
+
+
+@contextlib.contextmanager
+def watched():
+  """While it lasts, aux has `steps`: what each step saw, planned, answered."""
+  routed = block.Routed.__call__
+
+  def call(self, h0_TxD, memory, experts, wiring, ctx):
+    found = []
+
+    def strategy(h_TxD, plan, experts):
+      y_TxD = wiring.strategy(h_TxD, plan, experts)
+      found.append((h_TxD, plan, y_TxD))
+      return y_TxD
+
+    wiring_ = dataclasses.replace(wiring, strategy=strategy)
+    h_TxD, memory, aux = routed(self, h0_TxD, memory, experts, wiring_, ctx)
+    aux['steps'] = jax.tree.map(lambda *a: jnp.stack(a), *found)
+    return h_TxD, memory, aux
+
+  with mock.patch.object(block.Routed, '__call__', call):
+    yield
+
+
+def unstacked(aux: list[dict[str, Any]]) -> list[Step]:
+  """The steps of a model's aux in the order in which they were made."""
+  found = []
+  for segment in aux:
+    steps = segment['steps']
+    for i in np.ndindex(steps[0].shape[:3]):  # [G, R, I]
+      h_TxD, plan, y_TxD = jax.tree.map(lambda a, i=i: np.asarray(a[i]), steps)
+      found.append(Step(h_TxD, gates(plan), y_TxD))
+  return found
+
+
+def gates(plan: Plan) -> np.ndarray:
+  """gate_TxE, zero where an expert has not the token."""
+  T, E = len(plan.home_TxK), len(plan.group_E)
+  expert_N = np.repeat(np.arange(E), plan.group_E)  # of the rows that are kept
+  token_N, weight_N = (
+    np.asarray(a)[: len(expert_N)] for a in (plan.token_M, plan.weight_M)
+  )
+  gate_TxE = np.zeros((T, E), plan.weight_M.dtype)
+  np.add.at(gate_TxE, (token_N, expert_N), weight_N)
+  return gate_TxE
+
+
+def view(B: int, L: int) -> attention.View:
+  """Each row is one document."""
+  segment_BxL = jnp.zeros((B, L), jnp.int32)
+  return attention.View(segment_BxL, segment_BxL, causal=True)

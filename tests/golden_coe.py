@@ -4,129 +4,17 @@ A table reads the authors' arrays off our parameters. It reads gradients off
 ours as well and, backwards, says where to put the authors' weights.
 """
 
-import contextlib
-import dataclasses
 import functools
 import json
-from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
+from golden import jit, TOL, TOL_AUX, TOL_F32, TOL_LOSS
 
-from moe_jax import attention, block, config, models, objective, routers, trunk
-from moe_jax.plan import Plan
-
-Params = dict[str, Any]
-Table = Callable[[Params], dict[str, Any]]
-
-TOL, TOL_AUX, TOL_LOSS, TOL_F32 = 1e-9, 1e-8, 1e-6, 2e-5
-
-
-def with_weights(
-  params: Params, table: Table, arrays: dict[str, np.ndarray]
-) -> tuple[Params, int]:
-  """Params with the file's arrays in the places that the table reads.
-
-  Also returns how many numbers of the params the table does not read.
-  """
-  leaves, tree = jax.tree.flatten(params)
-  ends = np.cumsum([a.size for a in leaves])
-  cut = lambda flat: jax.tree.unflatten(
-    tree,
-    [
-      flat[end - a.size : end].reshape(a.shape)
-      for a, end in zip(leaves, ends, strict=True)
-    ],
-  )
-  # Where the table finds the numbers 0, 1, 2, ... is where it reads.
-  places = table(cut(np.arange(ends[-1])))
-  assert places.keys() == arrays.keys()
-  flat = np.concatenate([np.asarray(a, np.float64).ravel() for a in leaves])
-  read = np.zeros(flat.shape, int)
-  for name, place in places.items():
-    assert place.shape == arrays[name].shape, name
-    flat[place] = arrays[name]
-    np.add.at(read, place, 1)
-  assert read.max() == 1, 'the table reads a number twice'
-  return jax.tree.map(jnp.asarray, cut(flat)), int(np.sum(read == 0))
-
-
-def without_attention(params: Params) -> Params:
-  """A trunk's params with attention that answers 0: the files have none."""
-  new = dict(params)
-  for name in set(params) & set(trunk.SEGMENTS):
-    moe = params[name]['moe']
-    out_HxSxD = jnp.zeros_like(moe['attention']['out_HxSxD'])
-    silent = {**moe['attention'], 'out_HxSxD': out_HxSxD}
-    new[name] = {**params[name], 'moe': {**moe, 'attention': silent}}
-  return new
-
-
-@dataclasses.dataclass
-class Step:
-  """What one (router, experts) step saw, said and answered."""
-
-  h_TxD: np.ndarray
-  gate_TxE: np.ndarray
-  y_TxD: np.ndarray
-
-
-@contextlib.contextmanager
-def watched():
-  """While it lasts, aux has `steps`: what each step saw, planned, answered."""
-  routed = block.Routed.__call__
-
-  def call(self, h0_TxD, memory, experts, wiring, ctx):
-    found = []
-
-    def strategy(h_TxD, plan, experts):
-      y_TxD = wiring.strategy(h_TxD, plan, experts)
-      found.append((h_TxD, plan, y_TxD))
-      return y_TxD
-
-    wiring_ = dataclasses.replace(wiring, strategy=strategy)
-    h_TxD, memory, aux = routed(self, h0_TxD, memory, experts, wiring_, ctx)
-    aux['steps'] = jax.tree.map(lambda *a: jnp.stack(a), *found)
-    return h_TxD, memory, aux
-
-  with mock.patch.object(block.Routed, '__call__', call):
-    yield
-
-
-def unstacked(aux: list[dict[str, Any]]) -> list[Step]:
-  """The steps of a model's aux in the order in which they were made."""
-  found = []
-  for segment in aux:
-    steps = segment['steps']
-    for i in np.ndindex(steps[0].shape[:3]):  # [G, R, I]
-      h_TxD, plan, y_TxD = jax.tree.map(lambda a, i=i: np.asarray(a[i]), steps)
-      found.append(Step(h_TxD, gates(plan), y_TxD))
-  return found
-
-
-def gates(plan: Plan) -> np.ndarray:
-  """gate_TxE, zero where an expert has not the token."""
-  T, E = len(plan.home_TxK), len(plan.group_E)
-  expert_M = np.repeat(np.arange(E), plan.group_E)
-  gate_TxE = np.zeros((T, E), plan.weight_M.dtype)
-  np.add.at(gate_TxE, (plan.token_M, expert_M), plan.weight_M)
-  return gate_TxE
-
-
-# To compile takes nearly all of the time: this way half of it.
-jit = functools.partial(
-  jax.jit, compiler_options={'xla_backend_optimization_level': 0}
-)
-
-
-def view(B: int, L: int) -> attention.View:
-  """Each row is one document."""
-  segment_BxL = jnp.zeros((B, L), jnp.int32)
-  return attention.View(segment_BxL, segment_BxL, causal=True)
+from moe_jax import block, config, models, objective, routers
 
 
 def _fields(meta: dict[str, Any]) -> dict[str, Any]:
@@ -163,7 +51,7 @@ def _losses(meta):
 # --- One layer ---------------------------------------------------------------
 
 
-def _layer_table(params: Params) -> dict[str, Any]:
+def _layer_table(params: golden.Params) -> dict[str, Any]:
   """The authors' arrays of a layer: theirs are [out, in], ours [in, out]."""
   moe, experts = params['body']['moe'], params['body']['pools']
   feed = jax.tree.map(lambda a: a[0, 0], moe['feed'])  # pool 0, layer 0
@@ -192,9 +80,9 @@ def _programs(settings: str):
   def forward(params, x_BxLxD, train):
     B, L, _ = x_BxLxD.shape
     ctx = golden.context(B, L, train=train)
-    with watched():
+    with golden.watched():
       bound = models.bind(layers, params, {})
-      out_BxLxD, aux, _ = bound(x_BxLxD, ctx, view(B, L))
+      out_BxLxD, aux, _ = bound(x_BxLxD, ctx, golden.view(B, L))
     return out_BxLxD, aux
 
   def loss(params, x_BxLxD, cotangent_BxLxD, weight):
@@ -204,7 +92,7 @@ def _programs(settings: str):
     return loss, (out_BxLxD, aux)
 
   return (
-    without_attention(models.split(layers)[0]),
+    golden.without_attention(models.split(layers)[0]),
     jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)),
     jit(lambda params, x_BxLxD: forward(params, x_BxLxD, train=False)[0]),
   )
@@ -223,10 +111,13 @@ def layer(g: golden.Golden) -> None:
   a.pop('meta')  # settings, see `_fields`
   params, gradients, infer = _programs(_settings(meta))
   weights = {k[2:]: a.pop(k) for k in list(a) if k.startswith('w_')}
-  params, _ = with_weights(params, _layer_table, weights)
+  params, _ = golden.with_weights(params, _layer_table, weights)
   x_BxLxD, cotangent_BxLxD = a.pop('x'), a.pop('R')
 
-  for prefix, weight, tol in (('g_', 1.0, TOL_AUX), ('gna_', 0.0, TOL)):
+  for prefix, weight, tol in (
+    ('g_', 1.0, TOL_AUX),
+    ('gna_', 0.0, TOL),
+  ):
     (_, (out_BxLxD, aux)), (d_params, d_x) = gradients(
       params, x_BxLxD, cotangent_BxLxD, weight
     )
@@ -241,7 +132,7 @@ def layer(g: golden.Golden) -> None:
   golden.near(loss_I, a.pop('aux_loss'), TOL_LOSS)
   golden.near(infer(params, x_BxLxD), a.pop('out_eval'), TOL)
 
-  found = unstacked(aux)
+  found = golden.unstacked(aux)
   h_IxTxD = np.stack([step.h_TxD for step in found])
   golden.near(h_IxTxD.reshape(-1, *x_BxLxD.shape), a.pop('iter_in'), TOL)
   gate_IxTxE = np.stack([step.gate_TxE for step in found])
@@ -270,7 +161,7 @@ def _same_experts(found, expected):
 # --- A model -----------------------------------------------------------------
 
 
-def _model_table(params: Params, meta: dict[str, Any]) -> dict[str, Any]:
+def _model_table(params: golden.Params, meta: dict[str, Any]) -> dict[str, Any]:
   """torch's names: [out, in], a module for each expert and iteration."""
   H, Z, P = meta['heads'], meta['kv_lora'], meta['qk_rope']
   stack = params['trunk']['body']
@@ -344,7 +235,7 @@ def _model_programs(settings: str):
   def loss(params, batch):
     def forward(batch, pass_):
       ctx = golden.context(*batch['ids_BxL'].shape, train=True)
-      with watched():
+      with golden.watched():
         found.append(models.bind(model, params, {})(batch, ctx))
       return found[0]
 
@@ -365,7 +256,7 @@ def model(g: golden.Golden) -> None:
   meta = {**g.meta, 'V': V, 'D': D}
   like, gradients = _model_programs(_settings(meta))
   table = functools.partial(_model_table, meta=meta)
-  params, unread = with_weights(models.split(like)[0], table, weights)
+  params, unread = golden.with_weights(models.split(like)[0], table, weights)
   assert not unread
   ids_BxL = a.pop('input_ids').astype(np.int32)
   (B, L), place_L = ids_BxL.shape, np.arange(ids_BxL.shape[1])
@@ -389,7 +280,7 @@ def model(g: golden.Golden) -> None:
   _same_experts(aux['route'][:, 0], a['topk_idx'])
   flat = lambda a_NxIxTxK: a_NxIxTxK.reshape(-1, *a_NxIxTxK.shape[2:])
   chosen = flat(a.pop('topk_idx')), flat(a.pop('topk_weight'))
-  for step, *one in zip(unstacked([aux]), *chosen, strict=True):
+  for step, *one in zip(golden.unstacked([aux]), *chosen, strict=True):
     golden.near(step.gate_TxE, golden.dense(*one, meta['E']), TOL)
   assert not a, f'unchecked: {sorted(a)}'
 

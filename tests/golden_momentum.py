@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from golden_coe import (
+from golden import (
   jit,
   Params,
   TOL,
@@ -133,7 +133,7 @@ def watched(layers: trunk.Trunk) -> Callable[[], Seen]:
       if kind == 'step':
         h_TxD, plan, y_TxD = arrays
         seen.h_TxD.append(h_TxD)
-        seen.gate_TxE.append(_gates(plan, len(h_TxD)))
+        seen.gate_TxE.append(golden.gates(plan))
         seen.y_TxD.append(y_TxD)
       elif kind == 'joined':
         seen.joined.append(arrays)
@@ -164,15 +164,6 @@ def _whole(a):
 
 def _is_wide(a):
   return a.dtype == jnp.float64
-
-
-def _gates(plan, T):
-  """[T, E]: of the rows that there are; a plan's last rows may be dropped."""
-  E, rows = len(plan.group_E), np.sum(plan.group_E)
-  expert_M = np.repeat(np.arange(E), plan.group_E)
-  gate_TxE = np.zeros((T, E), plan.weight_M.dtype)
-  np.add.at(gate_TxE, (plan.token_M[:rows], expert_M), plan.weight_M[:rows])
-  return gate_TxE
 
 
 def zeros(name: str, fields: dict[str, Any], **sizes) -> nnx.Module:

@@ -9,12 +9,11 @@ from typing import Any
 from unittest import mock
 
 import golden
-import golden_coe
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from golden_coe import jit, Params, TOL_F32, TOL_LOSS
+from golden import jit, Params, TOL_F32, TOL_LOSS
 
 from moe_jax import block, config, models, objective, routers, trunk
 from moe_jax.routers import rexmoe
@@ -80,7 +79,7 @@ def _layer_programs(mode, r, N, k, D, F):
     bound = models.bind(layers, params, {})
     feed = block.at(block.at(bound.body.moe, 0), 0).feed
     ctx = golden.context(1, len(x_TxD), train=train).at_depth(0, None)
-    with golden_coe.watched():
+    with golden.watched():
       out_TxD, _, aux = feed(
         x_TxD, (), block.at(bound.body.pools, 0), bound.wiring, ctx
       )
@@ -115,14 +114,14 @@ def layer(g: golden.Golden) -> None:
 
   for mode in MODES:
     params, gradients, infer = _layer_programs(mode, r, N, k, D, F)
-    params, _ = golden_coe.with_weights(params, _layer_table, weights)
+    params, _ = golden.with_weights(params, _layer_table, weights)
     run = functools.partial(gradients, params, x_TxD, keep_M)
     (_, (out_TxD, aux)), slopes = run(cotangent_TxD, (0.0, 0.0))
     _, _, y_TxD = aux['steps']
     golden.near(y_TxD, a.pop(f'{mode}out'), TOL_F32)
     chosen = a.pop(f'{mode}topk_idx'), a.pop(f'{mode}gates')
     np.testing.assert_array_equal(aux['route'], chosen[0])
-    (step,) = golden_coe.unstacked([jax.tree.map(_one, aux)])
+    (step,) = golden.unstacked([jax.tree.map(_one, aux)])
     golden.near(step.gate_TxE, golden.dense(*chosen, M), TOL_F32)
     logits_TxE = routers.logits(x_TxD, weights['router_w'].T)
     # All M of them, chosen from best to worst. Ours zeroes the gates of the
@@ -201,10 +200,10 @@ def _stack_programs(L, r, N, k, D, F):
     T = len(x_TxD)
     cache_LxBxTxD = jnp.zeros((L, 1, T, D), x_TxD.dtype)
     ctx = golden.context(1, T, train=True)
-    with golden_coe.watched(), _keeping(keep_LxM):
+    with golden.watched(), _keeping(keep_LxM):
       # The cache that comes back is the input of every layer.
       out_BxTxD, aux, input_LxBxTxD = models.bind(layers, params, {})(
-        x_TxD[None], ctx, golden_coe.view(1, T), None, cache_LxBxTxD
+        x_TxD[None], ctx, golden.view(1, T), None, cache_LxBxTxD
       )
     loss = jnp.sum(out_BxTxD[0] * cotangent_TxD)
     loss += objective.weighted({'balance': 1.0}, aux) * weight
@@ -227,8 +226,8 @@ def stack(g: golden.Golden) -> None:
   names = [*WEIGHTS, *(f'router_w_{l}' for l in range(L))]
   weights = {name: a.pop(name) for name in names}
   table = functools.partial(_stack_table, N=N)
-  params, _ = golden_coe.with_weights(
-    golden_coe.without_attention(models.split(layers)[0]), table, weights
+  params, _ = golden.with_weights(
+    golden.without_attention(models.split(layers)[0]), table, weights
   )
 
   (loss, (h_LxTxD, aux)), (d_params, d_x) = gradients(
@@ -246,7 +245,7 @@ def stack(g: golden.Golden) -> None:
   ]
   assert len(reports) == L
   for l, (report, step) in enumerate(
-    zip(reports, golden_coe.unstacked(aux), strict=True)
+    zip(reports, golden.unstacked(aux), strict=True)
   ):
     golden.near(step.y_TxD, a.pop(f'moe_out_{l}'), TOL_F32)
     golden.near(h_LxTxD[l + 1], a.pop(f'h_{l + 1}'), TOL_F32)

@@ -18,9 +18,9 @@ LEVELS = (
   {'main', 'commands'},
   {'train'},
   {'job'},
-  {'objective', 'dataset', 'data', 'pairs', 'images', 'tokenizer', 'corpus'}
-  | {'cache', 'optimizer', 'metrics', 'report', 'figures', 'checkpoint'}
-  | {'models', 'config', 'malloc', 'beam', 'translate'},
+  {'objective', 'dataset', 'data', 'pairs', 'images', 'rows', 'tokenizer'}
+  | {'corpus', 'cache', 'optimizer', 'metrics', 'report', 'figures'}
+  | {'checkpoint', 'models', 'config', 'malloc', 'beam', 'translate'},
   {'trunk'},
   {'block', 'routers', 'experts', 'residual', 'attention', 'parallel'},
   {'plan', 'balance', 'ops', 'norm', 'init'},
@@ -29,9 +29,10 @@ LEVELS = (
 BESIDE = {
   'config': {'dataset', 'objective'},
   'dataset': {'data', 'pairs', 'images', 'tokenizer', 'corpus'},
-  'data': {'tokenizer', 'corpus', 'cache'},
-  'pairs': {'tokenizer', 'corpus', 'cache'},
-  'images': {'corpus'},
+  'data': {'rows', 'tokenizer', 'corpus', 'cache'},
+  'pairs': {'rows', 'tokenizer', 'corpus', 'cache'},
+  'images': {'rows', 'corpus'},
+  'rows': {'corpus'},
   'translate': {'beam', 'pairs'},
   'tokenizer': {'corpus', 'cache'},
   'corpus': {'cache'},

@@ -1,5 +1,6 @@
 """What cannot run is said in one line, before anything is compiled."""
 
+import numpy as np
 import pytest
 from small import small_config
 
@@ -50,6 +51,30 @@ def test_a_kernel_of_one_device_is_refused_on_several(
   c = small_config(corpus, mesh__data=2)
   with pytest.raises(ValueError, match=r"gmm='tpu'.*one device.* 2;"):
     jobs.prepare(c, str(tmp_path))
+
+
+def test_data_and_model_must_fit(corpus, tmp_path):
+  c = small_config(corpus)
+  c.model = config.model('translator')
+  told = r"'text' is for the model 'decoder', model.name is 'translator'"
+  with pytest.raises(ValueError, match=told):
+    jobs.prepare(c, str(tmp_path))
+
+
+def test_a_patch_is_tried_on_the_images_that_are_read(tmp_path):
+  """Not on those that stood for them before: 7 divides 28 and not 8."""
+  draw = np.random.default_rng(0)
+  images = draw.integers(0, 256, (20, 28, 28), np.uint8)
+  path = tmp_path / 'images.npz'
+  np.savez(path, images=images, labels=np.arange(20) % 2)
+  c = config.default()
+  c.batch_size = 2
+  c.data = config.source('images', path=str(path), eval_fraction=0.3)
+  c.model = config.model('classifier', D=16, H=2, E=2, patch=7)
+  assert jobs.prepare(c, str(tmp_path / 'run')).model.c.tokens == 17
+  c.model.patch = 8
+  with pytest.raises(ValueError, match=r'patch \(8\).*rows.*\(28\)'):
+    jobs.prepare(c, str(tmp_path / 'run'))
 
 
 @pytest.mark.parametrize('key', WRONG)

@@ -174,6 +174,14 @@ def test_headline_numbers(tmp_path):
   assert tiles['active per token'] == '2.91M'
 
 
+def test_headline_numbers_of_images_and_translations():
+  summary = {'eval_accuracy': 0.8333, 'eval_bleu': 9.82, 'eval_chrf': 29.56}
+  page = report.page([], {}, summary, 'run')
+  tiles = dict(re.findall('<dt>([^<]*)</dt><dd>([^<]*)</dd>', page))
+  assert tiles['held-out accuracy'] == '83.3%'
+  assert (tiles['held-out BLEU'], tiles['held-out chrF']) == ('9.8', '29.6')
+
+
 def test_same_inputs_give_the_same_bytes_and_leave_no_other_file(tmp_path):
   make(tmp_path, full_run())
   first = written(tmp_path)

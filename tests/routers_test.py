@@ -12,7 +12,7 @@ import oracle
 import pytest
 from flax import nnx
 
-from moe_jax import parallel, routers
+from moe_jax import config, parallel, routers
 from moe_jax.experts import Experts
 
 B, L, D, E, F = 2, 12, 16, 4, 8
@@ -715,14 +715,16 @@ def test_an_unknown_router_is_named():
 
 
 def test_options_and_their_types():
-  assert routers.options('switch') == {
+  assert config.router('switch').to_dict() == {
+    'name': 'switch',
     'capacity': 1.25,
     'group': None,
     'jitter': 0.0,
   }
-  assert routers.options('topk')['capacity'] is None
-  assert routers.option_type('topk', 'capacity') is float
-  assert routers.option_type('topk', 'group') is int
+  topk = config.router('topk')
+  assert topk.capacity is None
+  assert topk.get_type('capacity') is float
+  assert topk.get_type('group') is int
 
 
 @pytest.mark.parametrize(

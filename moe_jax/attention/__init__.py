@@ -7,7 +7,6 @@ rngs=rngs, J=2)`. Nothing else has to be edited.
 
 import functools
 import importlib
-import inspect
 import pkgutil
 from typing import Any
 
@@ -81,13 +80,6 @@ def get(name: str) -> type[Attention]:
   if name not in names():
     raise ValueError(f'no attention {name!r}; there are {", ".join(names())}')
   return importlib.import_module(f'{__name__}.{name}').Attention
-
-
-def options(name: str) -> dict[str, Any]:
-  """The options of a kind of attention and their defaults."""
-  common = inspect.signature(Attention.__init__).parameters
-  parameters = inspect.signature(get(name).__init__).parameters.values()
-  return {p.name: p.default for p in parameters if p.name not in common}
 
 
 def attend(

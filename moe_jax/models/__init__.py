@@ -1,7 +1,8 @@
 """Models: (batch, ctx) -> outputs, aux. One per file, found by its name.
 
 A file here defines `Config`, a frozen dataclass, `build(config, strategy, *,
-rngs)`, an nnx.Module that has `updated_state(load)`, and `cost(model, length)`.
+rngs)`, an nnx.Module that has `updated_state(aux)`, `cost(model, length)`, and
+`smallest(fields)`, sizes to try a config with before the data is read.
 """
 
 import importlib

@@ -120,6 +120,11 @@ class Classifier(nnx.Module):
 build = Classifier
 
 
+def smallest(fields: dict[str, Any]) -> dict[str, Any]:
+  """What data could tell a model of these fields at the least."""
+  return {'V': 8, 'size': (fields['patch'], fields['patch'], 1)}
+
+
 def patches(image_BxYxXxC: jax.Array, patch: int) -> jax.Array:
   """[B, tokens, pixels]: squares, row by row."""
   B, Y, X, C = image_BxYxXxC.shape

@@ -108,6 +108,12 @@ class Decoder(nnx.Module):
 build = Decoder
 
 
+def smallest(fields: dict[str, Any]) -> dict[str, Any]:
+  """What data could tell a model of these fields at the least."""
+  del fields
+  return {'V': 8}
+
+
 def cost(model: Decoder, length: int) -> dict[str, float]:
   """Counts parameters and work, from shapes alone.
 

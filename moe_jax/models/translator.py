@@ -82,7 +82,7 @@ class Translator(nnx.Module):
       batch: as moe_jax/pairs.py makes it.
       ctx: from routers.context.
     """
-    pools = len(self.encoder.c.pools)
+    pools = len(self.encoder.c.segments)
     first, second = None, None
     if ctx.forced is not None:
       first, second = ctx.forced[:pools], ctx.forced[pools:]
@@ -139,7 +139,7 @@ class Translator(nnx.Module):
 
   def updated_state(self, aux: list[dict[str, Any]]) -> dict[str, Any]:
     """The router state after an optimiser step with the load in aux."""
-    pools = len(self.encoder.c.pools)
+    pools = len(self.encoder.c.segments)
     new = {
       'encoder': self.encoder.updated_state(aux[:pools]),
       'decoder': self.decoder.updated_state(aux[pools:]),
@@ -148,6 +148,14 @@ class Translator(nnx.Module):
 
 
 build = Translator
+
+
+def smallest(fields: dict[str, Any]) -> dict[str, Any]:
+  """What data could tell a model of these fields at the least."""
+  del fields
+  return {'V': 8}
+
+
 _DECODER = 2**20  # apart from the layers of the encoder
 _FIRST = 2  # fairseq counts positions from its padding's id, 1, plus one
 

@@ -7,10 +7,8 @@ file here to the contract below.
 """
 
 import importlib
-import inspect
 import math
 import pkgutil
-import typing
 from typing import Any
 
 import flax.struct
@@ -178,22 +176,6 @@ def get(name: str) -> type[Router]:
   if name not in names():
     raise ValueError(f'no router {name!r}; there are {", ".join(names())}')
   return importlib.import_module(f'{__name__}.{name}').Router
-
-
-def options(name: str) -> dict[str, Any]:
-  """The options of a router and their defaults."""
-  parameters = inspect.signature(get(name).__init__).parameters.values()
-  own = [p for p in parameters if p.name not in ('self', 'D', 'E', 'rngs')]
-  return {p.name: p.default for p in own}
-
-
-def option_type(name: str, option: str) -> type:
-  """The type of an option: of `float | None`, float."""
-  annotation = (
-    inspect.signature(get(name).__init__).parameters[option].annotation
-  )
-  types = typing.get_args(annotation) or (annotation,)
-  return next(t for t in types if t is not type(None))
 
 
 def logits(x_TxD: jax.Array, w_DxE: jax.Array) -> jax.Array:

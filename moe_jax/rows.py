@@ -1,0 +1,64 @@
+"""Which rows of a split a batch has, and which of them one process reads."""
+
+import math
+from collections.abc import Callable, Iterator
+
+import grain
+import numpy as np
+
+from moe_jax.corpus import DataError
+
+Batch = dict[str, np.ndarray]
+
+# One thread keeps ahead of any device: a batch is a gather of a few kilobytes.
+READ = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+
+
+def of_shard(batch_size: int, shard_index: int, shard_count: int) -> np.ndarray:
+  """int64 [B]: every `shard_count`-th row of a global batch.
+
+  Raises:
+    DataError: the shards do not divide the batch.
+  """
+  if batch_size % shard_count:
+    raise DataError(
+      f'batch_size {batch_size} is no multiple of the'
+      f' {shard_count} processes that read it'
+    )
+  return np.arange(shard_index, batch_size, shard_count)
+
+
+def spread(rows: int, wanted: float, batch_size: int) -> np.ndarray:
+  """int64 [n]: the rows of as many full batches as `wanted` rows need.
+
+  Spread evenly, each at most once, in order; all where `wanted` is as many.
+  """
+  batches = max(1, math.ceil(wanted / batch_size))
+  count = min(rows, batches * batch_size)
+  return np.arange(count) * rows // count
+
+
+class Batches:
+  """A finite sequence of batches that can be read again; len() counts them.
+
+  Args:
+    batch: makes a batch of these rows; -1 is padding.
+    row_n: int64 [n], the rows, batch after batch.
+    row_B: those of a global batch that are read here.
+  """
+
+  def __init__(
+    self,
+    batch: Callable[[np.ndarray], Batch],
+    row_n: np.ndarray,
+    batch_size: int,
+    row_B: np.ndarray,
+  ):
+    row_n = np.pad(row_n, (0, -len(row_n) % batch_size), constant_values=-1)
+    self._batch, self._row_nxB = batch, row_n.reshape(-1, batch_size)[:, row_B]
+
+  def __len__(self) -> int:
+    return len(self._row_nxB)
+
+  def __iter__(self) -> Iterator[Batch]:
+    return map(self._batch, self._row_nxB)
