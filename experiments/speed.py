@@ -143,7 +143,7 @@ def jax_layer(size, gmm):
   def answer(params, x_TxD):
     layer = nnx.merge(graph, params)
     plan, _, _ = layer['router'](x_TxD, ctx, ())
-    return parallel.local(x_TxD, plan, layer['experts'])
+    return parallel.Layout()(x_TxD, plan, layer['experts'])[0]
 
   @jax.jit
   def run(params, x_TxD, dy_TxD):
@@ -238,7 +238,7 @@ def jax_step(size, batches, dtype):
   """Each call is the next step and returns its loss, in nats per token."""
   import jax
 
-  from moe_jax import parallel, train
+  from moe_jax import train
   from moe_jax.models import decoder
 
   job = jax_job(size, dtype)
@@ -247,7 +247,7 @@ def jax_step(size, batches, dtype):
   def steps():
     state = train.initial_state(job)
     for batch in itertools.cycle(batches):
-      state, found = step(state, parallel.put_batch(batch, job.mesh))
+      state, found = step(state, job.put(batch))
       jax.block_until_ready(state)
       yield float(found['nll_sum'] / found['tokens'])
 

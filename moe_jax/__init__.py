@@ -24,17 +24,21 @@ A model is an embedding, a trunk and a head. A trunk is plain loops:
 
 A routed step, whole:
 
-  plan, aux, memory = router(x_TxD, ctx, memory)
-  y_TxD = combine(experts(dispatch(x_TxD, plan), plan.group_E), plan, T)
+  plan, aux, memory = router(x_TxD, ctx, memory)       of the whole batch
+  rows = sort(plan)                                    of what is on a device
+  y_TxD = combine(experts(dispatch(x_TxD, rows), rows.group_E), rows, T)
+
+Where experts are on other devices a strategy in parallel.py stands in the place
+of the last two lines; nothing else knows of devices.
 
 Who may import whom (left imports right only; tests/imports_test.py checks, and
 lists the few imports within a level):
 
-  main -> train -> job -> {objective, dataset, data, pairs, images, rows,
-  tokenizer, corpus, cache, optimizer, metrics, figures, report, checkpoint,
-  models, config, malloc, beam, translate} -> trunk -> {block, routers,
-  experts, residual, attention, parallel} -> {plan, balance, ops, norm, init}
-  -> pallas_kernels -> jax
+  {main, commands} -> compiled -> train -> job -> {objective, dataset, data,
+  pairs, images, rows, tokenizer, corpus, cache, optimizer, metrics, figures,
+  report, checkpoint, models, config, malloc, beam, translate, planner,
+  processes} -> trunk -> {block, routers, experts, residual, attention,
+  parallel} -> {plan, balance, ops, norm, init} -> pallas_kernels -> jax
 
 Two words that are never mixed: *memory* lives over depth inside one forward
 pass; *state* lives over training steps.

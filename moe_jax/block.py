@@ -22,7 +22,7 @@ from moe_jax import residual as residuals
 from moe_jax import routers as routing
 from moe_jax.attention import Attention, View
 from moe_jax.experts import Dense
-from moe_jax.plan import Plan
+from moe_jax.parallel import Layout
 
 ROUTINGS = ('each', 'shared', 'once')
 Memory = tuple[Any, Any]
@@ -43,7 +43,7 @@ class Wiring:
   iterations: int
   routing: str
   dropout: float
-  strategy: Callable[[jax.Array, Plan, Callable], jax.Array]
+  layout: Layout
 
 
 class Routed(nnx.Module):
@@ -70,22 +70,25 @@ class Routed(nnx.Module):
   ) -> tuple[jax.Array, Any, dict[str, Any]]:
     """Returns h_TxD, the router memory, and aux with a leading axis I.
 
-    `ctx.forced` has that axis too. With routing 'once' it is 1 long.
+    `ctx.forced` has that axis too. With routing 'once' it is 1 long, but not
+    that of `lost`, the rows for which the layout had no place.
     """
-    h_TxD, reports, plan = h0_TxD, [], None
+    h_TxD, reports, losts, plan = h0_TxD, [], [], None
     for i in range(wiring.iterations):
       if plan is None or wiring.routing != 'once':
         router = at(self.routers, i if wiring.routing == 'each' else 0)
         plan, aux, memory = router(h_TxD, ctx.at_iteration(i), memory)
         reports.append(aux)
-      y_TxD = wiring.strategy(h_TxD, plan, experts)
+      y_TxD, lost = wiring.layout(h_TxD, plan, experts)
+      losts.append(lost)
       if self.shared is not None:
         y_TxD += self.shared(h_TxD)
       y_TxD = drop(y_TxD, wiring.dropout, ctx, 2 + i)
       scale = None if self.scale_I is None else self.scale_I[...][i]
       last = i == wiring.iterations - 1
       h_TxD = wiring.link.join(h0_TxD, h_TxD, y_TxD, scale, last)
-    return h_TxD, memory, jax.tree.map(lambda *a: jnp.stack(a), *reports)
+    aux = jax.tree.map(lambda *a: jnp.stack(a), *reports)
+    return h_TxD, memory, {**aux, 'lost': jnp.stack(losts)}
 
 
 Feed = Dense | Routed

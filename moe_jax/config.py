@@ -63,10 +63,16 @@ def default() -> ml_collections.ConfigDict:
     eps=1e-8,
     weight_decay=0.1,  # of matrices
     clip=1.0,  # the gradient's norm is at most this; 0 does not clip
+    moments='params',  # dtype of the moments: of the parameters, or bfloat16
     accumulate=1,  # microbatches that a batch is cut into
   )
-  c.mesh = dict(data=1, fsdp=1, expert=1)  # devices along each axis
-  c.parallel = dict(strategy='auto')  # how rows meet weights
+  # Devices along each axis, see moe_jax/parallel.py.
+  c.mesh = dict(data=1, fsdp=1, expert=1, tensor=1)
+  c.parallel = dict(
+    strategy='auto',  # how rows meet weights: local, gather, all_to_all, ragged
+    # Places for rows, times those that perfect balance needs; None: for all.
+    factor=config_dict.placeholder(float),
+  )
   return c
 
 

@@ -1,4 +1,4 @@
-"""Batches of packed text: deterministic, sharded, resumable.
+"""Batches of packed text: deterministic, resumable, read in parts.
 
 The documents of a split form one stream, each after a separator token, with a
 last separator at the end:
@@ -20,8 +20,9 @@ is a dict of arrays, B rows of L tokens:
   row_B        int32    row number in the global batch
   begins_B     int32    1 where a row begins anew, in streams alone
 
-Each of `shard_count` processes reads every `shard_count`-th row of each global
-batch, from row `shard_index` on: row i of shard s is row i * shard_count + s.
+A process may read a part of each global batch: its `row_B`, an array given to
+the functions below, tells which rows, in that order, and None is all of them.
+A row is the same whoever reads it.
 """
 
 import functools
@@ -34,7 +35,7 @@ import numpy as np
 
 from moe_jax import cache
 from moe_jax.corpus import Corpus, DataConfig, DataError, load
-from moe_jax.rows import Batch, of_shard, READ, spread
+from moe_jax.rows import Batch, of_batch, READ, spread
 from moe_jax.tokenizer import Tokenizer
 
 __all__ = (
@@ -116,24 +117,23 @@ def train_iterator(
   batch_size: int,
   seq_len: int,
   seed: int,
-  shard_index: int = 0,
-  shard_count: int = 1,
+  row_B: np.ndarray | None = None,
 ) -> grain.DatasetIterator:
-  """Endless batches of `batch_size / shard_count` rows.
+  """Endless batches of the rows `row_B` of `batch_size`, by default of all.
 
   For training the stream is a ring: its two ends are the same separator. Each
   epoch cuts the ring into rows from a new random place and shuffles them, so
   no token is a target twice in an epoch and fewer than `seq_len` are skipped.
 
   `get_state()` is a small dict of ints that counts the batches given out, the
-  same for every shard; `set_state` continues there exactly, also with another
-  `shard_count`.
+  same for every `row_B`; `set_state` continues there exactly, also with another
+  `row_B`.
 
   Raises:
-    DataError: the stream is too short for one batch, or the shards do not
-      divide the batch.
+    DataError: the stream is too short for one batch, or `row_B` are not
+      distinct rows of it.
   """
-  row_B = of_shard(batch_size, shard_index, shard_count)
+  row_B = of_batch(batch_size, row_B)
   _check_sizes('training', train_N, batch_size, seq_len)
   ring = len(train_N) - 1
   rows = ring // seq_len
@@ -168,17 +168,16 @@ def stream_iterator(
   batch_size: int,
   seq_len: int,
   seed: int,
-  shard_index: int = 0,
-  shard_count: int = 1,
+  row_B: np.ndarray | None = None,
 ) -> grain.DatasetIterator:
   """Endless batches whose rows go on where those of the batch before ended.
 
   The ring of `train_iterator` is cut, in each epoch from a new random place,
   into `batch_size` tracks; a batch takes the next `seq_len` tokens of each.
-  `begins_B` is 1 in the first batch of an epoch. State, shards and errors are
-  those of `train_iterator`.
+  `begins_B` is 1 in the first batch of an epoch. State, `row_B` and errors
+  are those of `train_iterator`.
   """
-  row_B = of_shard(batch_size, shard_index, shard_count)
+  row_B = of_batch(batch_size, row_B)
   _check_sizes('training', train_N, batch_size, seq_len)
   ring = len(train_N) - 1
   track = ring // batch_size
@@ -244,9 +243,8 @@ def eval_batches(
   eval_N: np.ndarray,
   batch_size: int,
   seq_len: int,
-  shard_index: int = 0,
-  shard_count: int = 1,
   share: float = 1.0,
+  row_B: np.ndarray | None = None,
   streams: bool = False,
 ) -> EvalBatches:
   """Batches in which every token after the first is a target exactly once.
@@ -255,13 +253,13 @@ def eval_batches(
   separators, with mask 0. A `share` below 1 reads about that part of the rows,
   in full batches, spread evenly over the stream; with `streams` each row of a
   batch goes on where that of the batch before ended, and `begins_B` is 1 in
-  the first.
+  the first. Of each batch the rows `row_B` are read, by default all.
 
   Raises:
-    DataError: the stream is too short for one batch, or the shards do not
-      divide the batch.
+    DataError: the stream is too short for one batch, or `row_B` are not
+      distinct rows of it.
   """
-  row_B = of_shard(batch_size, shard_index, shard_count)
+  row_B = of_batch(batch_size, row_B)
   _check_sizes('held-out', eval_N, batch_size, seq_len)
   rows = -(-(len(eval_N) - 1) // seq_len)
   row_n = spread(rows, share * rows, batch_size)

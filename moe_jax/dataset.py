@@ -16,6 +16,8 @@ from moe_jax.corpus import Corpus, DataConfig, DataError
 class Dataset(Protocol):
   """Batches to train on and to evaluate on; each is a dict of arrays.
 
+  Of each batch the rows `row_B` are read, in that order; None reads all.
+
   Attributes:
     description: one line for the log.
     sha256: covers all that could change a batch.
@@ -36,10 +38,15 @@ class Dataset(Protocol):
   streams: bool
 
   def train_batches(
-    self, batch_size: int, seed: int
+    self, batch_size: int, seed: int, row_B: np.ndarray | None = None
   ) -> grain.DatasetIterator: ...
 
-  def eval_batches(self, batch_size: int, share: float = 1.0) -> Iterator: ...
+  def eval_batches(
+    self,
+    batch_size: int,
+    share: float = 1.0,
+    row_B: np.ndarray | None = None,
+  ) -> Iterator: ...
 
   def save(self, workdir: pathlib.Path) -> None: ...
 
@@ -72,18 +79,24 @@ class Text:
   def token_bytes(self) -> np.ndarray:
     return self.tokenizer.token_bytes
 
-  def train_batches(self, batch_size: int, seed: int) -> grain.DatasetIterator:
+  def train_batches(
+    self, batch_size: int, seed: int, row_B: np.ndarray | None = None
+  ) -> grain.DatasetIterator:
     make = data.stream_iterator if self.streams else data.train_iterator
-    return make(self.train_N, batch_size, self.length, seed)
+    return make(self.train_N, batch_size, self.length, seed, row_B)
 
   def eval_batches(
-    self, batch_size: int, share: float = 1.0
+    self,
+    batch_size: int,
+    share: float = 1.0,
+    row_B: np.ndarray | None = None,
   ) -> data.EvalBatches:
     return data.eval_batches(
       self.eval_N,
       batch_size,
       self.length,
       share=share,
+      row_B=row_B,
       streams=self.streams,
     )
 

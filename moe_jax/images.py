@@ -9,8 +9,7 @@ one target:
   mask_BxL       float32  1 where the row counts, 0 on padding
   row_B          int32    row number in the global batch
 
-Shards share a batch as they do in data.py: row i of shard s is row
-i * shard_count + s.
+Processes share a global batch by `row_B`, as in data.py.
 """
 
 import contextlib
@@ -31,7 +30,7 @@ import numpy as np
 
 from moe_jax import corpus
 from moe_jax.corpus import DataError
-from moe_jax.rows import Batch, Batches, of_shard, READ, spread
+from moe_jax.rows import Batch, Batches, of_batch, READ, spread
 
 logger = logging.getLogger(__name__)
 
@@ -139,20 +138,19 @@ class Images:
     self,
     batch_size: int,
     seed: int,
-    shard_index: int = 0,
-    shard_count: int = 1,
+    row_B: np.ndarray | None = None,
   ) -> grain.DatasetIterator:
-    """Endless batches of `batch_size / shard_count` images.
+    """Endless batches of `row_B`, by default all, of `batch_size` images.
 
     Each epoch shows every image once, in a new order, and moves each anew.
     `get_state()` and `set_state` are those of data.train_iterator: the same
-    for every shard, and exact with another `shard_count`.
+    for every `row_B`, and exact with another.
 
     Raises:
-      DataError: there are too few images for one batch, or the shards do not
-        divide the batch.
+      DataError: there are too few images for one batch, or `row_B` are not
+        distinct rows of it.
     """
-    row_B = of_shard(batch_size, shard_index, shard_count)
+    row_B = of_batch(batch_size, row_B)
     n = len(self._train.label_n)
     if n < batch_size:
       raise DataError(
@@ -167,7 +165,7 @@ class Images:
       return rng.integers(-self._shift, self._shift, (n, 2), endpoint=True)
 
     def batch(places: list[tuple[int, int]]) -> Batch:
-      local = places[shard_index::shard_count]
+      local = [places[row] for row in row_B]
       image_B = np.array([image for _, image in local])
       pixels = self._train.image_nxYxXxC[image_B]
       if self._shift:
@@ -188,19 +186,18 @@ class Images:
   def eval_batches(
     self,
     batch_size: int,
-    shard_index: int = 0,
-    shard_count: int = 1,
     share: float = 1.0,
+    row_B: np.ndarray | None = None,
   ) -> Batches:
     """Batches that hold every held-out image once, padded at the end.
 
     A `share` below 1 reads about that part of the images, in full batches,
-    spread evenly.
+    spread evenly. Of each batch the rows `row_B` are read, by default all.
 
     Raises:
-      DataError: the shards do not divide the batch.
+      DataError: `row_B` are not distinct rows of a batch.
     """
-    row_B = of_shard(batch_size, shard_index, shard_count)
+    row_B = of_batch(batch_size, row_B)
     n = len(self._held.label_n)
 
     def batch(image_B: np.ndarray) -> Batch:

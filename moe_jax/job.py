@@ -1,6 +1,7 @@
 """What a config asks for, checked before anything is compiled or written."""
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 from collections.abc import Callable
@@ -31,11 +32,28 @@ class Job:
   dataset: dataset.Dataset
 
   def train_batches(self):
-    c = self.config
-    return self.dataset.train_batches(c['batch_size'], c['seed'])
+    """What this process reads of the batches."""
+    c, rows = self.config, self._rows()
+    return self.dataset.train_batches(c['batch_size'], c['seed'], rows)
 
   def eval_batches(self, share: float = 1.0):
-    return self.dataset.eval_batches(self.config['batch_size'], share=share)
+    size = self.config['batch_size']
+    return self.dataset.eval_batches(size, share, self._rows())
+
+  def put(self, batch):
+    """The whole batch on the mesh, of which this process has read its rows."""
+    return parallel.put_batch(batch, self.mesh, self.config['batch_size'])
+
+  @property
+  def identity(self) -> str:
+    """A digest of what all processes of a run have in common."""
+    c = {**self.config, 'data': {**self.config['data'], 'cache_dir': ''}}
+    steps = sorted(p.name for p in self.workdir.glob('checkpoints/*'))
+    text = json.dumps([c, steps], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+  def _rows(self):
+    return parallel.rows_here(self.mesh, self.config['batch_size'])
 
 
 def prepare(config: Any, workdir: str) -> Job | None:
@@ -47,19 +65,23 @@ def prepare(config: Any, workdir: str) -> Job | None:
     ValueError, TypeError, OSError: one line that names the offending values.
   """
   c = configs.resolve(config)
+  if '://' in str(workdir):
+    raise ValueError(f'workdir={workdir} is no path: mount what it stands for')
   workdir = pathlib.Path(workdir).absolute()
   finished, _ = _earlier(c, workdir)
   if finished:
     return None
   mesh = _mesh(c)
-  strategy_name, strategy = parallel.get(c['parallel']['strategy'])
+  layout, said = parallel.layout(
+    mesh, c['model']['router'].get('k', 1), **c['parallel']
+  )
   gmm = ops.choose_gmm(
     None if c['model']['gmm'] == 'auto' else c['model']['gmm']
   )
-  if gmm == 'tpu' and mesh.size > 1:
+  if gmm == 'interpret' and mesh.size > 1:
     raise ValueError(
-      f"model.gmm='tpu' runs on one device, the mesh has {mesh.size};"
-      " model.gmm='xla' runs on several"
+      "model.gmm='interpret' runs on one device: jax's interpreter cannot be"
+      f' typed inside a shard_map; the mesh has {mesh.size}'
     )
   settings = optimizer.Config(**c['optimizer'])
   goal = objective.get(**c['objective'])
@@ -72,11 +94,11 @@ def prepare(config: Any, workdir: str) -> Job | None:
     )
   module = models.get(source.model)
   # Before the time that the data takes, with sizes that stand for its own.
-  _model(c, gmm, strategy, module.smallest(c['model']))
+  _model(c, gmm, layout, module.smallest(c['model']))
   found = source.load(data_config, c['seq_len'])
   c['corpus_sha256'] = found.sha256
   _, changed = _earlier(c, workdir)  # now with the corpus
-  init = _model(c, gmm, strategy, found.sizes)
+  init = _model(c, gmm, layout, found.sizes)
   model = nnx.eval_shape(init)
   if found.streams and (not hasattr(model, 'blank') or model.blank(1) is None):
     raise ValueError(
@@ -95,14 +117,14 @@ def prepare(config: Any, workdir: str) -> Job | None:
     optimizer=optimizer.make(settings, c['steps']),
     schedule=optimizer.schedule(settings, c['steps']),
     mesh=mesh,
-    implementation={'gmm': gmm, 'strategy': strategy_name},
+    implementation={'gmm': gmm, 'strategy': said},
     dataset=found,
   )
   job.train_batches(), job.eval_batches()  # is there enough for one batch?
   return job
 
 
-def _model(c, gmm, strategy, sizes):
+def _model(c, gmm, layout, sizes):
   """Returns a function that makes the model; raises if it cannot be made."""
   values = {**c['model'], 'gmm': gmm, **sizes}
   module = models.get(values.pop('name'))
@@ -110,7 +132,7 @@ def _model(c, gmm, strategy, sizes):
 
   def init():
     model = module.build(
-      model_config, strategy, rngs=nnx.Rngs(jax.random.key(c['seed']))
+      model_config, layout, rngs=nnx.Rngs(jax.random.key(c['seed']))
     )
     return model
 
@@ -121,18 +143,18 @@ def _model(c, gmm, strategy, sizes):
 def _mesh(c):
   """The mesh; ValueError if it does not divide what is laid on it."""
   mesh = parallel.mesh(c['mesh'])
-  rows = mesh.size * c['optimizer']['accumulate']
-  if c['batch_size'] % rows:
-    axes = ' x '.join(f'mesh.{k}={v}' for k, v in c['mesh'].items())
+  if jax.process_count() > 1 and mesh.size < jax.device_count():
     raise ValueError(
-      f'batch_size={c["batch_size"]} is not a multiple of {rows}: {axes}'
-      f' x optimizer.accumulate={c["optimizer"]["accumulate"]}'
+      f'a mesh of {mesh.size} devices leaves some idle: {jax.process_count()}'
+      f' processes have {jax.device_count()}'
     )
-  if c['model']['E'] % c['mesh']['expert']:
-    raise ValueError(
-      f'mesh.expert={c["mesh"]["expert"]} does not divide'
-      f' model.E={c["model"]["E"]} experts'
-    )
+  parallel.check(
+    c['mesh'],
+    batch_size=c['batch_size'],
+    accumulate=c['optimizer']['accumulate'],
+    E=c['model']['E'],
+    F=c['model']['expert_F'],
+  )
   return mesh
 
 

@@ -2,14 +2,20 @@
 
   moe-train --config=configs/tiny.py --workdir=runs/tiny --config.steps=50
 
-The same command continues a run that was stopped.
+The same command continues a run that was stopped. Several processes train one
+model when each is started with the same config and a work directory that all
+of them see, and with
+
+  --coordinator=auto                                    on Cloud TPU or SLURM
+  --coordinator=HOST:PORT --processes=2 --process=0     elsewhere; 1, ...
 """
 
-import runpy
-import sys
+import re
 
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import config_flags
+
+from moe_jax import commands
 
 _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'A file with get_config(), see configs/.', lock_config=True
@@ -17,77 +23,84 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Where checkpoints, metrics and the report go.'
 )
+_COORDINATOR = flags.DEFINE_string(
+  'coordinator',
+  None,
+  'Where several processes meet: host:port of process 0; or auto, where jax'
+  ' finds out all three: Cloud TPU, SLURM, Open MPI, Kubernetes.',
+)
+_PROCESSES = flags.DEFINE_integer('processes', None, 'How many there are.')
+_PROCESS = flags.DEFINE_integer('process', None, 'Which one this is, from 0.')
 
 
 def main(argv: list[str]) -> None:
   # Imported here, so that a mistyped flag is reported at once.
-  import jax  # pylint: disable=g-import-not-at-top
-
-  from moe_jax import job, malloc, train  # pylint: disable=g-import-not-at-top
+  from moe_jax import processes  # pylint: disable=g-import-not-at-top
 
   del argv
   if not flags.FLAGS['verbosity'].present:
     logging.set_verbosity(logging.WARNING)  # orbax tells of every file
   try:
+    if _COORDINATOR.value:
+      processes.meet(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+  except (ValueError, OSError) as error:
+    commands.stop('moe-train', error)
+  with processes.together():
+    _train()
+
+
+def _train():
+  import jax  # pylint: disable=g-import-not-at-top
+
+  from moe_jax import job, malloc, processes, train  # pylint: disable=g-import-not-at-top
+
+  prepared, mistake = None, ''
+  try:
     if jax.default_backend() == 'cpu':
       malloc.keep()
     prepared = job.prepare(_CONFIG.value, _WORKDIR.value)
   except (ValueError, TypeError, OSError) as error:
-    _stop(error)
+    mistake = str(error) or repr(error)
+  mistake = processes.agree(mistake, prepared.identity if prepared else '')
+  if mistake:
+    commands.stop('moe-train', mistake)
   if prepared is None:
-    print(f'finished already: {_WORKDIR.value}')
+    if jax.process_index() == 0:
+      print(f'finished already: {_WORKDIR.value}')
   else:
     train.run(prepared)
 
 
-def _parse(argv: list[str]) -> list[str]:
-  """Parses flags; what is wrong with them is said in one line."""
-  try:
-    rest = flags.FLAGS(argv)
-    if len(rest) > 1:
-      _stop(f'unexpected argument {rest[1]!r}; flags look like --config=FILE')
-    for flag in (_CONFIG, _WORKDIR):
-      if flag.value is None:
-        _stop(f'--{flag.name} is missing')
-    _CONFIG.value.to_dict()  # a config file that failed raises only now
-    return rest
-  except Exception as error:  # pylint: disable=broad-exception-caught
-    _stop(_unknown_key(argv) or error)
-
-
-def _unknown_key(argv):
-  """The line about the first --config.KEY that the config file lacks."""
-  from moe_jax import config  # pylint: disable=g-import-not-at-top
-
-  try:
-    path = next(a.split('=', 1)[1] for a in argv if a.startswith('--config='))
-    get_config = runpy.run_path(path.split(':')[0])['get_config']
-    known = config.flat(get_config().to_dict())
-  except Exception:  # pylint: disable=broad-exception-caught
-    return None  # the file itself is the trouble
-  for argument in argv:
-    key = argument.split('=', 1)[0].lstrip('-').removeprefix('config.')
-    sections = {k.rsplit('.', 1)[0] for k in known}
-    if argument.startswith('--config.') and key not in {*known, *sections}:
-      return config.unknown(key, known)
-  return None
-
-
-def _stop(error):
-  line = ' '.join(str(error).split())
-  print(f'moe-train: {line or repr(error)}', file=sys.stderr)
-  sys.exit(2)
+def _check_processes(coordinator, processes, process):
+  """Raises ValueError unless the three flags go together."""
+  numbered = processes is not None or process is not None
+  if coordinator in (None, 'auto'):
+    if numbered:
+      raise ValueError(
+        '--processes and --process go with --coordinator=host:port, not with'
+        + (' --coordinator=auto' if coordinator else 'out it')
+      )
+    return
+  if not re.fullmatch(r'.+:\d{1,5}', coordinator):
+    raise ValueError(
+      f'--coordinator={coordinator} is neither host:port of process 0 nor auto'
+    )
+  if processes is None or process is None:
+    raise ValueError(
+      f'--coordinator={coordinator} needs --processes=N and --process=0 .. N-1'
+    )
+  if not 0 <= process < processes:
+    raise ValueError(
+      f'--process={process} is not one of 0 .. {processes - 1};'
+      f' --processes={processes}'
+    )
 
 
 def console() -> None:
   """The entry point `moe-train`."""
-  # --help tells of the program that was started: a script that imports this.
-  sys.modules['__main__'].__doc__ = __doc__
-  for flag in (_CONFIG, _WORKDIR):
-    flags.FLAGS.register_key_flag_for_module(
-      sys.argv[0], flags.FLAGS[flag.name]
-    )
-  app.run(main, flags_parser=_parse)
+  required, optional = (_CONFIG, _WORKDIR), (_COORDINATOR, _PROCESSES, _PROCESS)
+  check = lambda: _check_processes(*(flag.value for flag in optional))
+  commands.run('moe-train', main, __doc__, required, optional, check)
 
 
 if __name__ == '__main__':

@@ -44,9 +44,13 @@ class Writer:
 
   `resume_step` is the last step whose result the run has (0 for a new run).
   What an interrupted run wrote beyond it will be computed again, so it goes.
+  None has no file: of several processes, one writes.
   """
 
-  def __init__(self, workdir: str, resume_step: int = 0):
+  def __init__(self, workdir: str | None, resume_step: int = 0):
+    self.path = None
+    if workdir is None:
+      return
     os.makedirs(workdir, exist_ok=True)
     self.path = os.path.join(workdir, FILE)
     kept = [x for x in read(workdir) if x['step'] <= resume_step]
@@ -60,6 +64,8 @@ class Writer:
       raise ValueError(f'steps count from 1, got {step}')
     line = {'step': int(step)}
     line.update({k: jsonable(v) for k, v in values.items() if k != 'step'})
+    if self.path is None:
+      return
     # Opened for each line: nothing to close, nothing left in a buffer.
     with open(self.path, 'a', encoding='utf-8') as f:
       f.write(_dumps(line))

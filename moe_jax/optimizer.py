@@ -25,10 +25,15 @@ class Config:
   eps: float
   weight_decay: float
   clip: float
+  moments: str
   accumulate: int
 
   def __post_init__(self):
-    for field, known in (('name', OPTIMIZERS), ('schedule', SCHEDULES)):
+    for field, known in (
+      ('name', OPTIMIZERS),
+      ('schedule', SCHEDULES),
+      ('moments', MOMENTS),
+    ):
       if getattr(self, field) not in known:
         value, known = getattr(self, field), ', '.join(known)
         raise ValueError(f'optimizer.{field}={value!r}; there are {known}')
@@ -98,7 +103,8 @@ def schedule(c: Config, steps: int) -> Callable[[jax.Array], jax.Array]:
 def make(c: Config, steps: int) -> optax.GradientTransformation:
   """The optimiser that `c.name` names, after clipping; clip=0 does not clip."""
   clip = optax.clip_by_global_norm(c.clip) if c.clip else optax.identity()
-  return optax.chain(clip, OPTIMIZERS[c.name](c, schedule(c, steps)))
+  rule = optax.chain(clip, OPTIMIZERS[c.name](c, schedule(c, steps)))
+  return rule if c.moments == 'params' else _stored(rule, c.moments)
 
 
 def _adamw(c, rate):
@@ -130,6 +136,37 @@ def _muon(c, rate):
 
 
 OPTIMIZERS = {'adamw': _adamw, 'muon': _muon}
+
+# In which dtype moments are kept between steps: the parameters', or this one.
+MOMENTS = ('params', 'bfloat16')
+
+
+def _stored(rule, dtype):
+  """The rule, its moments in `dtype` between steps and float32 within one.
+
+  In bfloat16 a moment does not move by less than 1/512 of itself: with b2 of
+  0.999 the second one would rise but never fall.
+  """
+
+  def init(params):
+    return _cast_moments(rule.init(params), dtype)
+
+  def update(grads, state, params=None):
+    state = _cast_moments(state, jnp.float32)
+    updates, state = rule.update(grads, state, params)
+    return updates, _cast_moments(state, dtype)
+
+  return optax.GradientTransformation(init, update)
+
+
+def _cast_moments(state, dtype):
+  """What optax calls mu and nu; not the coefficients that Muon's state has."""
+
+  def one(path, leaf):
+    names = {getattr(key, 'name', None) for key in path}
+    return leaf.astype(dtype) if names & {'mu', 'nu'} else leaf
+
+  return jax.tree_util.tree_map_with_path(one, state)
 
 
 def _matrices(params):

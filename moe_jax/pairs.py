@@ -22,8 +22,7 @@ arrays, B pairs of S source and L target tokens:
 
 A row of an evaluation's last batch that has no pair is padding with mask 0,
 and yet shows attention something: an end mark as its source, a begin mark in
-segment 0. Each of `shard_count` processes reads every `shard_count`-th row of
-each global batch, as in data.py.
+segment 0. Processes share a global batch by `row_B`, as in data.py.
 """
 
 import dataclasses
@@ -42,7 +41,7 @@ import numpy as np
 
 from moe_jax import cache, corpus, tokenizer
 from moe_jax.corpus import DataError
-from moe_jax.rows import Batch, Batches, of_shard, READ, spread
+from moe_jax.rows import Batch, Batches, of_batch, READ, spread
 
 logger = logging.getLogger(__name__)
 
@@ -189,21 +188,20 @@ class Pairs:
     self,
     batch_size: int,
     seed: int,
-    shard_index: int = 0,
-    shard_count: int = 1,
+    row_B: np.ndarray | None = None,
   ) -> grain.DatasetIterator:
-    """Endless batches of `batch_size / shard_count` pairs, without padded rows.
+    """Endless batches of `row_B`, by default all, of `batch_size` pairs.
 
-    Each epoch takes every pair that fits once, in a new order; a batch may
-    begin in one epoch and end in the next. `get_state()` is a small dict of
-    ints that counts the batches given out, the same for every shard;
-    `set_state` continues there exactly, also with another `shard_count`.
+    No row is padding. Each epoch takes every pair that fits once, in a new
+    order; a batch may begin in one epoch and end in the next. `get_state()` is
+    a small dict of ints that counts the batches given out, the same for every
+    `row_B`; `set_state` continues there exactly, also with another `row_B`.
 
     Raises:
-      DataError: the pairs are too few for one batch, or the shards do not
-        divide the batch.
+      DataError: the pairs are too few for one batch, or `row_B` are not
+        distinct rows of it.
     """
-    row_B = of_shard(batch_size, shard_index, shard_count)
+    row_B = of_batch(batch_size, row_B)
     if len(self.train_R) < batch_size:
       raise DataError(
         f'too few training pairs for a batch of {batch_size}: there are'
@@ -227,19 +225,19 @@ class Pairs:
   def eval_batches(
     self,
     batch_size: int,
-    shard_index: int = 0,
-    shard_count: int = 1,
     share: float = 1.0,
+    row_B: np.ndarray | None = None,
   ) -> Batches:
     """Batches in which every held-out pair is once, in order.
 
     What is missing from the last batch are rows of padding. A `share` below 1
     reads about that part of the pairs, in full batches, spread evenly.
+    Of each batch the rows `row_B` are read, by default all.
 
     Raises:
-      DataError: the shards do not divide the batch.
+      DataError: `row_B` are not distinct rows of a batch.
     """
-    row_B = of_shard(batch_size, shard_index, shard_count)
+    row_B = of_batch(batch_size, row_B)
     batch = lambda pair_B: self._batch(self.eval, pair_B, row_B)
     return Batches(batch, self._spread(share, batch_size), batch_size, row_B)
 

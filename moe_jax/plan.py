@@ -1,25 +1,90 @@
-"""Which rows exist, and where they go: integers and gathers, no parameters."""
+"""Which rows exist, and where they go: integers and gathers, no parameters.
+
+A router makes a plan: who goes where. Its arrays are cut where tokens are cut,
+so every device has the plan of its tokens. `sort` makes rows of it.
+"""
 
 from typing import NamedTuple
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 
-class Plan(NamedTuple):
-  """Rows grouped by expert.
+@flax.struct.dataclass
+class ByToken:
+  """Each token chose K experts; the id E is no expert."""
+
+  expert_TxK: jax.Array  # int32 in [0, E]
+  weight_TxK: jax.Array  # float, the gate of each choice
+  E: int = flax.struct.field(pytree_node=False)
+
+  def of(self, first: jax.Array | int, E: int) -> 'ByToken':
+    """The plan of E experts alone, from `first` on."""
+    expert_TxK = self.expert_TxK - first
+    here_TxK = (expert_TxK >= 0) & (expert_TxK < E)
+    return ByToken(jnp.where(here_TxK, expert_TxK, E), self.weight_TxK, E)
+
+  def rows(self) -> jax.Array:
+    """int32 scalar: the choices that were not dropped."""
+    return jnp.sum(self.expert_TxK < self.E, dtype=jnp.int32)
+
+  def size(self) -> int:
+    """The choices, T * K."""
+    return self.expert_TxK.size
+
+  def most(self) -> int:
+    """The most rows that one expert can have, as a token's are distinct."""
+    return self.expert_TxK.shape[0]
+
+
+@flax.struct.dataclass
+class ByExpert:
+  """In each of N groups of consecutive tokens each expert chose C of them."""
+
+  place_NxExC: jax.Array  # int32, of a token in its group
+  weight_NxExC: jax.Array  # float, the gate of each row
+  group: int = flax.struct.field(pytree_node=False)  # its tokens
+
+  @property
+  def E(self) -> int:
+    return self.place_NxExC.shape[1]
+
+  def of(self, first: jax.Array | int, E: int) -> 'ByExpert':
+    """The plan of E experts alone, from `first` on."""
+    cut = lambda a: jax.lax.dynamic_slice_in_dim(a, first, E, axis=1)
+    return ByExpert(cut(self.place_NxExC), cut(self.weight_NxExC), self.group)
+
+  def rows(self) -> jax.Array:
+    """int32 scalar: N * E * C."""
+    return jnp.int32(self.size())
+
+  def size(self) -> int:
+    """N * E * C."""
+    return self.place_NxExC.size
+
+  def most(self) -> int:
+    """The rows that each expert has, N * C."""
+    N, _, C = self.place_NxExC.shape
+    return N * C
+
+
+Plan = ByToken | ByExpert
+
+
+class Rows(NamedTuple):
+  """Copies of tokens, M of them, grouped by expert.
 
   The first group_E[0] rows belong to expert 0, the next group_E[1] to expert
-  1, and so on; rows from sum(group_E) on are dropped assignments, and what an
-  expert writes there is undefined.
+  1, and so on; rows that hold no token may hold anything after an expert.
   """
 
-  token_M: jax.Array  # int32, the token that each row is a copy of
+  token_M: jax.Array  # int32, the token that each row is a copy of; T is none
   weight_M: jax.Array  # float, the gate of each row
   group_E: jax.Array  # int32, rows per expert
-  home_TxK: jax.Array | None  # int32, the row of each choice of each token
+  home_TxK: jax.Array | None  # int32, the row of each choice; M is none
 
 
 def by_token(
@@ -29,8 +94,8 @@ def by_token(
   *,
   capacity: int | None = None,
   group: int | None = None,
-) -> Plan:
-  """The plan in which each token chose K experts; M = T * K rows.
+) -> ByToken:
+  """The plan in which each token chose K experts.
 
   Args:
     expert_TxK: int32 in [0, E]; E means no expert: the choice is dropped.
@@ -41,49 +106,96 @@ def by_token(
       (Switch, arXiv 2101.03961; V-MoE, arXiv 2106.05974). None keeps all.
     group: consecutive tokens that share a capacity; None takes all T.
   """
-  T, K = expert_TxK.shape
   if capacity is not None:
-    expert_TxK = _drop_overflow(expert_TxK, E, capacity, group or T)
-  expert_M = expert_TxK.reshape(T * K)
+    group = group or len(expert_TxK)
+    expert_TxK = _drop_overflow(expert_TxK, E, capacity, group)
+  return ByToken(expert_TxK, weight_TxK, E)
+
+
+def sort(plan: Plan, limit: int | None = None) -> Rows:
+  """The rows of a plan, in the order of the tokens for each expert.
+
+  M is T * K, or E * C * N; with a `limit` below it M is that, and what has no
+  place, of the last experts, is lost.
+  """
+  if isinstance(plan, ByExpert):
+    return _sort_by_expert(plan, limit)
+  (T, K), E = plan.expert_TxK.shape, plan.E
+  expert_N = plan.expert_TxK.reshape(T * K)
+  M = min(T * K, limit or T * K)
   # Named, so that rematerialisation saves them and does not sort again.
-  order_M = jnp.argsort(expert_M, stable=True).astype(jnp.int32)
-  order_M = checkpoint_name(order_M, 'plan')
-  home_M = checkpoint_name(_inverse(order_M), 'plan')
-  return Plan(
-    token_M=order_M // K,
-    weight_M=_permute(weight_TxK.reshape(T * K), order_M, home_M),
-    group_E=checkpoint_name(count(expert_M, E), 'plan'),
-    home_TxK=home_M.reshape(T, K),
+  order_N = jnp.argsort(expert_N, stable=True).astype(jnp.int32)
+  order_N = checkpoint_name(order_N, 'plan')
+  home_N = checkpoint_name(_inverse(order_N), 'plan')
+  group_E = checkpoint_name(_within(count(expert_N, E), M), 'plan')
+  rows = jnp.sum(group_E, dtype=jnp.int32)
+  row_M = jnp.arange(M, dtype=jnp.int32)
+  weight_N = _permute(plan.weight_TxK.reshape(T * K), order_N, home_N)
+  return Rows(
+    token_M=jnp.where(row_M < rows, order_N[:M] // K, T),
+    weight_M=weight_N[:M],
+    group_E=group_E,
+    home_TxK=jnp.where(home_N < rows, home_N, M).reshape(T, K),
   )
 
 
-def by_expert(token_ExC: jax.Array, weight_ExC: jax.Array) -> Plan:
-  """The plan in which each expert chose C tokens; M = E * C rows."""
-  E, C = token_ExC.shape
-  return Plan(
-    token_M=token_ExC.reshape(E * C),
-    weight_M=weight_ExC.reshape(E * C),
-    group_E=jnp.full((E,), C, jnp.int32),
+def _sort_by_expert(plan, limit):
+  N, E, C = plan.place_NxExC.shape
+  start_N = jnp.arange(N, dtype=jnp.int32) * plan.group
+  token_NxExC = plan.place_NxExC + start_N[:, None, None]
+  by_row = lambda a: a.swapaxes(0, 1).reshape(E * N * C)
+  M = min(E * N * C, limit or E * N * C)
+  return Rows(
+    token_M=by_row(token_NxExC)[:M],
+    weight_M=by_row(plan.weight_NxExC)[:M],
+    group_E=_within(jnp.full((E,), N * C, jnp.int32), M),
     home_TxK=None,
   )
 
 
-def dispatch(x_TxD: jax.Array, plan: Plan) -> jax.Array:
-  """Copies tokens to rows_MxD; rows of dropped assignments are zero."""
-  if plan.home_TxK is None:
-    return x_TxD[plan.token_M]
-  return _dispatch(x_TxD, plan.token_M, plan.home_TxK, plan.group_E)
+def spread(rows: Rows, C: int, T: int) -> Rows:
+  """The same rows with C places for each expert; what is beyond them is lost.
 
-
-def combine(y_MxD: jax.Array, plan: Plan, T: int) -> jax.Array:
-  """y_TxD: the gated sum of each token's rows; a token without rows gets 0."""
-  if plan.home_TxK is None:
-    rows_MxD = _weighted(y_MxD, plan.weight_M)
-    zeros_TxD = jnp.zeros((T, rows_MxD.shape[1]), rows_MxD.dtype)
-    return zeros_TxD.at[plan.token_M].add(rows_MxD).astype(y_MxD.dtype)
-  return _combine(
-    y_MxD, plan.weight_M, plan.token_M, plan.home_TxK, plan.group_E
+  `group_E` counts all places, the empty ones too.
+  """
+  M, E = rows.token_M.shape[0], rows.group_E.shape[0]
+  start_E = jnp.cumsum(rows.group_E, dtype=jnp.int32) - rows.group_E
+  place_1xC = jnp.arange(C, dtype=jnp.int32)[None]
+  from_P = (start_E[:, None] + place_1xC).reshape(E * C)
+  used_P = (place_1xC < rows.group_E[:, None]).reshape(E * C)
+  pick = lambda a: a.at[from_P].get(mode='clip')
+  home_TxK = rows.home_TxK
+  if home_TxK is not None:
+    ends_E = start_E + rows.group_E
+    expert_TxK = jnp.searchsorted(ends_E, home_TxK, side='right')
+    expert_TxK = expert_TxK.astype(jnp.int32)
+    place_TxK = home_TxK - start_E.at[expert_TxK].get(mode='clip')
+    there_TxK = (home_TxK < M) & (place_TxK < C)
+    home_TxK = jnp.where(there_TxK, expert_TxK * C + place_TxK, E * C)
+  return Rows(
+    token_M=jnp.where(used_P, pick(rows.token_M), T),
+    weight_M=pick(rows.weight_M),
+    group_E=jnp.full((E,), C, jnp.int32),
+    home_TxK=home_TxK,
   )
+
+
+def dispatch(x_TxD: jax.Array, rows: Rows) -> jax.Array:
+  """Copies tokens to rows_MxD; rows without a token are zero."""
+  if rows.home_TxK is None:
+    return x_TxD.at[rows.token_M].get(mode='fill', fill_value=0)
+  return _dispatch(x_TxD, rows.token_M, rows.home_TxK)
+
+
+def combine(y_MxD: jax.Array, rows: Rows, T: int) -> jax.Array:
+  """y_TxD: the gated sum of each token's rows; a token without rows gets 0."""
+  if rows.home_TxK is None:
+    used_Mx1 = rows.token_M[:, None] < T
+    rows_MxD = jnp.where(used_Mx1, _weighted(y_MxD, rows.weight_M), 0)
+    zeros_TxD = jnp.zeros((T, rows_MxD.shape[1]), rows_MxD.dtype)
+    sum_TxD = zeros_TxD.at[rows.token_M].add(rows_MxD, mode='drop')
+    return sum_TxD.astype(y_MxD.dtype)
+  return _combine(y_MxD, rows.weight_M, rows.token_M, rows.home_TxK)
 
 
 def count(expert_M: jax.Array, E: int) -> jax.Array:
@@ -94,10 +206,15 @@ def count(expert_M: jax.Array, E: int) -> jax.Array:
   )
 
 
-def dropped(plan: Plan) -> jax.Array:
-  """float32 scalar: the fraction of the plan's M assignments without a row."""
-  M = plan.token_M.shape[0]
-  return (M - _rows(plan.group_E)).astype(jnp.float32) / M
+def dropped(plan: ByToken) -> jax.Array:
+  """float32 scalar: the fraction of the choices that were dropped."""
+  return jnp.mean((plan.expert_TxK == plan.E).astype(jnp.float32))
+
+
+def _within(group_E, M):
+  """The groups cut so that there are M rows at most, the first first."""
+  end_E = jnp.minimum(jnp.cumsum(group_E, dtype=jnp.int32), M)
+  return jnp.diff(end_E, prepend=jnp.zeros((1,), jnp.int32))
 
 
 def _drop_overflow(expert_TxK, E, capacity, group):
@@ -105,19 +222,22 @@ def _drop_overflow(expert_TxK, E, capacity, group):
   T, K = expert_TxK.shape
   if T % group:
     raise ValueError(f'{T} tokens are not a multiple of the group {group}')
-  groups = T // group
-  # Choices in order of precedence: group by group, first choices first.
-  expert_P = expert_TxK.reshape(groups, group, K).swapaxes(1, 2).reshape(-1)
-  group_P = jnp.repeat(jnp.arange(groups, dtype=jnp.int32), group * K)
-  # The place of a choice among those for the same expert, by one stable sort.
-  bucket_P = group_P * (E + 1) + expert_P
-  order_P = jnp.argsort(bucket_P, stable=True).astype(jnp.int32)
-  sorted_P = bucket_P[order_P]
+  # Choices in order of precedence: first choices first. A sort for each group,
+  # so that groups on different devices need nothing of each other.
+  expert_NxP = expert_TxK.reshape(-1, group, K).swapaxes(1, 2)
+  expert_NxP = expert_NxP.reshape(-1, group * K)
+  kept = lambda expert_P: _place(expert_P) < capacity
+  expert_NxP = jnp.where(jax.vmap(kept)(expert_NxP), expert_NxP, E)
+  return expert_NxP.reshape(-1, K, group).swapaxes(1, 2).reshape(T, K)
+
+
+def _place(expert_P):
+  """The place of each choice among those for the same expert."""
+  order_P = jnp.argsort(expert_P, stable=True).astype(jnp.int32)
+  sorted_P = expert_P[order_P]
   start_P = jnp.searchsorted(sorted_P, sorted_P, side='left')
-  place_P = jnp.arange(T * K, dtype=jnp.int32) - start_P.astype(jnp.int32)
-  kept_P = (place_P < capacity)[_inverse(order_P)]
-  expert_P = jnp.where(kept_P, expert_P, E)
-  return expert_P.reshape(groups, K, group).swapaxes(1, 2).reshape(T, K)
+  place_P = jnp.arange(len(expert_P), dtype=jnp.int32)
+  return (place_P - start_P.astype(jnp.int32))[_inverse(order_P)]
 
 
 def _inverse(order_M):
@@ -152,65 +272,58 @@ def _weighted(y_MxD, weight_M):
   return y_MxD.astype(wide) * weight_M[:, None].astype(wide)
 
 
-def _rows(group_E):
-  """int32 scalar: the rows that belong to an expert."""
-  return jnp.sum(group_E, dtype=jnp.int32)
-
-
-def _gather_sum(rows_MxD, home_TxK, group_E):
-  """[T, D]: the sum of the kept rows of each token, choice by choice."""
-  kept_TxK = home_TxK < _rows(group_E)
+def _gather_sum(rows_MxD, home_TxK):
+  """[T, D]: the sum of the rows of each token, choice by choice."""
+  here_TxK = home_TxK < rows_MxD.shape[0]
   total_TxD = None
   for k in range(home_TxK.shape[1]):
-    y_TxD = jnp.where(kept_TxK[:, k, None], rows_MxD[home_TxK[:, k]], 0)
+    y_TxD = jnp.where(here_TxK[:, k, None], rows_MxD[home_TxK[:, k]], 0)
     total_TxD = y_TxD if total_TxD is None else total_TxD + y_TxD
   return total_TxD
 
 
-def _gather_rows(x_TxD, token_M, group_E):
-  """[M, D]: each row's token; zero from sum(group_E) on."""
-  row_M = jnp.arange(token_M.shape[0], dtype=jnp.int32)
-  return jnp.where((row_M < _rows(group_E))[:, None], x_TxD[token_M], 0)
+def _gather_rows(x_TxD, token_M):
+  """[M, D]: each row's token; zero where there is none."""
+  used_M = token_M < x_TxD.shape[0]
+  return jnp.where(used_M[:, None], x_TxD[token_M], 0)
 
 
 @jax.custom_vjp
-def _dispatch(x_TxD, token_M, home_TxK, group_E):
-  return _gather_rows(x_TxD, token_M, group_E)
+def _dispatch(x_TxD, token_M, home_TxK):
+  return _gather_rows(x_TxD, token_M)
 
 
-def _dispatch_fwd(x_TxD, token_M, home_TxK, group_E):
-  return _gather_rows(x_TxD, token_M, group_E), (home_TxK, group_E)
+def _dispatch_fwd(x_TxD, token_M, home_TxK):
+  return _gather_rows(x_TxD, token_M), home_TxK
 
 
-def _dispatch_bwd(saved, d_rows_MxD):
-  home_TxK, group_E = saved
-  return _gather_sum(d_rows_MxD, home_TxK, group_E), None, None, None
+def _dispatch_bwd(home_TxK, d_rows_MxD):
+  return _gather_sum(d_rows_MxD, home_TxK), None, None
 
 
 _dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
 
 
 @jax.custom_vjp
-def _combine(y_MxD, weight_M, token_M, home_TxK, group_E):
+def _combine(y_MxD, weight_M, token_M, home_TxK):
   weighted_MxD = _weighted(y_MxD, weight_M)
-  return _gather_sum(weighted_MxD, home_TxK, group_E).astype(y_MxD.dtype)
+  return _gather_sum(weighted_MxD, home_TxK).astype(y_MxD.dtype)
 
 
-def _combine_fwd(y_MxD, weight_M, token_M, home_TxK, group_E):
-  y_TxD = _combine(y_MxD, weight_M, token_M, home_TxK, group_E)
-  return y_TxD, (y_MxD, weight_M, token_M, group_E)
+def _combine_fwd(y_MxD, weight_M, token_M, home_TxK):
+  y_TxD = _combine(y_MxD, weight_M, token_M, home_TxK)
+  return y_TxD, (y_MxD, weight_M, token_M)
 
 
 def _combine_bwd(saved, d_y_TxD):
-  y_MxD, weight_M, token_M, group_E = saved
-  d_rows_MxD = _gather_rows(d_y_TxD, token_M, group_E)
-  # where, not a product with zero: rows past the groups may hold anything.
-  row_M = jnp.arange(token_M.shape[0], dtype=jnp.int32)
+  y_MxD, weight_M, token_M = saved
+  d_rows_MxD = _gather_rows(d_y_TxD, token_M)
+  # where, not a product with zero: rows without a token may hold anything.
   wide = np.promote_types(y_MxD.dtype, weight_M.dtype)
   dot_M = jnp.sum(y_MxD.astype(wide) * d_rows_MxD.astype(wide), axis=1)
-  d_weight_M = jnp.where(row_M < _rows(group_E), dot_M, 0)
+  d_weight_M = jnp.where(token_M < d_y_TxD.shape[0], dot_M, 0)
   d_y_MxD = _weighted(d_rows_MxD, weight_M).astype(y_MxD.dtype)
-  return d_y_MxD, d_weight_M.astype(weight_M.dtype), None, None, None
+  return d_y_MxD, d_weight_M.astype(weight_M.dtype), None, None
 
 
 _combine.defvjp(_combine_fwd, _combine_bwd)

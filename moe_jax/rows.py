@@ -14,18 +14,23 @@ Batch = dict[str, np.ndarray]
 READ = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
 
 
-def of_shard(batch_size: int, shard_index: int, shard_count: int) -> np.ndarray:
-  """int64 [B]: every `shard_count`-th row of a global batch.
+def of_batch(batch_size: int, row_B: np.ndarray | None) -> np.ndarray:
+  """int64 [B]: `row_B`, rows of a global batch; all of them for None.
 
   Raises:
-    DataError: the shards do not divide the batch.
+    DataError: they are not distinct integers in 0..batch_size-1, or none.
   """
-  if batch_size % shard_count:
+  if row_B is None:
+    return np.arange(batch_size)
+  row_B = np.asarray(row_B)
+  known = np.intersect1d(row_B, np.arange(batch_size))  # each once
+  integers = np.issubdtype(row_B.dtype, np.integer)
+  if not (integers and known.size and known.shape == row_B.shape):
     raise DataError(
-      f'batch_size {batch_size} is no multiple of the'
-      f' {shard_count} processes that read it'
+      f'row_B is {row_B.tolist()}; the rows of a batch that are read here must'
+      f' be distinct integers in 0..{batch_size - 1}, at least one'
     )
-  return np.arange(shard_index, batch_size, shard_count)
+  return row_B.astype(np.int64)
 
 
 def spread(rows: int, wanted: float, batch_size: int) -> np.ndarray:

@@ -2,8 +2,10 @@
 
 import collections
 import contextlib
+import functools
 import json
 import math
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -36,7 +38,13 @@ class TrainState(NamedTuple):
 
 
 def initial_state(job: Job) -> TrainState:
-  """The state before the first step, on every device of the mesh."""
+  """The state before the first step, laid out on the mesh."""
+  init, where = _state(job)
+  return jax.jit(init, out_shardings=where)()
+
+
+def _state(job):
+  """A function that makes the first state, and where states lie."""
 
   def init():
     params, router_state = models.split(job.init())
@@ -46,11 +54,7 @@ def initial_state(job: Job) -> TrainState:
     cache = _blank(job)
     return TrainState(jnp.int32(0), params, router_state, opt_state, cache)
 
-  state = parallel.put_replicated(jax.jit(init)(), job.mesh)
-  if state.cache_BxNxCxD is not None:  # its rows are where the batch's are
-    cache = parallel.put_batch(state.cache_BxNxCxD, job.mesh)
-    state = state._replace(cache_BxNxCxD=cache)
-  return state
+  return init, parallel.shardings(jax.eval_shape(init), job.mesh)
 
 
 def make_step(job: Job) -> Callable[[TrainState, Any], tuple]:
@@ -97,7 +101,14 @@ def make_step(job: Job) -> Callable[[TrainState, Any], tuple]:
     state = TrainState(state.step + 1, params, router_state, opt_state, cache)
     return state, {**found, 'grad_norm': norm}
 
-  return jax.jit(step, donate_argnums=0)
+  _, where = _state(job)
+  out = where, _everywhere(job)
+  return jax.jit(step, donate_argnums=0, out_shardings=out)
+
+
+def _everywhere(job):
+  """The whole of an array on each device, so that each process can read it."""
+  return jax.NamedSharding(job.mesh, jax.P())
 
 
 def _forward(job, state, microbatch, train):
@@ -159,7 +170,8 @@ def make_eval(job: Job) -> Callable[..., tuple]:
       sums['bytes'] = jnp.sum(jnp.where(batch['mask_BxL'] > 0, bytes_BxL, 0))
     return sums, kept.get('cache')
 
-  return jax.jit(evaluate)
+  # The cache stays where the rows of a batch are.
+  return jax.jit(evaluate, out_shardings=(_everywhere(job), None))
 
 
 def evaluate(
@@ -172,7 +184,7 @@ def evaluate(
   """
   sums = collections.Counter()
   for index, batch in enumerate(job.eval_batches(share)):
-    batch = parallel.put_batch(batch, job.mesh)
+    batch = job.put(batch)
     found, cache = run_eval(state, batch, jnp.int32(index))
     state = state._replace(cache_BxNxCxD=cache)
     sums.update({k: float(v) for k, v in found.items()})
@@ -190,8 +202,8 @@ def run(job: Job) -> dict[str, Any]:
   """Trains to the end, continuing what the work directory holds.
 
   Leaves config.json, what the data needs (tokenizer.json), metrics.jsonl,
-  checkpoints and, at the end, summary.json and report.html. Returns the
-  summary.
+  checkpoints and, at the end, summary.json and report.html; of several
+  processes the first does, but for checkpoints. Returns the summary.
   """
   wide = job.config['model']['dtype'] == 'float64'
   with jax.enable_x64(True) if wide else contextlib.nullcontext():
@@ -199,12 +211,13 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def _run(job):
-  c, began = job.config, time.monotonic()
+  c, began, first = job.config, time.monotonic(), jax.process_index() == 0
   tokens_per_step = c['batch_size'] * job.dataset.length
-  job.workdir.mkdir(parents=True, exist_ok=True)
-  (job.workdir / 'summary.json').unlink(missing_ok=True)  # of fewer steps
-  _write_json(job.workdir / 'config.json', c)
-  job.dataset.save(job.workdir)
+  if first:
+    job.workdir.mkdir(parents=True, exist_ok=True)
+    (job.workdir / 'summary.json').unlink(missing_ok=True)  # of fewer steps
+    _write_json(job.workdir / 'config.json', c)
+    job.dataset.save(job.workdir)
   state, batches = initial_state(job), job.train_batches()
   saved = checkpoint.Checkpoints(job.workdir, c['keep_checkpoints'])
   # What a checkpoint keeps beside the state.
@@ -216,18 +229,21 @@ def _run(job):
   start, end = int(state.step), c['steps']
   stopwatch = _Stopwatch(record['train_seconds'], record['train_steps'])
   run_step, run_eval = make_step(job), make_eval(job)
-  writer = metrics.Writer(job.workdir, start)
+  writer = metrics.Writer(job.workdir if first else None, start)
   cost = models.get(c['model']['name']).cost(job.model, job.dataset.length)
   share = job.dataset.eval_share
 
   def due(key, step):
     return c[key] > 0 and step % c[key] == 0
 
-  with metrics.Progress(end, tokens_per_step, start) as progress:
+  with (
+    contextlib.nullcontext() if first else open(os.devnull, 'w') as stream,
+    metrics.Progress(end, tokens_per_step, start, stream) as progress,
+  ):
     for line in _introduction(job, cost, start):
       progress.note(line)
     for step in range(start + 1, end + 1):
-      batch = parallel.put_batch(next(batches), job.mesh)
+      batch = job.put(next(batches))
       state, found = run_step(state, batch)
       if step == start + 1:  # compiling is not the run's speed
         jax.block_until_ready(state)
@@ -255,15 +271,16 @@ def _run(job):
           record['seconds'] = time.monotonic() - began
           saved.save(step, state, {**record, 'batches': batches.get_state()})
         stopwatch.start(step)
-  saved.close()
-  if isinstance(job.dataset, pairs.Pairs) and c['data']['bleu_lines']:
-    found = _bleu(job, state)
-    record['evaluation'] |= found
-    progress.evaluation(end, found)
+    saved.close()
+    if isinstance(job.dataset, pairs.Pairs) and c['data']['bleu_lines']:
+      found = _bleu(job, state)
+      record['evaluation'] |= found
+      progress.evaluation(end, found)
   summary = _summary(job, cost, record, time.monotonic() - began)
-  _write_json(job.workdir / 'summary.json', summary)
-  report.write(job.workdir)
-  print(f'report: {job.workdir / report.FILE}')
+  if first:
+    _write_json(job.workdir / 'summary.json', summary)
+    report.write(job.workdir)
+    print(f'report: {job.workdir / report.FILE}')
   return summary
 
 
@@ -272,7 +289,7 @@ def _bleu(job, state):
   c = job.config['data']
   search = translate.searcher(job.dataset, c['beam'], c['penalty'])
 
-  @jax.jit
+  @functools.partial(jax.jit, out_shardings=_everywhere(job))
   def run(state, batch, index):
     batch['row_B'] += index * batch['row_B'].shape[0]
     model = models.bind(job.model, state.params, state.router_state)
@@ -281,11 +298,12 @@ def _bleu(job, state):
     return search(model, batch, ctx)
 
   def of(batch, index):
-    return run(state, parallel.put_batch(batch, job.mesh), jnp.int32(index))
+    return run(state, job.put(batch), jnp.int32(index))
 
   share = min(1.0, c['bleu_lines'] / len(job.dataset.eval_pairs))
-  size = job.config['batch_size']
-  return translate.scores(job.dataset, of, size, share)
+  references = job.dataset.references(share, job.config['batch_size'])
+  batches = job.eval_batches(share)
+  return translate.scores(job.dataset, of, batches, references)
 
 
 def _summary(job, cost, record, wall_seconds):
@@ -345,7 +363,7 @@ def _fixed_size(aux):
 
 def _join(found):
   """Metrics of a whole batch from those of its microbatches."""
-  sums = ('load_E', 'tokens')
+  sums = ('load_E', 'lost', 'tokens')
 
   def join(path, a):
     name = str(path[-1].key)
@@ -369,7 +387,7 @@ def _line(job, step, found):
   for aux in found['aux']:
     load = aux['load_E'].reshape(-1, aux['load_E'].shape[-1])
     rows = {'load': load / load.sum(axis=1, keepdims=True)}
-    rows |= {k: aux[k].reshape(-1) for k in ('entropy', 'dropped')}
+    rows |= {k: aux[k].reshape(-1) for k in ('entropy', 'dropped', 'lost')}
     rows |= {k: v.reshape(-1) for k, v in aux['losses'].items()}
     for name, value in rows.items():  # of one segment after another
       line[name] = [*line.get(name, []), *value]

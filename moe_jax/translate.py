@@ -1,6 +1,6 @@
 """What a translator is worth: BLEU and chrF of its beam search."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -63,21 +63,21 @@ def searcher(
 def scores(
   data: pairs.Pairs,
   translate: Callable[[Batch, int], Any],
-  batch_size: int,
-  share: float,
+  batches: Iterable[Batch],
+  references: list[dict[str, str]],
 ) -> dict[str, float]:
   """BLEU and chrF of the held-out pairs, beside those of copied sources.
 
   Args:
-    translate: (batch, index of the batch) -> ids_BxL.
-    share: the part of the held-out pairs to translate.
+    translate: (batch, index of the batch) -> ids_BxL, of the whole batch.
+    batches: what this process reads of them.
+    references: what the whole batches hold, but for padding at their end.
   """
   hypotheses = []
-  for index, batch in enumerate(data.eval_batches(batch_size, share=share)):
+  for index, batch in enumerate(batches):
     ids_BxL = np.asarray(translate(batch, index))
-    real_B = batch['mask_BxL'][:, 0] > 0
-    hypotheses += [data.decode(ids_L[1:]) for ids_L in ids_BxL[real_B]]
-  references = data.references(share, batch_size)
+    hypotheses += [data.decode(ids_L[1:]) for ids_L in ids_BxL]
+  hypotheses = hypotheses[: len(references)]
   targets = [pair['target'] for pair in references]
   sources = [pair['source'] for pair in references]
   found, copied = pairs.bleu(hypotheses, targets), pairs.bleu(sources, targets)

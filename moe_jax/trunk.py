@@ -17,6 +17,7 @@ from moe_jax import attention, block, init, norm, ops
 from moe_jax import residual as residuals
 from moe_jax import routers as routing
 from moe_jax.experts import ACTIVATIONS, Dense, Experts
+from moe_jax.parallel import Layout
 
 DTYPES = ('float32', 'bfloat16', 'float64')
 SEGMENTS = ('body', 'ragged')  # whole groups of layers, and what is left over
@@ -252,7 +253,10 @@ class _Run:
 
   def layer(self, module, x_BxLxD, memory, experts, ctx, cache_BxCxD):
     view = self.view.replace(cache_BxCxD=cache_BxCxD)
-    return module(x_BxLxD, memory, experts, self.wiring, ctx, view, self.source)
+    x_BxLxD, memory, aux = module(
+      x_BxLxD, memory, experts, self.wiring, ctx, view, self.source
+    )
+    return self.wiring.layout.rows(x_BxLxD), memory, aux
 
 
 class Trunk(nnx.Module):
@@ -265,7 +269,7 @@ class Trunk(nnx.Module):
   def __init__(
     self,
     c: Config,
-    strategy: Callable[..., jax.Array],
+    layout: Layout,
     *,
     cross: bool = False,
     rngs: nnx.Rngs,
@@ -283,7 +287,7 @@ class Trunk(nnx.Module):
       iterations=c.iterations,
       routing=c.routing,
       dropout=c.dropout,
-      strategy=strategy,
+      layout=layout,
     )
     options = dict(c.attention)
     name = options.pop('name')
@@ -322,6 +326,7 @@ class Trunk(nnx.Module):
     c = self.c
     if hasattr(self, 'shared'):
       view = view.replace(shared=self.shared[...])
+    x_BxLxD = self.wiring.layout.rows(x_BxLxD)
     run = _Run(self.wiring, ctx, view, source)
     memory, aux, caches = self._memory(x_BxLxD), [], []
     cut = lambda a, n: None if cache_NxBxCxD is None else cache_NxBxCxD[a:][:n]

@@ -1,15 +1,16 @@
 """The papers' settings, compiled whole for chips that are not there.
 
 The training step of every config in configs/paper at its published sizes, but
-for the rows of a batch: those of one chip. Needs the extra `aot`. Nothing is
-executed. Each compilation has a process of its own: libtpu reads its settings
-once.
+for the rows of a batch: on a slice of TPUs, whose chips share parameters and
+experts, and on H100s. Needs the extra `aot`. Nothing is executed. Each
+compilation has a process of its own: libtpu reads its settings once.
 """
 
 import dataclasses
 import functools
 import importlib.util
 import json
+import math
 import pathlib
 import re
 import runpy
@@ -19,13 +20,12 @@ import types
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from flax import nnx
 from jax.experimental import topologies
 
 from moe_jax import config, job, models, objective, optimizer, parallel, train
-from pallas_kernels import cost, tiling
+from pallas_kernels import cost
 
 pytestmark = pytest.mark.skipif(
   not all(map(importlib.util.find_spec, ('libtpu', 'jax_cuda13_plugin'))),
@@ -36,7 +36,7 @@ TESTS = pathlib.Path(__file__).parent
 PAPERS = sorted(p.stem for p in (TESTS.parent / 'configs/paper').glob('*.py'))
 H100 = (TESTS / 'h100.txtpb').read_text()
 GIB = 2**30
-HBM = {'v5e': 16 * GIB, 'v5p': 95 * GIB, 'v6e': 32 * GIB, 'h100': 79 * GIB}
+HBM = {'v5p': 95 * GIB, 'h100': 79 * GIB}
 ROWS = {'momentum_vmoe': 64}  # else 8
 # Of these a TPU's step takes libtpu minutes.
 SLOW = ('coe', 'momentum_vmoe', 'rexmoe_half', 'thor')
@@ -45,29 +45,23 @@ WITHOUT_COPIES = ('rexmoe_2b', 'rexmoe_half')
 IMAGE = {'V': 1000, 'size': (224, 224, 3)}  # ImageNet's
 
 
-def compiled(name, chip, gmm, count):
-  """Prints what the compiler says of a config's step on so many chips."""
-  mesh = jax.sharding.Mesh(
-    np.reshape(devices(chip)[:count], (count, 1, 1)),
-    parallel.AXES,
-    axis_types=(jax.sharding.AxisType.Auto,) * len(parallel.AXES),
-  )
+def compiled(name, chip, gmm, sizes):
+  """Prints what the compiler says of a config's step on a mesh of chips."""
+  axes = dict(zip(parallel.AXES, sizes, strict=True))
+  mesh = parallel.mesh(axes, devices(chip, sizes))
   path = TESTS.parent / 'configs/paper' / f'{name}.py'
   c = config.resolve(runpy.run_path(str(path))['get_config']())
-  c['batch_size'] = ROWS.get(name, 8) * count
+  c['batch_size'] = ROWS.get(name, 8) * mesh.size
   abstract = abstract_job(c, gmm, mesh)
   state = jax.eval_shape(functools.partial(train.initial_state, abstract))
-  everywhere, rows = (
-    jax.NamedSharding(mesh, s) for s in (jax.P(), jax.P(parallel.AXES))
+  place = lambda a, sharding: jax.ShapeDtypeStruct(
+    a.shape, a.dtype, sharding=sharding
   )
-  place = lambda tree, sharding: jax.tree.map(
-    lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree
-  )
+  rows = jax.NamedSharding(mesh, parallel.ROWS)
+  state = jax.tree.map(place, state, parallel.shardings(state, mesh))
+  batch = {k: place(a, rows) for k, a in batch_of(c).items()}
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-    step = train.make_step(abstract).lower(
-      place(state, everywhere), place(batch_of(c), rows)
-    )
-  program = step.compile()
+    program = train.make_step(abstract).lower(state, batch).compile()
   memory, text = program.memory_analysis(), program.as_text()
   calls = re.findall(r'%(\w+)\S* = .*"tpu_custom_call"', text)
   found = {
@@ -77,18 +71,19 @@ def compiled(name, chip, gmm, count):
     'temporary': memory.temp_size_in_bytes,
     'kernels': sorted(set(calls)),
     'reduced': 'all-reduce' in text,
+    'strategy': abstract.implementation['strategy'],
   }
   print(json.dumps(found))
 
 
-def devices(chip):
+def devices(chip, sizes):
   if chip == 'h100':
     topology = topologies.get_topology_desc(
       '', 'cuda', topology='1x1x8', target_config=H100
     )
   else:
-    topology = topologies.get_topology_desc(tiling.CHIPS[chip].topology, 'tpu')
-  return topology.devices
+    topology = topologies.get_topology_desc('v5p:2x2x1', 'tpu')
+  return topology.devices[: math.prod(sizes)]
 
 
 def abstract_job(c, gmm, mesh):
@@ -96,7 +91,10 @@ def abstract_job(c, gmm, mesh):
   values = {**c['model'], 'gmm': gmm, **sizes_of(c)}
   module = models.get(values.pop('name'))
   shape = module.Config(**values)
-  init = lambda: module.build(shape, parallel.local, rngs=nnx.Rngs(0))
+  layout, said = parallel.layout(
+    mesh, c['model']['router']['k'], **c['parallel']
+  )
+  init = lambda: module.build(shape, layout, rngs=nnx.Rngs(0))
   settings = optimizer.Config(**c['optimizer'])
   given = dict(
     config=c,
@@ -106,6 +104,7 @@ def abstract_job(c, gmm, mesh):
     optimizer=optimizer.make(settings, c['steps']),
     mesh=mesh,
     dataset=types.SimpleNamespace(streams=streams(c)),
+    implementation={'strategy': said},
   )
   names = [f.name for f in dataclasses.fields(job.Job)]
   return job.Job(**{name: given.get(name) for name in names})
@@ -146,9 +145,9 @@ def batch_of(c):
 
 
 @functools.cache
-def in_process(name, chip, gmm, count=1):
+def in_process(name, chip, gmm, sizes=(1, 1, 1, 1)):
   """What `compiled` finds, in a process of its own."""
-  call = f'compiled({name!r}, {chip!r}, {gmm!r}, {count})'
+  call = f'compiled({name!r}, {chip!r}, {gmm!r}, {sizes})'
   env = cost.environment('')
   del env['LIBTPU_INIT_ARGS']  # no schedules: a whole step's are large
   done = subprocess.run(
@@ -177,10 +176,11 @@ def check_memory(found, chip):
     for name in PAPERS
   ],
 )
-def test_a_step_fits_on_a_tpu(name):
-  found = in_process(name, 'v5p', 'tpu')
+def test_a_step_fits_on_a_slice_of_tpus(name):
+  found = in_process(name, 'v5p', 'tpu', (1, 2, 2, 1))
   check_memory(found, 'v5p')
   assert found['kernels'] == ['dlhs', 'drhs', 'gmm']
+  assert found['strategy'] in ('gather', 'ragged')
 
 
 @pytest.mark.parametrize('name', PAPERS)
@@ -189,8 +189,8 @@ def test_a_step_fits_on_a_gpu(name):
   check_memory(in_process(name, 'h100', gmm), 'h100')
 
 
-def test_a_batch_is_split_over_gpus():
+def test_a_step_is_split_over_gpus():
   alone = in_process('momentum_small', 'h100', 'xla')
-  found = in_process('momentum_small', 'h100', 'xla', count=8)
+  found = in_process('momentum_small', 'h100', 'xla', (2, 2, 2, 1))
   assert found['reduced'] and not alone['reduced']
   assert found['temporary'] < 1.1 * alone['temporary']

@@ -27,7 +27,7 @@ def _config(**changes):
 @functools.cache
 def _model(**changes):
   c = _config(**changes)
-  model = classifier.build(c, parallel.local, rngs=nnx.Rngs(0))
+  model = classifier.build(c, parallel.Layout(), rngs=nnx.Rngs(0))
   # A head that is not zero, so that the answer depends on the image.
   draw = jax.random.normal(jax.random.key(1), model.head_DxV.shape)
   model.head_DxV[...] = draw
@@ -83,7 +83,7 @@ def test_places_are_told_apart():
 
 
 def test_it_starts_from_equal_chances():
-  model = classifier.build(_config(), parallel.local, rngs=nnx.Rngs(0))
+  model = classifier.build(_config(), parallel.Layout(), rngs=nnx.Rngs(0))
   np.testing.assert_array_equal(_run(model, _batch())[0], np.zeros((B, 1, V)))
 
 

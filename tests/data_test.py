@@ -1,4 +1,4 @@
-"""Packing, order, shards and resume, against loops over single tokens."""
+"""Packing, order, parts and resume, against loops over single tokens."""
 
 import collections
 import itertools
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from moe_jax import data, tokenizer
+from moe_jax import data, dataset, tokenizer
 
 DTYPES = {
   'ids_BxL': np.int32,
@@ -194,46 +194,79 @@ def test_train_order_is_pinned():
   assert batch['ids_BxL'][:, 0].tolist() == PINNED
 
 
-# --- shards and resume ------------------------------------------------------
+# --- parts and resume -------------------------------------------------------
 
 
-@pytest.mark.parametrize('shard_count', [2, 4])
-def test_shards_together_are_the_global_batch(shard_count):
+# Ways in which processes may share the rows of a batch of 8.
+SPLITS = {
+  'interleaved': [np.arange(s, 8, 4) for s in range(4)],
+  'contiguous': np.split(np.arange(8), 2),
+  'uneven': [np.array([6]), np.array([7, 0, 3]), np.array([5, 4, 2, 1])],
+}
+every_split = pytest.mark.parametrize('split', SPLITS.values(), ids=SPLITS)
+
+
+@every_split
+def test_parts_together_are_the_global_batch(split):
   stream = _stream(5, 200, 7)
   for make in (
-    lambda *shard: _take(data.train_iterator(stream, 8, 4, 0, *shard), 15),
-    lambda *shard: list(data.eval_batches(stream, 8, 4, *shard)),
+    lambda row_B: _take(data.train_iterator(stream, 8, 4, 0, row_B), 15),
+    lambda row_B: _take(data.stream_iterator(stream, 8, 4, 0, row_B), 15),
+    lambda row_B: list(data.eval_batches(stream, 8, 4, row_B=row_B)),
+    lambda row_B: list(
+      data.eval_batches(stream, 8, 4, row_B=row_B, share=0.6, streams=True)
+    ),
   ):
-    whole = make()
-    shards = [make(s, shard_count) for s in range(shard_count)]
+    whole = make(None)
+    parts = [make(row_B) for row_B in split]
     for step, batch in enumerate(whole):
       assert batch['row_B'].tolist() == list(range(8))
-      for name, value in batch.items():
-        joined = np.empty_like(value)
-        for s in range(shard_count):
-          part = shards[s][step]
-          assert len(part[name]) == 8 // shard_count
-          joined[s::shard_count] = part[name]
-          joined[part['row_B']] = part[name]
-        np.testing.assert_array_equal(joined, value)
+      for row_B, part in zip(split, parts, strict=True):
+        assert len(part) == len(whole)
+        assert part[step].keys() == batch.keys()
+        for name, value in part[step].items():
+          assert value.dtype == batch[name].dtype
+          np.testing.assert_array_equal(value, batch[name][row_B])
 
 
+@every_split
+@pytest.mark.parametrize('make', [data.train_iterator, data.stream_iterator])
 @pytest.mark.parametrize('steps', [0, 1, 7, 40])
-def test_resume_is_exact(steps):
+def test_resume_is_exact(make, steps, split):
   stream = _stream(5, 200, 7)  # 53 rows: 40 batches are 6 epochs
-  first = data.train_iterator(stream, 8, 4, 3)
-  _take(first, steps)
-  state = json.loads(json.dumps(first.get_state()))
-  again = data.train_iterator(stream, 8, 4, 3)
+  first = make(stream, 8, 4, 3)
+  before = make(stream, 8, 4, 3, split[1])
+  _take(first, steps), _take(before, steps)
+  state = json.loads(json.dumps(before.get_state()))
+  assert state == first.get_state()
+  again = make(stream, 8, 4, 3)
   _take(again, 2)  # a used iterator, its buffer full, must jump too
   again.set_state(state)
-  shard = data.train_iterator(stream, 8, 4, 3, 1, 2)
-  shard.set_state(state)
+  after = make(stream, 8, 4, 3, split[0])  # other rows than before
+  after.set_state(state)
   for _ in range(12):
-    expected, actual, part = next(first), next(again), next(shard)
+    expected, actual, part = next(first), next(again), next(after)
     for name in expected:
       np.testing.assert_array_equal(actual[name], expected[name])
-      np.testing.assert_array_equal(part[name], expected[name][1::2])
+      np.testing.assert_array_equal(part[name], expected[name][split[0]])
+
+
+@pytest.mark.parametrize('order', ['shuffled', 'stream'])
+def test_a_dataset_reads_the_rows_that_it_is_told(tmp_path, order):
+  config = data.DataConfig(
+    source='text', path=_files(tmp_path), tokenizer='bytes', order=order,
+    cache_dir=str(tmp_path),
+  )  # fmt: skip
+  text = dataset.source('text').load(config, 16)
+  row_B = np.array([2, 1])
+  for make in (
+    lambda *row_B: next(text.train_batches(4, 0, *row_B)),
+    lambda *row_B: next(iter(text.eval_batches(4, 0.1, *row_B))),
+  ):
+    whole, part = make(), make(row_B)
+    assert ('begins_B' in whole) == (order == 'stream')
+    for name, value in whole.items():
+      np.testing.assert_array_equal(part[name], value[row_B])
 
 
 def test_reading_leaves_the_state_of_the_batch_read():
@@ -258,14 +291,25 @@ def test_refuses_a_stream_shorter_than_a_batch():
     data.eval_batches(stream, 4, 8)
 
 
-def test_refuses_shards_that_do_not_divide_the_batch():
-  stream = _stream(100)
+@pytest.mark.parametrize(
+  'row_B',
+  [
+    *([0, 4], [-1, 0], [1, 2, 1], [0.0, 1.0], [True, False], [[0, 1]]),
+    np.zeros(0, np.int32),
+  ],
+)
+def test_refuses_rows_that_a_batch_does_not_have(row_B):
+  row_B, stream = np.asarray(row_B), _stream(100)
   for make in (
-    lambda: data.train_iterator(stream, 4, 8, 0, 0, 3),
-    lambda: data.eval_batches(stream, 4, 8, 0, 3),
+    lambda: data.train_iterator(stream, 4, 8, 0, row_B),
+    lambda: data.stream_iterator(stream, 4, 8, 0, row_B),
+    lambda: data.eval_batches(stream, 4, 8, row_B=row_B),
   ):
-    with pytest.raises(data.DataError, match='4 is no multiple of the 3'):
+    with pytest.raises(data.DataError) as error:
       make()
+    said = f'row_B is {row_B.tolist()}; the rows'
+    assert str(error.value).startswith(said)
+    assert 'distinct integers in 0..3' in str(error.value)
 
 
 # --- text to tokens ---------------------------------------------------------
@@ -356,22 +400,6 @@ def test_a_stream_goes_on_where_its_rows_ended(case, seed):
   seen = np.concatenate([b['target_BxL'].reshape(-1) for b in batches[:blocks]])
   words = seen[seen > 0]
   assert len(set(words.tolist())) == len(words)
-
-
-def test_streams_resume_and_are_shared_out():
-  stream = _stream(50, 40)
-  whole = _take(data.stream_iterator(stream, 4, 3, 7), 20)
-  iterator = data.stream_iterator(stream, 4, 3, 7)
-  _take(iterator, 9)
-  again = data.stream_iterator(stream, 4, 3, 7)
-  again.set_state(json.loads(json.dumps(iterator.get_state())))
-  for a, b in zip(whole[9:], _take(again, 11), strict=True):
-    np.testing.assert_array_equal(a['ids_BxL'], b['ids_BxL'])
-  for shard in range(2):
-    part = _take(data.stream_iterator(stream, 4, 3, 7, shard, 2), 20)
-    for a, b in zip(whole, part, strict=True):
-      for name, value in b.items():
-        np.testing.assert_array_equal(value, a[name][shard::2])
 
 
 @hypothesis.settings(deadline=None)

@@ -13,7 +13,7 @@ from tiny import B, L, T, V
 
 from moe_jax import attention, block, models, ops, parallel, routers
 from moe_jax.models import decoder
-from moe_jax.plan import by_token, combine, dispatch
+from moe_jax.plan import by_token, combine, dispatch, sort
 
 
 def _value_and_grad(model):
@@ -91,13 +91,14 @@ def _by_hand(model, params, batch):
         here = ctx.at_depth(jnp.int32(depth), None)
         here = here.replace(key=jax.random.fold_in(here.key, i))
         plan, aux, _ = block.at(layer.feed.routers, i)(h_TxD, here, ())
-        y_TxD = experts(dispatch(h_TxD, plan), plan.group_E)
-        y_TxD = combine(y_TxD, plan, T)
+        rows = sort(plan)
+        y_TxD = experts(dispatch(h_TxD, rows), rows.group_E)
+        y_TxD = combine(y_TxD, rows, T)
         if c.shared_F:
           y_TxD += layer.feed.shared(h_TxD)
         start = {'replace': 0, 'add': h_TxD, 'init': h0_TxD}[c.link]
         h_TxD = start + y_TxD
-        found.append(aux)
+        found.append({**aux, 'lost': jnp.int32(0)})
       answer_BxLxD = h_TxD.reshape(B, L, c.D)
       rule = dict(c.residual)
       if rule['name'] == 'replace':
@@ -566,7 +567,7 @@ def test_projections_into_the_stream_start_smaller_the_deeper_the_model():
   def init():
     rngs = nnx.Rngs(jax.random.key(0, impl='rbg'))  # compiles fast
     c = tiny.config(N=8, layers_per_pool=2)
-    return models.split(decoder.build(c, parallel.local, rngs=rngs))[0]
+    return models.split(decoder.build(c, parallel.Layout(), rngs=rngs))[0]
 
   params = jax.device_get(jax.jit(init)())
   assert jax.tree.map(np.shape, params) == _shapes(N=8, layers_per_pool=2)

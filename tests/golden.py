@@ -17,7 +17,7 @@ from flax import nnx
 
 from moe_jax import attention, block, config, models, parallel, trunk
 from moe_jax import routers as routing
-from moe_jax.plan import Plan
+from moe_jax.plan import ByToken
 
 DIRECTORY = pathlib.Path(
   os.environ.get('MOE_GOLDEN_DIR') or pathlib.Path(__file__).parent / 'golden'
@@ -101,7 +101,7 @@ def build(name: str, fields: dict[str, Any], dtype: str, **sizes) -> nnx.Module:
   c = config.model(name, dtype=dtype, gmm='cpu', **fields).to_dict()
   module = models.get(c.pop('name'))
   return module.build(
-    module.Config(**c, **sizes), parallel.local, rngs=nnx.Rngs(0)
+    module.Config(**c, **sizes), parallel.Layout(), rngs=nnx.Rngs(0)
   )
 
 
@@ -171,13 +171,13 @@ def watched():
   def call(self, h0_TxD, memory, experts, wiring, ctx):
     found = []
 
-    def strategy(h_TxD, plan, experts):
-      y_TxD = wiring.strategy(h_TxD, plan, experts)
+    def layout(h_TxD, plan, experts):
+      y_TxD, lost = wiring.layout(h_TxD, plan, experts)
       found.append((h_TxD, plan, y_TxD))
-      return y_TxD
+      return y_TxD, lost
 
-    wiring_ = dataclasses.replace(wiring, strategy=strategy)
-    h_TxD, memory, aux = routed(self, h0_TxD, memory, experts, wiring_, ctx)
+    watching = dataclasses.replace(wiring, layout=layout)
+    h_TxD, memory, aux = routed(self, h0_TxD, memory, experts, watching, ctx)
     aux['steps'] = jax.tree.map(lambda *a: jnp.stack(a), *found)
     return h_TxD, memory, aux
 
@@ -196,16 +196,13 @@ def unstacked(aux: list[dict[str, Any]]) -> list[Step]:
   return found
 
 
-def gates(plan: Plan) -> np.ndarray:
+def gates(plan: ByToken) -> np.ndarray:
   """gate_TxE, zero where an expert has not the token."""
-  T, E = len(plan.home_TxK), len(plan.group_E)
-  expert_N = np.repeat(np.arange(E), plan.group_E)  # of the rows that are kept
-  token_N, weight_N = (
-    np.asarray(a)[: len(expert_N)] for a in (plan.token_M, plan.weight_M)
-  )
-  gate_TxE = np.zeros((T, E), plan.weight_M.dtype)
-  np.add.at(gate_TxE, (token_N, expert_N), weight_N)
-  return gate_TxE
+  T, K = plan.expert_TxK.shape
+  gate_TxE = np.zeros((T, plan.E + 1), plan.weight_TxK.dtype)
+  token_TxK = np.broadcast_to(np.arange(T)[:, None], (T, K))
+  np.add.at(gate_TxE, (token_TxK, plan.expert_TxK), plan.weight_TxK)
+  return gate_TxE[:, : plan.E]
 
 
 def view(B: int, L: int) -> attention.View:

@@ -31,7 +31,6 @@ from moe_jax import (
   config,
   models,
   objective,
-  parallel,
   residual,
   routers,
   trunk,
@@ -112,10 +111,12 @@ def watched(layers: trunk.Trunk) -> Callable[[], Seen]:
     keep = lambda *arrays: log.append((kind, jax.tree.map(_whole, arrays)))
     jax.debug.callback(keep, *jax.tree.map(_halves, arrays), ordered=True)
 
-  def strategy(h_TxD, plan, experts):
-    y_TxD = parallel.local(h_TxD, plan, experts)
+  def layout(h_TxD, plan, experts):
+    y_TxD, lost = wiring.layout(h_TxD, plan, experts)
     note('step', h_TxD, plan, y_TxD)
-    return y_TxD
+    return y_TxD, lost
+
+  layout.rows = wiring.layout.rows
 
   def apply(*operands):
     joined = rule.apply(*operands)
@@ -144,7 +145,7 @@ def watched(layers: trunk.Trunk) -> Callable[[], Seen]:
 
   layers.wiring = dataclasses.replace(
     wiring,
-    strategy=strategy,
+    layout=layout,
     residual=residual.Residual(rule.init, apply, peek),
   )
   return last

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe_jax import attention, block, config, models, objective, parallel
+from moe_jax import attention, block, config, models, objective
 from moe_jax import routers as routing
 
 TOL = 2e-5
@@ -209,9 +209,10 @@ def _layer(cross, block_name, E, H, **router):
     experts = block.at(layer.body.pools, 0)
     seen = []
 
-    def strategy(x_TxD, plan, experts):
-      seen.append((x_TxD, parallel.local(x_TxD, plan, experts)))
-      return seen[-1][1]
+    def layout(x_TxD, plan, experts):
+      y_TxD, lost = layer.wiring.layout(x_TxD, plan, experts)
+      seen.append((x_TxD, y_TxD))
+      return y_TxD, lost
 
     B, L, _ = x_BxLxD.shape
     view = lambda pad: _view(pad, L, causal=cross and pad is pads[0])
@@ -219,7 +220,7 @@ def _layer(cross, block_name, E, H, **router):
       x_BxLxD,
       ((), ()),
       experts,
-      dataclasses.replace(layer.wiring, strategy=strategy),
+      dataclasses.replace(layer.wiring, layout=layout),
       golden.context(
         B,
         L,

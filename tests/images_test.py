@@ -331,41 +331,53 @@ def test_eval_share(tmp_path, eval_images, share):
   assert _both(tmp_path, eval_images=eval_images).eval_share == share
 
 
-# --- shards and resume ------------------------------------------------------
+# --- parts and resume -------------------------------------------------------
 
 
-@pytest.mark.parametrize('shard_count', [2, 4])
-def test_shards_together_are_the_global_batch(tmp_path, shard_count):
+# Ways in which processes may share the rows of a batch of 8.
+SPLITS = {
+  'interleaved': [np.arange(s, 8, 4) for s in range(4)],
+  'contiguous': np.split(np.arange(8), 2),
+  'uneven': [np.array([6]), np.array([7, 0, 3]), np.array([5, 4, 2, 1])],
+}
+every_split = pytest.mark.parametrize('split', SPLITS.values(), ids=SPLITS)
+
+
+@every_split
+def test_parts_together_are_the_global_batch(tmp_path, split):
   found = _both(tmp_path, held=13, shift=1)
   for make in (
-    lambda *shard: _take(found.train_batches(8, 0, *shard), 15),
-    lambda *shard: list(found.eval_batches(8, *shard)),
+    lambda row_B: _take(found.train_batches(8, 0, row_B), 15),
+    lambda row_B: list(found.eval_batches(8, row_B=row_B)),
+    lambda row_B: list(found.eval_batches(8, 0.5, row_B)),
   ):
-    whole = make()
-    shards = [make(s, shard_count) for s in range(shard_count)]
+    whole = make(None)
+    parts = [make(row_B) for row_B in split]
     for step, batch in enumerate(whole):
       assert batch['row_B'].tolist() == list(range(8))
-      for s, shard in enumerate(shards):
-        rows = slice(s, None, shard_count)
-        _same(shard[step], {k: v[rows] for k, v in batch.items()})
-        assert len(shard) == len(whole)
+      for row_B, part in zip(split, parts, strict=True):
+        _same(part[step], {k: v[row_B] for k, v in batch.items()})
+        assert len(part) == len(whole)
 
 
+@every_split
 @pytest.mark.parametrize('steps', [0, 1, 7, 40])
-def test_resume_is_exact(tmp_path, steps):
+def test_resume_is_exact(tmp_path, steps, split):
   found = _both(tmp_path, shift=1)  # 40 batches are 16 epochs
   first = found.train_batches(8, 3)
-  _take(first, steps)
-  state = json.loads(json.dumps(first.get_state()))
+  before = found.train_batches(8, 3, split[1])
+  _take(first, steps), _take(before, steps)
+  state = json.loads(json.dumps(before.get_state()))
+  assert state == first.get_state()
   again = found.train_batches(8, 3)
   _take(again, 2)  # a used iterator, its buffer full, must jump too
   again.set_state(state)
-  shard = found.train_batches(8, 3, 1, 2)
-  shard.set_state(state)
+  after = found.train_batches(8, 3, split[0])  # other rows than before
+  after.set_state(state)
   for _ in range(12):
     expected = next(first)
     _same(next(again), expected)
-    _same(next(shard), {k: v[1::2] for k, v in expected.items()})
+    _same(next(after), {k: v[split[0]] for k, v in expected.items()})
 
 
 # --- bad input --------------------------------------------------------------
@@ -487,10 +499,9 @@ def test_refuses_batches_that_cannot_be(tmp_path):
   found.train_batches(20, 0)
   said = _refusal(found.train_batches, 21, 0)
   assert 'it takes 21, there are 20' in said
-  assert '4 is no multiple of the 3' in _refusal(
-    found.train_batches, 4, 0, 0, 3
-  )
-  assert '4 is no multiple of the 3' in _refusal(found.eval_batches, 4, 0, 3)
+  row_B, said = np.array([1, 4]), 'row_B is [1, 4]; '
+  assert said in _refusal(found.train_batches, 4, 0, row_B)
+  assert said in _refusal(found.eval_batches, 4, row_B=row_B)
   _both(tmp_path, shift=2)
   said = _refusal(_both, tmp_path, shift=3)
   assert 'data.shift is 3; the images have 3 pixels' in said

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from small import small_config
 
-from moe_jax import config, ops
+from moe_jax import config
 from moe_jax import job as jobs
 
 WRONG = {
@@ -39,18 +39,18 @@ WRONG = {
   'optimizer.warmup': (1.5, 'warmup=1.5'),
   'objective.name': ('gan', "'gan'.*next_token"),
   'parallel.strategy': ('ring', "'ring'.*local"),
+  'parallel.factor': (0.0, 'factor=0.0'),
   'data.source': ('web', "'web'"),
   'data.path': ('/no/such/file', '/no/such/file'),
 }
 
 
-def test_a_kernel_of_one_device_is_refused_on_several(
-  corpus, tmp_path, monkeypatch
-):
-  monkeypatch.setattr(ops, 'choose_gmm', lambda impl: 'tpu')
-  c = small_config(corpus, mesh__data=2)
-  with pytest.raises(ValueError, match=r"gmm='tpu'.*one device.* 2;"):
-    jobs.prepare(c, str(tmp_path))
+def test_several_processes_leave_no_device_idle(corpus, tmp_path, monkeypatch):
+  monkeypatch.setattr(jobs.jax, 'process_count', lambda: 2)
+  told = r'mesh of 2 devices.*2 processes have 8'
+  with pytest.raises(ValueError, match=told):
+    jobs.prepare(small_config(corpus, mesh__data=2), str(tmp_path))
+  assert jobs.prepare(small_config(corpus, mesh__data=8), str(tmp_path))
 
 
 def test_data_and_model_must_fit(corpus, tmp_path):

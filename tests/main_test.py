@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from moe_jax import main
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -31,6 +33,7 @@ def moe_train(*arguments, config='configs/tiny.py'):
     ('--confg.steps=3', "Unknown command line flag 'confg.steps'"),
     ('steps=3', "unexpected argument 'steps=3'"),
     ('--config.seq_len=1', 'seq_len=1 is < 2'),
+    ('--process=0', 'go with --coordinator=host:port, not without it'),
   ],
 )
 def test_a_mistake_is_one_line(tmp_path, argument, message):
@@ -39,6 +42,38 @@ def test_a_mistake_is_one_line(tmp_path, argument, message):
   assert message in run.stderr
   assert run.stderr.startswith('moe-train: ') and run.stderr.count('\n') == 1
   assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(
+  'flags, message',
+  [
+    ((None, 2, 0), 'not without it'),
+    (('auto', 2, None), 'not with --coordinator=auto'),
+    (('host:1', None, None), 'coordinator=host:1 needs --processes=N and'),
+    (('host:1', 2, None), 'needs --processes=N and --process=0 .. N-1'),
+    (('host', 2, 0), '--coordinator=host is neither host:port.* nor auto'),
+    (('host:port', 2, 0), 'host:port is neither'),
+    (('host:1', 2, 2), r'--process=2 is not one of 0 .. 1; --processes=2'),
+    (('host:1', 0, 0), '--processes=0'),
+  ],
+)
+def test_flags_of_processes_that_do_not_go_together(flags, message):
+  with pytest.raises(ValueError, match=message):
+    main._check_processes(*flags)
+
+
+def test_flags_of_processes_that_go_together():
+  main._check_processes(None, None, None)
+  main._check_processes('auto', None, None)
+  main._check_processes('10.0.0.1:1234', 2, 1)
+  main._check_processes('[::1]:1234', 2, 1)
+
+
+def test_auto_where_jax_knows_no_cluster_is_one_line(tmp_path):
+  run = moe_train(f'--workdir={tmp_path}/run', '--coordinator=auto')
+  assert run.returncode == 2
+  assert run.stderr.startswith('moe-train: coordinator=auto: jax sees neither')
+  assert run.stderr.count('\n') == 1
 
 
 def test_help_tells_of_the_flags():

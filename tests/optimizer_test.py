@@ -1,4 +1,4 @@
-"""Learning rates at any length of run, and what decays."""
+"""Learning rates at any length of run, what decays, what moments are kept."""
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ DEFAULT = {
   'eps': 1e-8,
   'weight_decay': 0.0,
   'clip': 0.0,
+  'moments': 'params',
   'accumulate': 1,
 }
 
@@ -136,6 +137,7 @@ def test_the_rate_of_a_step_is_that_of_the_schedule():
   'changes, told',
   [
     ({'schedule': 'step'}, "'step'; there are cosine"),
+    ({'moments': 'float16'}, "'float16'; there are params, bfloat16"),
     ({'warmup': 1.5}, 'warmup=1.5'),
     ({'decay': -0.1}, 'decay=-0.1'),
     ({'end': 2}, 'end=2'),
@@ -179,3 +181,120 @@ def test_muon_steps_are_orthogonal_for_matrices_and_adams_for_the_rest():
   for name in ('w_DxE', 'embed_VxD', 'scale_D'):
     size = -np.asarray(steps[name]) * np.sign(grads[name])
     assert size.min() > 0.9 * size.max() > 0, name  # Adam's first: a sign
+
+
+# --- moments in fewer bits --------------------------------------------------
+
+every_optimizer = pytest.mark.parametrize('name', optimizer.OPTIMIZERS)
+
+
+def _weights(dtype=jnp.float32):
+  """Of a dense layer: Muon's rule is for the first two, Adam's for the rest."""
+  draw = lambda i, *shape: jax.random.normal(jax.random.key(i), shape, dtype)
+  return {
+    'up_DxF': draw(0, 8, 16),
+    'down_FxD': draw(1, 16, 8),
+    'scale_D': draw(2, 8),
+  }
+
+
+def _steps(params, grads, **changes):
+  """(updates, state) of each step with these gradients.
+
+  Not compiled: XLA may compute in float32 what is written in bfloat16.
+  """
+  rule = optimizer.make(
+    _config(schedule='constant', warmup=0.0, learning_rate=0.01, **changes), 10
+  )
+  state, found = rule.init(params), []
+  for grad in grads:
+    with jax.numpy_dtype_promotion('standard'):
+      updates, state = rule.update(grad, state, params)
+    found.append((updates, state))
+  return found
+
+
+def _types(state):
+  """{path: dtype} of the moments, and of what else the state has."""
+  leaves = jax.tree_util.tree_leaves_with_path(state)
+  names = {jax.tree_util.keystr(path): leaf.dtype for path, leaf in leaves}
+  inside = lambda path: '.mu' in path or '.nu' in path
+  return (
+    {path: dtype for path, dtype in names.items() if inside(path)},
+    {path: dtype for path, dtype in names.items() if not inside(path)},
+  )
+
+
+@every_optimizer
+def test_moments_alone_are_kept_in_bfloat16(name):
+  params = _weights()
+  wide, narrow = (
+    optimizer.make(_config(name=name, moments=moments), 10)
+    for moments in ('params', 'bfloat16')
+  )
+  first = narrow.init(params)
+  ((_, second),) = _steps(params, [params], name=name, moments='bfloat16')
+  for state in (first, second):
+    moments, rest = _types(state)
+    assert len(moments) == (6 if name == 'adamw' else 4)
+    assert set(moments.values()) == {jnp.dtype(jnp.bfloat16)}
+    assert rest == _types(wide.init(params))[1]
+
+
+@every_optimizer
+def test_steps_with_bfloat16_moments_are_those_of_float32_rounded(name):
+  # Growing, of one sign: a rounded mu is below 0.34 of the next, nu below 0.22,
+  # which has a root drawn; rounding is by 2**-8 at most.
+  grads = [
+    jax.tree.map(lambda a, k=k: jnp.abs(a) + k, _weights()) for k in (1, 4)
+  ]
+  wide, narrow = (
+    [updates for updates, _ in _steps(_weights(), grads, name=name, moments=m)]
+    for m in ('params', 'bfloat16')
+  )
+  # The first step's moments are still zero: all its arithmetic is float32.
+  jax.tree.map(np.testing.assert_array_equal, wide[0], narrow[0])
+  for key, expected in wide[1].items():
+    actual = np.asarray(narrow[1][key])
+    error = np.abs(actual - expected)
+    assert error.max() > 0
+    if name == 'adamw' or key == 'scale_D':
+      assert (error <= (0.34 + 0.22 / 2) * 2**-8 * np.abs(expected)).all()
+    else:  # of an orthogonal matrix no entry is determined by its own moment
+      assert np.linalg.norm(error) <= 2**-5 * np.linalg.norm(expected)
+
+
+@every_optimizer
+def test_a_run_with_bfloat16_moments_falls_as_with_float32(name):
+  size = optax.tree.norm  # the loss: a cone with its tip at zero
+  start = float(size(_weights()))
+
+  def end(moments):
+    changes = {'name': name, 'moments': moments, 'learning_rate': 0.3}
+    rule, params = optimizer.make(_config(**changes), 40), _weights()
+    state = rule.init(params)
+
+    @jax.jit
+    def step(params, state):
+      updates, state = rule.update(jax.grad(size)(params), state, params)
+      return optax.apply_updates(params, updates), state
+
+    with jax.numpy_dtype_promotion('standard'):
+      for _ in range(40):
+        params, state = step(params, state)
+    return float(size(params))
+
+  wide, narrow = end('params'), end('bfloat16')
+  assert narrow < 0.2 * start
+  assert narrow == pytest.approx(wide, abs=0.01 * start)
+
+
+@every_optimizer
+@pytest.mark.parametrize('moments', optimizer.MOMENTS)
+def test_float64_stays_float64(name, moments):
+  kept = {'params': jnp.float64, 'bfloat16': jnp.bfloat16}[moments]
+  with jax.enable_x64(True):
+    params = _weights(jnp.float64)
+    ((updates, state),) = _steps(params, [params], name=name, moments=moments)
+    assert {a.dtype for a in updates.values()} == {jnp.dtype(jnp.float64)}
+    assert set(_types(state)[0].values()) == {jnp.dtype(kept)}

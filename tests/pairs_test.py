@@ -240,51 +240,62 @@ def test_train_order_is_pinned(found):
   assert [TRAIN.index(text) for text in texts] == PINNED
 
 
-@pytest.mark.parametrize('shard_count', [2, 4])
-def test_shards_together_are_the_global_batch(found, shard_count):
+# Ways in which processes may share the rows of a batch of 8.
+SPLITS = {
+  'interleaved': [np.arange(s, 8, 4) for s in range(4)],
+  'contiguous': np.split(np.arange(8), 2),
+  'uneven': [np.array([6]), np.array([7, 0, 3]), np.array([5, 4, 2, 1])],
+}
+every_split = pytest.mark.parametrize('split', SPLITS.values(), ids=SPLITS)
+
+
+@every_split
+def test_parts_together_are_the_global_batch(found, split):
   for make in (
-    lambda *shard: _take(found.train_batches(8, 0, *shard), 12),
-    lambda *shard: list(found.eval_batches(8, *shard)),
-    lambda *shard: list(found.eval_batches(8, *shard, share=0.5)),
+    lambda row_B: _take(found.train_batches(8, 0, row_B), 12),
+    lambda row_B: list(found.eval_batches(8, row_B=row_B)),
+    lambda row_B: list(found.eval_batches(8, 0.5, row_B)),
   ):
-    whole = make()
-    shards = [make(s, shard_count) for s in range(shard_count)]
+    whole = make(None)
+    parts = [make(row_B) for row_B in split]
     for step, batch in enumerate(whole):
-      for name, value in batch.items():
-        joined = np.empty_like(value)
-        for s in range(shard_count):
-          part = shards[s][step]
-          joined[s::shard_count] = part[name]
-          assert part['row_B'].tolist() == list(range(s, 8, shard_count))
-        np.testing.assert_array_equal(joined, value)
+      assert batch['row_B'].tolist() == list(range(8))
+      for row_B, part in zip(split, parts, strict=True):
+        assert len(part) == len(whole)
+        for name, value in batch.items():
+          assert part[step][name].dtype == value.dtype
+          np.testing.assert_array_equal(part[step][name], value[row_B])
 
 
-@hypothesis.settings(deadline=None, max_examples=10)
+@every_split
+@hypothesis.settings(deadline=None, max_examples=5)
 @hypothesis.given(steps=st.integers(0, 12), used=st.integers(0, 3))
-def test_resume_is_exact(found, steps, used):
+def test_resume_is_exact(found, split, steps, used):
   first = found.train_batches(8, 3)
-  _take(first, steps)  # 5 batches are an epoch
-  state = json.loads(json.dumps(first.get_state()))
+  before = found.train_batches(8, 3, split[1])
+  _take(first, steps), _take(before, steps)  # 5 batches are an epoch
+  state = json.loads(json.dumps(before.get_state()))
+  assert state == first.get_state()
   again = found.train_batches(8, 3)
   _take(again, used)  # a used iterator, its buffer full, must jump too
   again.set_state(state)
-  shard = found.train_batches(8, 3, 1, 2)
-  shard.set_state(state)
+  after = found.train_batches(8, 3, split[0])  # other rows than before
+  after.set_state(state)
   assert state['next_index'] == steps
   for _ in range(6):
-    expected, actual, part = next(first), next(again), next(shard)
+    expected, actual, part = next(first), next(again), next(after)
     for name in expected:
       np.testing.assert_array_equal(actual[name], expected[name])
-      np.testing.assert_array_equal(part[name], expected[name][1::2])
+      np.testing.assert_array_equal(part[name], expected[name][split[0]])
 
 
-def test_refuses_shards_that_do_not_divide_the_batch(found):
+def test_refuses_rows_that_a_batch_does_not_have(found):
   for make in (
-    lambda: found.train_batches(4, 0, 0, 3),
-    lambda: found.eval_batches(4, 0, 3),
+    lambda row_B: found.train_batches(4, 0, row_B),
+    lambda row_B: found.eval_batches(4, row_B=row_B),
   ):
-    with pytest.raises(DataError, match='4 is no multiple of the 3'):
-      make()
+    with pytest.raises(DataError, match=r'row_B is \[1, 4\]; .* in 0..3'):
+      make(np.array([1, 4]))
 
 
 # --- files ------------------------------------------------------------------

@@ -12,7 +12,8 @@ import pytest
 
 from moe_jax import plan as plans
 
-by_token = jax.jit(plans.by_token, static_argnames=('E', 'capacity', 'group'))
+make = jax.jit(plans.by_token, static_argnames=('E', 'capacity', 'group'))
+sort = jax.jit(plans.sort, static_argnames='limit')
 dispatch = jax.jit(plans.dispatch)
 combine = jax.jit(plans.combine, static_argnames='T')
 
@@ -32,8 +33,13 @@ def _random(T, K, E, seed=0, none=0):
   return expert_TxK, draw.normal(size=(T, K)).astype(np.float32)
 
 
-def _expert_of_rows(plan):
-  return np.repeat(np.arange(len(plan.group_E)), plan.group_E)
+def by_token(*args, **options):
+  """The rows of a plan."""
+  return sort(make(*args, **options))
+
+
+def _expert_of_rows(rows):
+  return np.repeat(np.arange(len(rows.group_E)), rows.group_E)
 
 
 def test_rows_of_a_plan_by_hand():
@@ -52,7 +58,9 @@ def test_capacity_by_hand_first_choices_come_first():
   plan = by_token(EXPERT_4x2, GATE_4x2, 3, capacity=2)
   np.testing.assert_array_equal(plan.group_E, [2, 1, 2])
   np.testing.assert_array_equal(plan.token_M[:5], [1, 3, 2, 0, 2])
-  assert float(plans.dropped(plan)) == 3 / 8
+  assert (
+    float(plans.dropped(make(EXPERT_4x2, GATE_4x2, 3, capacity=2))) == 3 / 8
+  )
   y_TxD = combine(dispatch(_values(4) + 1, plan), plan, 4)
   np.testing.assert_array_equal(y_TxD[:, 0], [1 * 1, 3 * 2, 11 * 3, 7 * 4])
 
@@ -76,10 +84,10 @@ def test_a_group_that_does_not_divide_the_tokens_is_refused():
 def test_capacity_boundaries_agree_with_the_loops(capacity):
   expert_TxK, gate_TxK = _random(16, 2, 4, seed=capacity)
   for group in (None, 4):
-    plan = by_token(expert_TxK, gate_TxK, 4, capacity=capacity, group=group)
+    plan = make(expert_TxK, gate_TxK, 4, capacity=capacity, group=group)
     kept_TxK = oracle.keep(expert_TxK, 4, capacity, group)
-    rows = int(plan.group_E.sum())
-    np.testing.assert_array_equal(plan.home_TxK < rows, kept_TxK < 4)
+    np.testing.assert_array_equal(plan.expert_TxK, kept_TxK)
+    np.testing.assert_array_equal(sort(plan).home_TxK < 32, kept_TxK < 4)
     assert round(float(plans.dropped(plan)) * 32) == (kept_TxK == 4).sum()
 
 
@@ -124,7 +132,7 @@ def test_rows_of_dropped_assignments_are_zero():
   expert_TxK = np.minimum(expert_TxK, 4)
   plan = by_token(expert_TxK, gate_TxK, 4)
   rows = int(plan.group_E.sum())
-  assert 0 < rows < 16
+  assert 0 < rows < 16 and (plan.token_M[rows:] == 8).all()
   rows_MxD = dispatch(_values(8) + 1, plan)
   assert (rows_MxD[:rows] > 0).all() and not rows_MxD[rows:].any()
 
@@ -139,6 +147,7 @@ def _value_and_grads(args, expert_TxK, r_TxD, capacity, poison):
 
   def f(args):
     plan = plans.by_token(expert_TxK, args['gate_TxK'], 4, capacity=capacity)
+    plan = plans.sort(plan)
     rows_MxD = plans.dispatch(args['x_TxD'], plan)
     defined_Mx1 = (jnp.arange(len(rows_MxD)) < plan.group_E.sum())[:, None]
     if poison:
@@ -201,14 +210,73 @@ def test_gradients_are_slopes(capacity):
 
 
 def test_expert_choice_rows_by_hand():
-  token_ExC = jnp.array([[3, 0], [0, 1]], jnp.int32)
-  gate_ExC = jnp.array([[1.0, 2.0], [3.0, 4.0]])
-  plan = plans.by_expert(token_ExC, gate_ExC)
+  token_1xExC = jnp.array([[[3, 0], [0, 1]]], jnp.int32)
+  gate_1xExC = jnp.array([[[1.0, 2.0], [3.0, 4.0]]])
+  plan = sort(plans.ByExpert(token_1xExC, gate_1xExC, 4))
   np.testing.assert_array_equal(plan.group_E, [2, 2])
   rows_MxD = dispatch(_values(4), plan)
   np.testing.assert_array_equal(rows_MxD[:, 0], [3, 0, 0, 1])
   y_TxD = combine(rows_MxD + 1, plan, 4)
   np.testing.assert_array_equal(y_TxD[:, 0], [2 + 3, 4 * 2, 0, 1 * 4])
+
+
+def test_groups_of_expert_choice_are_counted_from_their_first_token():
+  place_2x2x1 = jnp.array([[[1], [0]], [[1], [1]]], jnp.int32)
+  gate_2x2x1 = jnp.arange(4.0).reshape(2, 2, 1)
+  rows = sort(plans.ByExpert(place_2x2x1, gate_2x2x1, 3))
+  np.testing.assert_array_equal(rows.token_M, [1, 4, 0, 4])
+  np.testing.assert_array_equal(rows.weight_M, [0, 2, 1, 3])
+  np.testing.assert_array_equal(rows.group_E, [2, 2])
+
+
+@pytest.mark.parametrize('kind', ['token', 'expert'])
+def test_a_limit_loses_the_rows_of_the_last_experts(kind):
+  if kind == 'token':
+    plan = make(EXPERT_4x2, GATE_4x2, 3)
+  else:
+    place_1x2x3 = jnp.array([[[0, 1, 2], [2, 3, 1]]], jnp.int32)
+    plan = plans.ByExpert(place_1x2x3, jnp.ones((1, 2, 3)), 4)
+  whole, rows = sort(plan), sort(plan, limit=5)
+  assert len(rows.token_M) == 5 and rows.group_E.sum() == 5
+  np.testing.assert_array_equal(rows.token_M, whole.token_M[:5])
+  want_TxD = combine(
+    jnp.where(jnp.arange(len(whole.token_M))[:, None] < 5, 1.0, 0.0), whole, 4
+  )
+  y_TxD = combine(jnp.ones((5, 1)), rows, 4)
+  np.testing.assert_array_equal(y_TxD, want_TxD)
+  assert int(plan.rows()) - int(rows.group_E.sum()) == len(whole.token_M) - 5
+
+
+@pytest.mark.parametrize('C, lost', [(1, 5), (3, 1), (4, 0)])
+def test_spread_gives_every_expert_as_many_places(C, lost):
+  rows = sort(make(EXPERT_4x2, GATE_4x2, 3))
+  wide = jax.jit(plans.spread, static_argnums=(1, 2))(rows, C, 4)
+  np.testing.assert_array_equal(wide.group_E, [C] * 3)
+  assert int((wide.token_M < 4).sum()) == 8 - lost
+  place_M = np.concatenate([np.arange(n) for n in rows.group_E])
+  kept_M = jnp.asarray(place_M < C, jnp.float32)[:, None]
+  want_TxD = combine(kept_M, rows, 4)
+  y_TxD = combine(jnp.where(wide.token_M[:, None] < 4, 1.0, jnp.nan), wide, 4)
+  np.testing.assert_array_equal(y_TxD, want_TxD)
+  x_PxD = dispatch(_values(4) + 1, wide)
+  np.testing.assert_array_equal(
+    x_PxD[:, 0], np.where(wide.token_M < 4, wide.token_M + 1, 0)
+  )
+
+
+@pytest.mark.parametrize('kind', ['token', 'expert'])
+def test_the_plan_of_some_experts(kind):
+  if kind == 'token':
+    plan = make(EXPERT_4x2, GATE_4x2, 3)
+  else:
+    place_1x3x2 = jnp.array([[[3, 0], [0, 1], [2, 1]]], jnp.int32)
+    plan = plans.ByExpert(place_1x3x2, jnp.arange(6.0).reshape(1, 3, 2), 4)
+  whole, part = sort(plan), sort(plan.of(jnp.int32(1), 2))
+  first, rows = int(whole.group_E[0]), int(whole.group_E[1:].sum())
+  np.testing.assert_array_equal(part.group_E, whole.group_E[1:])
+  for name in ('token_M', 'weight_M'):
+    found, want = getattr(part, name)[:rows], getattr(whole, name)[first:]
+    np.testing.assert_array_equal(found, want)
 
 
 def test_answers_keep_their_type_and_are_summed_in_the_gates():
@@ -263,12 +331,16 @@ def test_every_kept_choice_has_one_row_with_its_expert(routing):
   np.testing.assert_array_equal(
     plan.group_E, [(kept_TxK == e).sum() for e in range(E)]
   )
-  # home_TxK is a permutation of all rows, and names the row of each choice.
-  assert sorted(plan.home_TxK.reshape(-1)) == list(range(T * K))
-  expert_of_row = [*_expert_of_rows(plan)] + [E] * (T * K)
+  # home_TxK names the row of each choice that has one, and no row twice.
+  homes = plan.home_TxK[plan.home_TxK < T * K]
+  assert sorted(homes) == list(range(plan.group_E.sum()))
+  expert_of_row = _expert_of_rows(plan)
   for t in range(T):
     for k in range(K):
       row = plan.home_TxK[t, k]
+      if kept_TxK[t, k] == E:
+        assert row == T * K
+        continue
       assert plan.token_M[row] == t
       assert plan.weight_M[row] == gate_TxK[t, k]
       assert expert_of_row[row] == kept_TxK[t, k]

@@ -14,6 +14,7 @@ from flax import nnx
 
 from moe_jax import config, parallel, routers
 from moe_jax.experts import Experts
+from moe_jax.plan import sort
 
 B, L, D, E, F = 2, 12, 16, 4, 8
 T = B * L
@@ -146,14 +147,15 @@ def _layer(name, options):
 
   def route(params, x_TxD, ctx):
     router = bound(params)
-    return router(x_TxD, ctx, router.memory(x_TxD))[:2]
+    plan, aux, _ = router(x_TxD, ctx, router.memory(x_TxD))
+    return sort(plan), aux
 
   def forward(params, x_TxD, ctx):
     nnx.replace_by_pure_dict(w_experts, params['experts'])
     experts = nnx.merge(graph_experts, w_experts)
     router = bound(params)
     plan, aux, _ = router(x_TxD, ctx, router.memory(x_TxD))
-    return parallel.local(x_TxD, plan, experts), aux
+    return parallel.Layout()(x_TxD, plan, experts)[0], aux
 
   def run(params, x_TxD, ctx):
     traces.append(1)
@@ -168,9 +170,9 @@ def _layer(name, options):
 
   def route_grads(params, x_TxD, ctx):
     def objective(params, x_TxD):
-      plan, aux = route(params, x_TxD, ctx)
-      r_M = jnp.arange(len(plan.weight_M), dtype=x_TxD.dtype)
-      return sum(aux['losses'].values(), jnp.sum(r_M * plan.weight_M))
+      rows, aux = route(params, x_TxD, ctx)
+      r_M = jnp.arange(len(rows.weight_M), dtype=x_TxD.dtype)
+      return sum(aux['losses'].values(), jnp.sum(r_M * rows.weight_M))
 
     return jax.grad(objective, argnums=(0, 1))(params, x_TxD)
 
@@ -249,6 +251,9 @@ def test_rows_are_grouped_and_none_is_lost(case):
   layer = _of(case)
   plan, aux = jax.device_get(layer.run(layer.params, _x(), _ctx())[1:])
   route = np.array(aux['route'])
+  if plan.home_TxK is None:  # of expert choice, places in groups of tokens
+    first_Nx1x1 = np.arange(len(route))[:, None, None] * (T // len(route))
+    route = (first_Nx1x1 + route).swapaxes(0, 1).reshape(E, -1)
   rows = plan.group_E.sum()
   assert rows <= len(plan.token_M)
   assert (plan.weight_M >= 0).all()
@@ -537,11 +542,11 @@ def _topk(**options):
 def test_bias_moves_choices_and_never_gates():
   route = _biased(score='sigmoid', renormalise=False)
   plain, _ = route(np.zeros(E, np.float32))
-  assert plain.group_E[2] < T
+  assert (plain.expert_TxK != 2).any()
   plan, _ = route(np.float32([0, 0, 5, 0]))
-  np.testing.assert_array_equal(plan.group_E, [0, 0, T, 0])
-  logit_T = (_x() @ _topk().w_DxE[...])[:, 2]
-  np.testing.assert_allclose(plan.weight_M, 1 / (1 + np.exp(-logit_T)), 1e-5)
+  assert (plan.expert_TxK == 2).all()
+  gate_T = 1 / (1 + np.exp(-(_x() @ _topk().w_DxE[...])[:, 2]))
+  np.testing.assert_allclose(plan.weight_TxK[:, 0], gate_T, 1e-5)
 
 
 def test_bias_update_moves_the_load_towards_balance():

@@ -55,7 +55,7 @@ def config(**changes):
 def model(**changes):
   """Shapes without arrays."""
   c = config(**changes)
-  build = lambda: decoder.build(c, parallel.local, rngs=nnx.Rngs(0))
+  build = lambda: decoder.build(c, parallel.Layout(), rngs=nnx.Rngs(0))
   return nnx.eval_shape(build)
 
 

@@ -89,15 +89,15 @@ def test_a_killed_run_continues_bit_for_bit(
   whole, tmp_path, monkeypatch, dies_at
 ):
   c, workdir, summary = whole
-  put, count = train.parallel.put_batch, []
+  put, count = jobs.Job.put, []
 
-  def put_then_die(batch, mesh):
+  def put_then_die(job, batch):
     count.append(1)
     if len(count) == dies_at:
       raise KeyboardInterrupt
-    return put(batch, mesh)
+    return put(job, batch)
 
-  monkeypatch.setattr(train.parallel, 'put_batch', put_then_die)
+  monkeypatch.setattr(jobs.Job, 'put', put_then_die)
   with pytest.raises(KeyboardInterrupt):
     go(c, tmp_path)
   monkeypatch.undo()

@@ -280,7 +280,7 @@ def test_thor_with_one_expert_is_twice_the_plain_objective():
 def test_a_block_that_cannot_cross_says_so():
   c = tiny.config(block='authors_lm')
   with pytest.raises(ValueError, match=r"'authors_lm'.*pre, post"):
-    trunk.Trunk(c, parallel.local, cross=True, rngs=nnx.Rngs(0))
+    trunk.Trunk(c, parallel.Layout(), cross=True, rngs=nnx.Rngs(0))
 
 
 def test_logits_have_the_vocabulary():

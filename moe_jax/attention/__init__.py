@@ -105,25 +105,42 @@ def attend(
   size = block(L) if view.causal else L
   answers = []
   for first in range(0, L, size):
-    last = first + size if view.causal else None
     piece = functools.partial(
-      _attend, first=first if view.causal else None, scale=scale
+      _piece, first, size, causal=view.causal, scale=scale
     )
-    answers.append(
-      jax.checkpoint(piece)(
-        q_BxLxHxS[:, first : first + size],
-        k_BxMxJxS[:, :last],
-        v_BxMxJxU[:, :last],
-        view.query_BxL[:, first : first + size],
-        view.key_BxL[:, :last],
-      )
-    )
+    whole = q_BxLxHxS, k_BxMxJxS, v_BxMxJxU, view.query_BxL, view.key_BxL
+    answers.append(jax.checkpoint(piece)(*whole))
   return jnp.concatenate(answers, axis=1)
 
 
 def block(L: int) -> int:
   """How many of L causal queries meet their keys at once."""
   return max(_BLOCK, -(-L // _BLOCKS))
+
+
+def _piece(
+  first,
+  size,
+  q_BxLxHxS,
+  k_BxMxJxS,
+  v_BxMxJxU,
+  query_BxL,
+  key_BxM,
+  *,
+  causal,
+  scale,
+):
+  """The answers to `size` queries; cut here, so that no piece is kept."""
+  last = first + size if causal else None
+  return _attend(
+    q_BxLxHxS[:, first : first + size],
+    k_BxMxJxS[:, :last],
+    v_BxMxJxU[:, :last],
+    query_BxL[:, first : first + size],
+    key_BxM[:, :last],
+    first=first if causal else None,
+    scale=scale,
+  )
 
 
 def _attend(

@@ -1,6 +1,6 @@
 """Models: (batch, ctx) -> outputs, aux. One per file, found by its name.
 
-A file here defines `Config`, a frozen dataclass, `build(config, strategy, *,
+A file here defines `Config`, a frozen dataclass, `build(config, layout, *,
 rngs)`, an nnx.Module that has `updated_state(aux)`, `cost(model, length)`, and
 `smallest(fields)`, sizes to try a config with before the data is read.
 """

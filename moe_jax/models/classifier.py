@@ -5,7 +5,6 @@ With experts in every second layer it is V-MoE (Riquelme et al. 2021, arXiv
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,6 +15,7 @@ from flax import nnx
 from moe_jax import block, trunk
 from moe_jax import routers as routing
 from moe_jax.attention import View
+from moe_jax.parallel import Layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Classifier(nnx.Module):
   def __init__(
     self,
     c: Config,
-    strategy: Callable[..., jax.Array],
+    layout: Layout,
     *,
     rngs: nnx.Rngs,
   ):
@@ -67,7 +67,7 @@ class Classifier(nnx.Module):
     self.position_LxD = nnx.Param(normal(rngs.params(), (c.tokens, c.D)))
     self.head_DxV = nnx.Param(jnp.zeros((c.D, c.V)))
     self.bias_V = nnx.Param(jnp.zeros((c.V,)))
-    self.trunk = trunk.Trunk(c, strategy, rngs=rngs)
+    self.trunk = trunk.Trunk(c, layout, rngs=rngs)
     self.norm = trunk.make_norm(c, c.D)
 
   def __call__(

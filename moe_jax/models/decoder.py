@@ -1,7 +1,6 @@
 """A decoder-only language model: dense and MoE layers in any pattern."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,6 +11,7 @@ from flax import nnx
 from moe_jax import block, trunk
 from moe_jax import routers as routing
 from moe_jax.attention import View
+from moe_jax.parallel import Layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Decoder(nnx.Module):
   def __init__(
     self,
     c: Config,
-    strategy: Callable[..., jax.Array],
+    layout: Layout,
     *,
     rngs: nnx.Rngs,
   ):
@@ -49,7 +49,7 @@ class Decoder(nnx.Module):
       self.head_DxV = nnx.Param(init(0.02)(rngs.params(), (c.D, c.V)))
       if c.bias:
         self.bias_V = nnx.Param(jnp.zeros((c.V,)))
-    self.trunk = trunk.Trunk(c, strategy, rngs=rngs)
+    self.trunk = trunk.Trunk(c, layout, rngs=rngs)
     if not block.BLOCKS[c.block].normalised:
       self.norm = trunk.make_norm(c, c.D)
 
@@ -73,7 +73,9 @@ class Decoder(nnx.Module):
   ) -> tuple[jax.Array, list[dict[str, Any]], jax.Array | None]:
     """The same for the next block of each row; also returns its cache."""
     c, segment_BxL = self.c, batch['segment_BxL']
-    x_BxLxD = self.embed_VxD[...].astype(c.dtype)[batch['ids_BxL']]
+    x_BxLxD = self.trunk.wiring.layout.lookup(
+      'embed_VxD', self.embed_VxD[...].astype(c.dtype), batch['ids_BxL']
+    )
     x_TxD = block.drop(block.flat(x_BxLxD), c.dropout, ctx.at_layer(c.N), 0)
     x_BxLxD, aux, cache_NxBxCxD = self.trunk(
       x_TxD.reshape(x_BxLxD.shape),
@@ -83,13 +85,20 @@ class Decoder(nnx.Module):
     )
     if hasattr(self, 'norm'):
       x_BxLxD = self.norm(x_BxLxD)
-    head_DxV = self.embed_VxD[...].T if c.tied else self.head_DxV[...]
-    logits_BxLxV = x_BxLxD @ head_DxV.astype(c.dtype)
+    if c.tied:
+      head_DxV = self._whole('embed_VxD').T
+    else:
+      head_DxV = self._whole('head_DxV')
+    logits_BxLxV = x_BxLxD @ head_DxV
     wide = np.promote_types(logits_BxLxV.dtype, jnp.float32)
     logits_BxLxV = logits_BxLxV.astype(wide)
     if hasattr(self, 'bias_V'):
       logits_BxLxV += self.bias_V[...].astype(wide)[None, None]
     return logits_BxLxV, aux, cache_NxBxCxD
+
+  def _whole(self, name):
+    w = getattr(self, name)[...].astype(self.c.dtype)
+    return self.trunk.wiring.layout.whole(name, w)
 
   def blank(self, B: int) -> jax.Array | None:
     """The cache before the first block of B rows; None if there is none."""

@@ -5,7 +5,6 @@ of THOR (Zuo et al. 2021, arXiv 2110.04260).
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,6 +15,7 @@ from flax import nnx
 from moe_jax import block, trunk
 from moe_jax import routers as routing
 from moe_jax.attention import View
+from moe_jax.parallel import Layout
 
 Encoded = tuple[jax.Array, View]  # tokens, and what a decoder may see of them
 
@@ -58,15 +58,15 @@ class Translator(nnx.Module):
   def __init__(
     self,
     c: Config,
-    strategy: Callable[..., jax.Array],
+    layout: Layout,
     *,
     rngs: nnx.Rngs,
   ):
     self.c = c
     init = nnx.initializers.normal(c.embed_std)
     self.embed_VxD = nnx.Param(init(rngs.params(), (c.V, c.D)))
-    self.encoder = trunk.Trunk(c.encoder, strategy, rngs=rngs)
-    self.decoder = trunk.Trunk(c, strategy, cross=True, rngs=rngs)
+    self.encoder = trunk.Trunk(c.encoder, layout, rngs=rngs)
+    self.decoder = trunk.Trunk(c, layout, cross=True, rngs=rngs)
     if not block.BLOCKS[c.block].normalised:
       self.norm_encoder = trunk.make_norm(c, c.D)
       self.norm_decoder = trunk.make_norm(c, c.D)
@@ -124,13 +124,17 @@ class Translator(nnx.Module):
     )
     if hasattr(self, 'norm_decoder'):
       x_BxLxD = self.norm_decoder(x_BxLxD)
-    logits_BxLxV = x_BxLxD @ self.embed_VxD[...].T.astype(x_BxLxD.dtype)
+    layout = self.decoder.wiring.layout
+    logits_BxLxV = x_BxLxD @ layout.whole('embed_VxD', self._table()).T
     wide = np.promote_types(logits_BxLxV.dtype, jnp.float32)
     return logits_BxLxV.astype(wide), aux
 
+  def _table(self):
+    return self.embed_VxD[...].astype(self.c.dtype)
+
   def _embed(self, ids_BxL, pos_BxL, seen_BxL, ctx):
-    c = self.c
-    x_BxLxD = self.embed_VxD[...].astype(c.dtype)[ids_BxL] * c.D**0.5
+    c, layout = self.c, self.decoder.wiring.layout
+    x_BxLxD = layout.lookup('embed_VxD', self._table(), ids_BxL) * c.D**0.5
     sines_BxLxD = sinusoids(pos_BxL, c.D).astype(x_BxLxD.dtype)
     x_BxLxD += jnp.where(seen_BxL[..., None], sines_BxLxD, 0)
     here = ctx.at_layer(max(c.N, c.encoder_N))

@@ -181,7 +181,8 @@ def get(name: str) -> type[Router]:
 def logits(x_TxD: jax.Array, w_DxE: jax.Array) -> jax.Array:
   """[T, E] logits, in at least float32 whatever the model computes in."""
   wide = np.promote_types(x_TxD.dtype, jnp.float32)
-  return x_TxD.astype(wide) @ w_DxE.astype(wide)
+  # A TPU's own default would round float32 to bfloat16.
+  return jnp.matmul(x_TxD.astype(wide), w_DxE.astype(wide), precision='highest')
 
 
 def choose(score_TxE: jax.Array, k: int, ctx: Ctx) -> jax.Array:

@@ -39,32 +39,29 @@ class Router(routers.Router):
     logits_TxE = routers.logits(x_TxD, self.w_DxE[...])
     T, E = logits_TxE.shape
     probs_TxE = jax.nn.softmax(logits_TxE, axis=-1)
+    group = min(self.group or ctx.length, T)
+    if T % group:
+      raise ValueError(f'{T} tokens are not a multiple of the group {group}')
+    probs_NxExS = probs_TxE.reshape(-1, group, E).swapaxes(1, 2)
     if ctx.forced is None:
-      group = min(self.group or ctx.length, T)
       capacity = min(group, routers.capacity_rows(1.0, group, self.k, E))
-      token_ExC = _best_tokens(probs_TxE, group, capacity)
+      score_NxExS = jax.lax.stop_gradient(probs_NxExS)
+      place_NxExC = jax.lax.top_k(score_NxExS, capacity)[1]
     else:
-      token_ExC = ctx.forced
-    token_ExC = checkpoint_name(token_ExC, 'route')
-    gate_ExC = jnp.take_along_axis(probs_TxE.T, token_ExC, axis=1)
-    left_T = jnp.ones((T,), bool).at[token_ExC.reshape(-1)].set(False)
+      place_NxExC = ctx.forced
+    place_NxExC = checkpoint_name(place_NxExC, 'route')
+    gate_NxExC = jnp.take_along_axis(probs_NxExS, place_NxExC, axis=2)
+    N, _, C = place_NxExC.shape
     aux = {
-      'load_E': jnp.full((E,), token_ExC.shape[1], jnp.int32),
-      'dropped': jnp.mean(left_T.astype(jnp.float32)),  # of the tokens
-      'route': token_ExC,
+      'load_E': jnp.full((E,), N * C, jnp.int32),
+      'dropped': jnp.mean(jax.vmap(_left, (0, None))(place_NxExC, group)),
+      'route': place_NxExC,
       'entropy': balance.entropy(jax.lax.stop_gradient(probs_TxE)),
       'losses': {'z': balance.z(logits_TxE)},
     }
-    return plan.by_expert(token_ExC, gate_ExC), aux, memory
+    return plan.ByExpert(place_NxExC, gate_NxExC, group), aux, memory
 
 
-def _best_tokens(probs_TxE, group, capacity):
-  """int32 [E, T / group * capacity]: the tokens each expert takes."""
-  T, E = probs_TxE.shape
-  if T % group:
-    raise ValueError(f'{T} tokens are not a multiple of the group {group}')
-  probs_NxExS = probs_TxE.reshape(-1, group, E).swapaxes(1, 2)
-  place_NxExC = jax.lax.top_k(jax.lax.stop_gradient(probs_NxExS), capacity)[1]
-  start_N = jnp.arange(0, T, group, dtype=jnp.int32)
-  token_NxExC = place_NxExC + start_N[:, None, None]
-  return token_NxExC.swapaxes(0, 1).reshape(E, -1)
+def _left(place_ExC, group):
+  """float32 [group]: 1 for a token that no expert took."""
+  return jnp.ones((group,)).at[place_ExC.reshape(-1)].set(0)

@@ -1,0 +1,74 @@
+"""Commands; moe-train is in main.py. A mistake is one line and exit code 2."""
+
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from absl import app, flags
+
+
+def run(
+  program: str,
+  main: Callable[[list[str]], Any],
+  about: str,
+  required: Sequence[flags.FlagHolder],
+  optional: Sequence[flags.FlagHolder] = (),
+  check: Callable[[], None] = lambda: None,
+) -> None:
+  """Parses flags and calls main, as an entry point.
+
+  Args:
+    about: what --help says.
+    required: flags that must be given, the config file's first.
+    optional: other flags that --help shows.
+    check: raises what is wrong with the flags, taken together.
+  """
+  # --help tells of the program that was started: a script that imports this.
+  sys.modules['__main__'].__doc__ = about
+  for flag in (*required, *optional):
+    flags.FLAGS.register_key_flag_for_module(
+      sys.argv[0], flags.FLAGS[flag.name]
+    )
+
+  def parse(argv):
+    try:
+      rest = flags.FLAGS(argv)
+      if len(rest) > 1:
+        raise ValueError(
+          f'unexpected argument {rest[1]!r}; flags look like --config=FILE'
+        )
+      for flag in required:
+        if flag.value is None:
+          raise ValueError(f'--{flag.name} is missing')
+      check()
+      required[0].value.to_dict()  # a config file that failed raises only now
+      return rest
+    except Exception as error:  # pylint: disable=broad-exception-caught
+      stop(program, _unknown_key(argv) or error)
+
+  app.run(main, flags_parser=parse)
+
+
+def stop(program: str, error: Any) -> NoReturn:
+  line = ' '.join(str(error).split())
+  print(f'{program}: {line or repr(error)}', file=sys.stderr)
+  sys.exit(2)
+
+
+def _unknown_key(argv):
+  """The line about the first --config.KEY that the config file lacks."""
+  from moe_jax import config  # pylint: disable=g-import-not-at-top
+
+  try:
+    path = next(a.split('=', 1)[1] for a in argv if a.startswith('--config='))
+    get_config = runpy.run_path(path.split(':')[0])['get_config']
+    known = config.flat(get_config().to_dict())
+  except Exception:  # pylint: disable=broad-exception-caught
+    return None  # the file itself is the trouble
+  for argument in argv:
+    key = argument.split('=', 1)[0].lstrip('-').removeprefix('config.')
+    sections = {k.rsplit('.', 1)[0] for k in known}
+    if argument.startswith('--config.') and key not in {*known, *sections}:
+      return config.unknown(key, known)
+  return None

@@ -1,0 +1,117 @@
+"""Every mesh gives the same answer: systems, strategies, dtypes, in pairs.
+
+The full grid is `python -m experiments.mesh`.
+"""
+
+import itertools
+import json
+
+import jax
+import numpy as np
+import pytest
+from small import small_config
+
+from experiments.mesh import cells
+from moe_jax import job as jobs
+from moe_jax import parallel, train
+
+STEPS = 3
+# Two ideas at once where they meet, so that few cells have all on every mesh.
+SYSTEMS = (
+  'balance loss + loss-free bias + grouped capacity',
+  'CoE + expert choice',
+  'MomentumSMoE + ReXMoE',
+  'decoding THOR',
+)
+FACTORS = (
+  SYSTEMS, tuple(cells.BOUNDS), (1, 4),
+  tuple(cells.MESHES), tuple(parallel.STRATEGIES), (False, True),
+)  # fmt: skip
+
+
+def _possible():
+  every = itertools.starmap(cells.Cell, itertools.product(*FACTORS))
+  return [cell for cell in every if cell.possible()]
+
+
+def _pairs(cell):
+  """All pairs of (factor, value) that a cell has."""
+  return set(itertools.combinations(vars(cell).items(), 2))
+
+
+def _covering(possible):
+  """Cells that have every pair which a possible cell has."""
+  left, chosen = set().union(*map(_pairs, possible)), []
+  while left:  # the first of those with the most new pairs
+    best = max(possible, key=lambda cell: len(_pairs(cell) & left))
+    chosen.append(best)
+    left -= _pairs(best)
+  return sorted(chosen)  # so that cells of one reference are together
+
+
+CELLS = _covering(_possible())
+
+
+def test_the_cells_cover_all_pairs():
+  """By counting, pair of factors by pair of factors."""
+  assert len(CELLS) <= 30
+  for i, j in itertools.combinations(range(len(FACTORS)), 2):
+    found = {
+      (tuple(vars(c).values())[i], tuple(vars(c).values())[j]) for c in CELLS
+    }
+    expected = set(itertools.product(FACTORS[i], FACTORS[j]))
+    if FACTORS[i] is FACTORS[3] and FACTORS[j] is FACTORS[4]:
+      cut = [m for m, sizes in cells.MESHES.items() if sizes[2] > 1]
+      expected -= {(mesh, 'local') for mesh in cut}
+    assert found == expected
+
+
+@pytest.mark.parametrize('cell', CELLS, ids=str)
+def test_a_cell_is_its_reference(cell):
+  found = cells.compare(cell, STEPS)
+  assert cells.within(cell, found), found
+
+
+def test_a_difference_is_seen():
+  """Of the last number of any step and of the gradient; NaN is one."""
+  made = lambda last=1.0, gradient=2.0: cells.Run(
+    [{'a': np.ones(2)}, {'a': np.array([4.0, last]), 'b.z': np.float64(0)}],
+    {'w': np.array([gradient, 0.5]), 'noise': np.array([gradient * 1e-9])},
+  )
+  assert cells.difference(made(), made()) == (0, 0, 0, '')
+  assert cells.difference(made(last=2.0), made()) == (0, 0.25, 0, 'a')
+  assert cells.difference(made(last=2.0), made(), ('a',)) == (0, 0, 0, '')
+  assert cells.difference(made(gradient=3.0), made()) == (0, 0, 0.5, '')
+  cell = CELLS[0]
+  for bad in made(last=np.nan), made(gradient=np.nan):
+    assert not cells.within(cell, cells.difference(bad, made()))
+  assert cells.within(cell, cells.Difference(1e-5, 1e-4, 1e-5, ''))
+
+
+@pytest.mark.parametrize('mesh', ['1x8x1', '1x2x2x2'])
+def test_a_mesh_starts_with_the_same_parameters(mesh):
+  """And nothing that a rule cuts is left whole."""
+  start = lambda mesh: train.initial_state(
+    cells.prepared(cells.Cell(SYSTEMS[1], 'float32', 1, mesh, 'auto', False))
+  )
+  found, expected = start(mesh), start('1x1x1')
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
+  up = found.params['trunk']['body']['pools']['up_ExDxF']
+  assert up.addressable_shards[0].data.size == up.size // 8
+
+
+def test_a_run_on_eight_expert_devices_logs_what_one_device_does(
+  corpus, tmp_path
+):
+  """By moe-train's own loop, evaluations too."""
+  lines = {}
+  for n in 1, 8:
+    c = small_config(corpus, steps=4, model__E=8, eval_every=2, mesh__expert=n)
+    train.run(jobs.prepare(c, str(tmp_path / f'{n}')))
+    text = (tmp_path / f'{n}' / 'metrics.jsonl').read_text()
+    lines[n] = [json.loads(line) for line in text.splitlines()]
+  assert len(lines[8]) == len(lines[1]) == 6
+  for found, expected in zip(lines[8], lines[1], strict=True):
+    assert found.keys() == expected.keys()
+    for key in found.keys() - {'tokens_per_second'}:
+      np.testing.assert_allclose(found[key], expected[key], 1e-5, 1e-7, key)
