@@ -59,6 +59,8 @@ def _train():
     if jax.default_backend() == 'cpu':
       malloc.keep()
     prepared = job.prepare(_CONFIG.value, _WORKDIR.value)
+    if prepared is not None:
+      train.check(prepared)
   except (ValueError, TypeError, OSError) as error:
     mistake = str(error) or repr(error)
   mistake = processes.agree(mistake, prepared.identity if prepared else '')

@@ -198,6 +198,20 @@ def evaluate(
   return values
 
 
+def check(job: Job) -> None:
+  """ValueError, one line, if a step cannot be cut over the mesh."""
+  if job.mesh.size == 1:
+    return
+  size = job.config['batch_size']
+  with _precision(job):
+    state = jax.eval_shape(functools.partial(initial_state, job))
+    batch = {
+      name: jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype)
+      for name, a in next(job.train_batches()).items()
+    }
+    jax.eval_shape(make_step(job), state, batch)
+
+
 def run(job: Job) -> dict[str, Any]:
   """Trains to the end, continuing what the work directory holds.
 
@@ -205,9 +219,13 @@ def run(job: Job) -> dict[str, Any]:
   checkpoints and, at the end, summary.json and report.html; of several
   processes the first does, but for checkpoints. Returns the summary.
   """
-  wide = job.config['model']['dtype'] == 'float64'
-  with jax.enable_x64(True) if wide else contextlib.nullcontext():
+  with _precision(job):
     return _run(job)
+
+
+def _precision(job):
+  wide = job.config['model']['dtype'] == 'float64'
+  return jax.enable_x64(True) if wide else contextlib.nullcontext()
 
 
 def _run(job):
@@ -231,7 +249,7 @@ def _run(job):
   run_step, run_eval = make_step(job), make_eval(job)
   writer = metrics.Writer(job.workdir if first else None, start)
   cost = models.get(c['model']['name']).cost(job.model, job.dataset.length)
-  share = job.dataset.eval_share
+  share, told = job.dataset.eval_share, False  # of lost rows
 
   def due(key, step):
     return c[key] > 0 and step % c[key] == 0
@@ -255,6 +273,13 @@ def _run(job):
         line = _line(job, step, found)  # waits for the step
         rate = stopwatch.rate(step) * tokens_per_step
         writer.write(step, {**line, 'tokens_per_second': rate or None})
+        lost = sum(line.get('lost', ()))
+        if lost and not told:
+          told = True
+          progress.note(
+            f'step {step}: {lost} rows found no place, metrics.jsonl counts'
+            f' them; parallel.factor={c["parallel"]["factor"]}'
+          )
       progress.update(step, loss)
       evaluates = step == end or due('eval_every', step)
       saves = step == end or due('checkpoint_every', step)

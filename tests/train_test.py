@@ -184,6 +184,33 @@ def test_accumulation_and_mesh_change_no_loss(corpus, tmp_path):
   np.testing.assert_allclose(losses[2], losses[0], rtol=1e-9)
 
 
+def test_groups_that_no_device_has_whole_are_refused(corpus, tmp_path):
+  router = {'name': 'expert_choice', 'k': 2, 'group': 64}
+  c = small_config(corpus, model__router=router, mesh__data=8, batch_size=8)
+  job = jobs.prepare(c, str(tmp_path))
+  with pytest.raises(ValueError, match='8 devices do not divide the 2 tokens'):
+    train.check(job)
+  train.check(
+    jobs.prepare(
+      small_config(corpus, mesh__data=8, batch_size=8), str(tmp_path)
+    )
+  )
+
+
+def test_rows_without_a_place_are_counted_and_told(corpus, tmp_path, capsys):
+  c = small_config(
+    corpus,
+    mesh__expert=2,
+    parallel={'strategy': 'all_to_all', 'factor': 0.25},
+    steps=3,
+    log_every=1,
+  )
+  train.run(jobs.prepare(c, str(tmp_path)))
+  lines = [line for line in lines_of(tmp_path) if 'lost' in line]
+  assert all(sum(line['lost']) > 0 for line in lines) and len(lines) == 3
+  assert capsys.readouterr().err.count('rows found no place') == 1
+
+
 def test_a_mesh_uses_the_first_devices(corpus, tmp_path):
   job = jobs.prepare(small_config(corpus, mesh__data=2), str(tmp_path))
   assert list(job.mesh.devices.flat) == jax.devices()[:2]

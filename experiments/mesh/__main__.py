@@ -41,14 +41,22 @@ SYSTEMS = [name for name in cells.SYSTEMS if name != 'decoding THOR']
 
 
 def grid() -> list[cells.Cell]:
-  """All that is possible, cells of one reference together."""
+  """All that is possible, cells of one reference together.
+
+  Where experts are not cut the strategies that exchange rows have nobody to
+  exchange them with, and run once for a system and dtype.
+  """
   every = itertools.product(
     *(SYSTEMS, cells.BOUNDS, (1, 4)),
     *(cells.MESHES, parallel.STRATEGIES, (False, True)),
   )
-  return [
-    cell for cell in itertools.starmap(cells.Cell, every) if cell.possible()
-  ]
+
+  def wanted(cell):
+    alone = cells.MESHES[cell.mesh][2] == 1 and cell.strategy != 'local'
+    once = cell.accumulate == 1 and not cell.remat
+    return cell.possible() and (once or not alone)
+
+  return list(filter(wanted, itertools.starmap(cells.Cell, every)))
 
 
 def done() -> dict[cells.Cell, dict]:

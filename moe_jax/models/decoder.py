@@ -72,8 +72,9 @@ class Decoder(nnx.Module):
     cache_NxBxCxD: jax.Array | None,
   ) -> tuple[jax.Array, list[dict[str, Any]], jax.Array | None]:
     """The same for the next block of each row; also returns its cache."""
-    c, segment_BxL = self.c, batch['segment_BxL']
-    x_BxLxD = self.trunk.wiring.layout.lookup(
+    c, layout = self.c, self.trunk.wiring.layout
+    segment_BxL = batch['segment_BxL']
+    x_BxLxD = layout.lookup(
       'embed_VxD', self.embed_VxD[...].astype(c.dtype), batch['ids_BxL']
     )
     x_TxD = block.drop(block.flat(x_BxLxD), c.dropout, ctx.at_layer(c.N), 0)
