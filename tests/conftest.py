@@ -1,7 +1,6 @@
 """One strict setting for all tests: CPU, 8 virtual devices, no silent casts."""
 
 import os
-from importlib import metadata
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ['XLA_FLAGS'] = (
@@ -10,9 +9,6 @@ os.environ['XLA_FLAGS'] = (
   # Most of a test is compiling it, and most of that is LLVM's optimiser.
   + ' --xla_backend_optimization_level=0'
 )
-if metadata.version('jaxlib').startswith('0.10.'):
-  # Twice as fast to compile; later versions have no others, and no such flag.
-  os.environ['XLA_FLAGS'] += ' --xla_cpu_use_fusion_emitters=false'
 
 import jax
 import pytest

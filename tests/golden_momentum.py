@@ -31,6 +31,7 @@ from moe_jax import (
   config,
   models,
   objective,
+  parallel,
   residual,
   routers,
   trunk,
@@ -111,12 +112,11 @@ def watched(layers: trunk.Trunk) -> Callable[[], Seen]:
     keep = lambda *arrays: log.append((kind, jax.tree.map(_whole, arrays)))
     jax.debug.callback(keep, *jax.tree.map(_halves, arrays), ordered=True)
 
-  def layout(h_TxD, plan, experts):
-    y_TxD, lost = wiring.layout(h_TxD, plan, experts)
-    note('step', h_TxD, plan, y_TxD)
-    return y_TxD, lost
-
-  layout.rows = wiring.layout.rows
+  class Watching(parallel.Layout):
+    def __call__(self, h_TxD, plan, experts):
+      y_TxD, lost = super().__call__(h_TxD, plan, experts)
+      note('step', h_TxD, plan, y_TxD)
+      return y_TxD, lost
 
   def apply(*operands):
     joined = rule.apply(*operands)
@@ -145,7 +145,7 @@ def watched(layers: trunk.Trunk) -> Callable[[], Seen]:
 
   layers.wiring = dataclasses.replace(
     wiring,
-    layout=layout,
+    layout=Watching(),
     residual=residual.Residual(rule.init, apply, peek),
   )
   return last
