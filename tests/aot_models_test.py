@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import json
 import math
+import os
 import pathlib
 import re
 import runpy
@@ -24,8 +25,8 @@ import pytest
 from flax import nnx
 from jax.experimental import topologies
 
+from moe_jax import compiled as chips
 from moe_jax import config, job, models, objective, optimizer, parallel, train
-from pallas_kernels import cost
 
 pytestmark = pytest.mark.skipif(
   not all(map(importlib.util.find_spec, ('libtpu', 'jax_cuda13_plugin'))),
@@ -150,12 +151,10 @@ def batch_of(c):
 def in_process(name, chip, gmm, sizes=(1, 1, 1, 1)):
   """What `compiled` finds, in a process of its own."""
   call = f'compiled({name!r}, {chip!r}, {gmm!r}, {sizes})'
-  env = cost.environment('')
-  del env['LIBTPU_INIT_ARGS']  # no schedules: a whole step's are large
   done = subprocess.run(
     [sys.executable, '-c', f'import aot_models_test as t; t.{call}'],
     cwd=TESTS,
-    env=env,
+    env=os.environ | chips.ENVIRONMENT,
     capture_output=True,
     text=True,
     check=False,

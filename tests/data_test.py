@@ -7,6 +7,7 @@ import math
 
 import hypothesis
 import numpy as np
+import parts
 import pytest
 from hypothesis import strategies as st
 
@@ -197,16 +198,7 @@ def test_train_order_is_pinned():
 # --- parts and resume -------------------------------------------------------
 
 
-# Ways in which processes may share the rows of a batch of 8.
-SPLITS = {
-  'interleaved': [np.arange(s, 8, 4) for s in range(4)],
-  'contiguous': np.split(np.arange(8), 2),
-  'uneven': [np.array([6]), np.array([7, 0, 3]), np.array([5, 4, 2, 1])],
-}
-every_split = pytest.mark.parametrize('split', SPLITS.values(), ids=SPLITS)
-
-
-@every_split
+@parts.every_split
 def test_parts_together_are_the_global_batch(split):
   stream = _stream(5, 200, 7)
   for make in (
@@ -217,19 +209,10 @@ def test_parts_together_are_the_global_batch(split):
       data.eval_batches(stream, 8, 4, row_B=row_B, share=0.6, streams=True)
     ),
   ):
-    whole = make(None)
-    parts = [make(row_B) for row_B in split]
-    for step, batch in enumerate(whole):
-      assert batch['row_B'].tolist() == list(range(8))
-      for row_B, part in zip(split, parts, strict=True):
-        assert len(part) == len(whole)
-        assert part[step].keys() == batch.keys()
-        for name, value in part[step].items():
-          assert value.dtype == batch[name].dtype
-          np.testing.assert_array_equal(value, batch[name][row_B])
+    parts.check(make, split)
 
 
-@every_split
+@parts.every_split
 @pytest.mark.parametrize('make', [data.train_iterator, data.stream_iterator])
 @pytest.mark.parametrize('steps', [0, 1, 7, 40])
 def test_resume_is_exact(make, steps, split):

@@ -8,6 +8,7 @@ import sys
 
 import hypothesis
 import numpy as np
+import parts
 import pytest
 from hypothesis import strategies as st
 
@@ -334,16 +335,7 @@ def test_eval_share(tmp_path, eval_images, share):
 # --- parts and resume -------------------------------------------------------
 
 
-# Ways in which processes may share the rows of a batch of 8.
-SPLITS = {
-  'interleaved': [np.arange(s, 8, 4) for s in range(4)],
-  'contiguous': np.split(np.arange(8), 2),
-  'uneven': [np.array([6]), np.array([7, 0, 3]), np.array([5, 4, 2, 1])],
-}
-every_split = pytest.mark.parametrize('split', SPLITS.values(), ids=SPLITS)
-
-
-@every_split
+@parts.every_split
 def test_parts_together_are_the_global_batch(tmp_path, split):
   found = _both(tmp_path, held=13, shift=1)
   for make in (
@@ -351,16 +343,10 @@ def test_parts_together_are_the_global_batch(tmp_path, split):
     lambda row_B: list(found.eval_batches(8, row_B=row_B)),
     lambda row_B: list(found.eval_batches(8, 0.5, row_B)),
   ):
-    whole = make(None)
-    parts = [make(row_B) for row_B in split]
-    for step, batch in enumerate(whole):
-      assert batch['row_B'].tolist() == list(range(8))
-      for row_B, part in zip(split, parts, strict=True):
-        _same(part[step], {k: v[row_B] for k, v in batch.items()})
-        assert len(part) == len(whole)
+    parts.check(make, split)
 
 
-@every_split
+@parts.every_split
 @pytest.mark.parametrize('steps', [0, 1, 7, 40])
 def test_resume_is_exact(tmp_path, steps, split):
   found = _both(tmp_path, shift=1)  # 40 batches are 16 epochs

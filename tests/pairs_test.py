@@ -10,6 +10,7 @@ import sys
 
 import hypothesis
 import numpy as np
+import parts
 import pytest
 import tokenizers
 from hypothesis import strategies as st
@@ -240,34 +241,17 @@ def test_train_order_is_pinned(found):
   assert [TRAIN.index(text) for text in texts] == PINNED
 
 
-# Ways in which processes may share the rows of a batch of 8.
-SPLITS = {
-  'interleaved': [np.arange(s, 8, 4) for s in range(4)],
-  'contiguous': np.split(np.arange(8), 2),
-  'uneven': [np.array([6]), np.array([7, 0, 3]), np.array([5, 4, 2, 1])],
-}
-every_split = pytest.mark.parametrize('split', SPLITS.values(), ids=SPLITS)
-
-
-@every_split
+@parts.every_split
 def test_parts_together_are_the_global_batch(found, split):
   for make in (
     lambda row_B: _take(found.train_batches(8, 0, row_B), 12),
     lambda row_B: list(found.eval_batches(8, row_B=row_B)),
     lambda row_B: list(found.eval_batches(8, 0.5, row_B)),
   ):
-    whole = make(None)
-    parts = [make(row_B) for row_B in split]
-    for step, batch in enumerate(whole):
-      assert batch['row_B'].tolist() == list(range(8))
-      for row_B, part in zip(split, parts, strict=True):
-        assert len(part) == len(whole)
-        for name, value in batch.items():
-          assert part[step][name].dtype == value.dtype
-          np.testing.assert_array_equal(part[step][name], value[row_B])
+    parts.check(make, split)
 
 
-@every_split
+@parts.every_split
 @hypothesis.settings(deadline=None, max_examples=5)
 @hypothesis.given(steps=st.integers(0, 12), used=st.integers(0, 3))
 def test_resume_is_exact(found, split, steps, used):
