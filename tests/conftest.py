@@ -32,3 +32,13 @@ def _compile_once(tmp_path_factory):
   folder = tmp_path_factory.mktemp('compiled')
   jax.config.update('jax_compilation_cache_dir', str(folder))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _let_go():
+  """Drops a module's programs: a process may map 65,530 pieces of memory.
+
+  Linux' default; a program takes some ten, and beyond it the process dies.
+  """
+  yield
+  jax.clear_caches()
