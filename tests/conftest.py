@@ -1,5 +1,6 @@
 """One strict setting for all tests: CPU, 8 virtual devices, no silent casts."""
 
+import itertools
 import os
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
@@ -34,11 +35,16 @@ def _compile_once(tmp_path_factory):
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
 
 
-@pytest.fixture(scope='module', autouse=True)
+@pytest.fixture(autouse=True)
 def _let_go():
-  """Drops a module's programs: a process may map 65,530 pieces of memory.
+  """Drops the programs of the last tests now and then.
 
-  Linux' default; a program takes some ten, and beyond it the process dies.
+  A process may map 65,530 pieces of memory (Linux' default) and dies of one
+  more; a test of a whole model takes up to two thousand.
   """
   yield
-  jax.clear_caches()
+  if next(_tests) % 20 == 0:
+    jax.clear_caches()
+
+
+_tests = itertools.count(1)
