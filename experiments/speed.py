@@ -10,7 +10,7 @@ unless their answers and gradients agree. moe_jax with gmm 'xla' is E-fold work
 and memory on CPU; --xla times it, in one turn, for the layer of 8 experts.
 
 `step` is forward, backward, clipping and AdamW of a decoder with tied
-embeddings and a balancing loss, dropless: train.make_step against
+embeddings and a balancing loss, dropless: programs.make_step against
 Qwen3MoeForCausalLM with sdpa and fused AdamW, on the same batches of text. What
 differs: Qwen3 normalises queries and keys, which cannot be turned off; ours
 adds a z-loss and keeps documents apart. PyTorch runs eagerly, as transformers
@@ -238,14 +238,14 @@ def jax_step(size, batches, dtype):
   """Each call is the next step and returns its loss, in nats per token."""
   import jax
 
-  from moe_jax import train
+  from moe_jax import programs
   from moe_jax.models import decoder
 
   job = jax_job(size, dtype)
-  step = train.make_step(job)
+  step = programs.make_step(job)
 
   def steps():
-    state = train.initial_state(job)
+    state = programs.initial_state(job)
     for batch in itertools.cycle(batches):
       state, found = step(state, job.put(batch))
       jax.block_until_ready(state)

@@ -22,7 +22,7 @@ import jax
 from flax import nnx
 from jax.experimental import topologies
 
-from moe_jax import job, objective, parallel, planner, train
+from moe_jax import job, objective, parallel, planner, programs
 
 # With these libtpu compiles without a TPU, in many processes at a time.
 ENVIRONMENT = {
@@ -120,7 +120,7 @@ def lower(
   )
   there = job_on(mesh, c, layout)
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-    return train.make_step(there).lower(*_arguments(there)), said
+    return programs.make_step(there).lower(*_arguments(there)), said
 
 
 def _devices(there, gpu):
@@ -156,7 +156,7 @@ def job_on(
 def _arguments(abstract):
   """Shapes of the train state and of a batch, where they lie."""
   mesh = abstract.mesh
-  state = jax.eval_shape(functools.partial(train.initial_state, abstract))
+  state = jax.eval_shape(functools.partial(programs.initial_state, abstract))
   return (
     jax.tree.map(_placed, state, parallel.shardings(state, mesh)),
     {

@@ -6,6 +6,7 @@ returns it. On a command line `--config.model.E=16` changes one value.
 
 import difflib
 import inspect
+import math
 import typing
 from typing import Any
 
@@ -20,6 +21,7 @@ FREE = (
   'eval_every',
   'checkpoint_every',
   'keep_checkpoints',
+  'keep_every',
   'description',
   'data.eval_bytes',
   'data.eval_lines',
@@ -46,7 +48,8 @@ def default() -> ml_collections.ConfigDict:
   c.log_every = 10
   c.eval_every = 0
   c.checkpoint_every = 0
-  c.keep_checkpoints = 2
+  c.keep_checkpoints = 2  # the newest
+  c.keep_every = 0  # and for ever those of every so many steps; 0: none
 
   c.data = source('python_stdlib')
   c.model = model('decoder')
@@ -65,6 +68,12 @@ def default() -> ml_collections.ConfigDict:
     clip=1.0,  # the gradient's norm is at most this; 0 does not clip
     moments='params',  # dtype of the moments: of the parameters, or bfloat16
     accumulate=1,  # microbatches that a batch is cut into
+  )
+  # Steps with bad numbers, see moe_jax/guard.py.
+  c.guard = dict(
+    spike=0.0,  # a loss so many deviations above the mean is bad; 0: none is
+    skips=5,  # so many in a row, and the run goes back to a checkpoint
+    rollbacks=2,  # so often, before it stops
   )
   # Devices along each axis, see moe_jax/parallel.py.
   c.mesh = dict(data=1, fsdp=1, expert=1, tensor=1)
@@ -232,21 +241,50 @@ def resolve(c: ml_collections.ConfigDict) -> dict[str, Any]:
     *outer, last = path.split('.')
     section = values[outer[0]] if outer else values
     options = dict(section[last])
-    section[last] = choice(kind, options.pop('name', ''), **options).to_dict()
+    name = options.pop('name', '')
+    section[last] = choice(kind, name, **options).to_dict()
+    section = known[outer[0]] if outer else known
+    section[last] = choice(kind, name).to_dict()
   for key in flat(values):
     if not key.startswith(tuple(SECTIONS)) and key not in flat(known):
       raise ValueError(unknown(key, flat(known)))
+  _check_kinds(flat(values), flat(known))
   for key in ('steps', 'batch_size'):
     if values[key] < 1:
       raise ValueError(f'{key}={values[key]} is < 1')
   if values['seq_len'] < 2:
     raise ValueError(f'seq_len={values["seq_len"]} is < 2')
-  for key in ('log_every', 'eval_every', 'checkpoint_every', 'seed'):
+  periods = ('log_every', 'eval_every', 'checkpoint_every', 'keep_every')
+  for key in (*periods, 'seed'):
     if values[key] < 0:
       raise ValueError(f'{key}={values[key]} is negative')
   if values['keep_checkpoints'] < 1:
     raise ValueError(f'keep_checkpoints={values["keep_checkpoints"]} is < 1')
   return values
+
+
+def _check_kinds(values, defaults):
+  """ValueError where a value is of another kind than its default."""
+  for key, value in values.items():
+    default = defaults.get(key)
+    if isinstance(value, float) and not math.isfinite(value):
+      raise ValueError(f'{key}={value} is not finite')
+    if default is None or inspect.isclass(default):
+      continue
+    for kind, names in _KINDS.items():
+      if isinstance(default, kind):
+        if type(value) not in names:
+          raise ValueError(f'{key}={value!r} is no {names[0].__name__}')
+        break
+
+
+# Of a default, and which values may stand in its place.
+_KINDS = {
+  bool: (bool,),
+  int: (int,),
+  float: (float, int),
+  str: (str,),
+}
 
 
 def flat(values: dict[str, Any], prefix: str = '') -> dict[str, Any]:

@@ -12,7 +12,15 @@ import optax
 from flax import nnx
 
 from moe_jax import config as configs
-from moe_jax import dataset, models, objective, ops, optimizer, parallel
+from moe_jax import (
+  dataset,
+  guard,
+  models,
+  objective,
+  ops,
+  optimizer,
+  parallel,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +92,7 @@ def prepare(config: Any, workdir: str) -> Job | None:
       f' typed inside a shard_map; the mesh has {mesh.size}'
     )
   settings = optimizer.Config(**c['optimizer'])
+  guard.Config(**c['guard'])
   goal = objective.get(**c['objective'])
   source = dataset.source(c['data']['source'])
   data_config = source.Config(**c['data'])
@@ -173,7 +182,10 @@ def _earlier(c, workdir):
     if left:
       raise ValueError(f'{workdir} holds {left[0]} but no config.json')
     return False, []
-  old = json.loads((workdir / 'config.json').read_text())
+  try:
+    old = json.loads((workdir / 'config.json').read_text())
+  except ValueError as error:
+    raise ValueError(f'{workdir}/config.json is no JSON: {error}') from None
   old = {k: v for k, v in old.items() if k in c}  # c may lack the corpus yet
   mathematics, changed = configs.differences(old, c)
   if mathematics:

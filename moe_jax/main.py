@@ -11,6 +11,7 @@ of them see, and with
 """
 
 import re
+import signal
 
 from absl import flags, logging
 from ml_collections import config_flags
@@ -35,9 +36,10 @@ _PROCESS = flags.DEFINE_integer('process', None, 'Which one this is, from 0.')
 
 def main(argv: list[str]) -> None:
   # Imported here, so that a mistyped flag is reported at once.
-  from moe_jax import processes  # pylint: disable=g-import-not-at-top
+  from moe_jax import preemption, processes  # pylint: disable=g-import-not-at-top
 
   del argv
+  signal.signal(signal.SIGTERM, preemption.leave)
   if not flags.FLAGS['verbosity'].present:
     logging.set_verbosity(logging.WARNING)  # orbax tells of every file
   try:
@@ -52,7 +54,7 @@ def main(argv: list[str]) -> None:
 def _train():
   import jax  # pylint: disable=g-import-not-at-top
 
-  from moe_jax import job, malloc, processes, train  # pylint: disable=g-import-not-at-top
+  from moe_jax import job, malloc, processes, programs, train  # pylint: disable=g-import-not-at-top
 
   prepared, mistake = None, ''
   try:
@@ -60,7 +62,7 @@ def _train():
       malloc.keep()
     prepared = job.prepare(_CONFIG.value, _WORKDIR.value)
     if prepared is not None:
-      train.check(prepared)
+      programs.check(prepared)
   except (ValueError, TypeError, OSError) as error:
     mistake = str(error) or repr(error)
   mistake = processes.agree(mistake, prepared.identity if prepared else '')
@@ -70,7 +72,12 @@ def _train():
     if jax.process_index() == 0:
       print(f'finished already: {_WORKDIR.value}')
   else:
-    train.run(prepared)
+    try:
+      train.run(prepared)
+    except train.Stopped as error:
+      if jax.process_count() > 1:
+        raise  # which ends the others, too
+      commands.stop('moe-train', error, 1)
 
 
 def _check_processes(coordinator, processes, process):

@@ -70,6 +70,12 @@ class Writer:
     with open(self.path, 'a', encoding='utf-8') as f:
       f.write(_dumps(line))
 
+  def sync(self) -> None:
+    """All lines are on the disk when this returns."""
+    if self.path is not None and os.path.exists(self.path):
+      with open(self.path, 'rb') as f:
+        os.fsync(f.fileno())
+
 
 def replace(path: str, text: str) -> None:
   """Writes a whole file such that a reader sees the old one or the new."""

@@ -1,27 +1,33 @@
-"""The training loop: one jitted step, evaluation, checkpoints, a report."""
+"""The training loop: steps, evaluations, checkpoints, a report.
 
-import collections
+A run that was killed anywhere continues with the same command, and ends with
+the same bits. What the loop itself knows between steps is its `record`, which
+stands in every checkpoint beside the state and the place in the data.
+"""
+
 import contextlib
 import functools
 import json
-import math
 import os
+import pathlib
 import platform
+import shutil
+import tempfile
 import time
-from collections.abc import Callable
 from importlib import metadata
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from moe_jax import (
   checkpoint,
+  health,
   metrics,
   models,
   pairs,
-  parallel,
+  preemption,
+  programs,
   report,
   routers,
   translate,
@@ -29,187 +35,8 @@ from moe_jax import (
 from moe_jax.job import Job
 
 
-class TrainState(NamedTuple):
-  step: jax.Array  # int32, optimiser steps done
-  params: Any
-  router_state: Any  # over steps, without gradient
-  opt_state: Any
-  cache_BxNxCxD: Any  # of the last block of each row, or None
-
-
-def initial_state(job: Job) -> TrainState:
-  """The state before the first step, laid out on the mesh."""
-  init, where = _state(job)
-  return jax.jit(init, out_shardings=where)()
-
-
-def _state(job):
-  """A function that makes the first state, and where states lie."""
-
-  def init():
-    params, router_state = models.split(job.init())
-    if job.config['model']['dtype'] == 'float64':
-      params = jax.tree.map(lambda a: a.astype(jnp.float64), params)
-    opt_state = job.optimizer.init(params)
-    cache = _blank(job)
-    return TrainState(jnp.int32(0), params, router_state, opt_state, cache)
-
-  return init, parallel.shardings(jax.eval_shape(init), job.mesh)
-
-
-def make_step(job: Job) -> Callable[[TrainState, Any], tuple]:
-  """(state, batch) -> state, metrics: one optimiser step."""
-  parts = job.config['optimizer']['accumulate']
-
-  def loss_of(params, state, tokens, batch, microbatch):
-    state = state._replace(params=params)
-    forward, kept = _forward(job, state, microbatch, True)
-    loss, found = job.objective(forward, batch, tokens)
-    found = {'loss': loss, **found, 'aux': _fixed_size(found['aux'])}
-    return loss, (found, kept)
-
-  def step(state, batch):
-    # Row i goes to microbatch i % parts, so that no row changes its device.
-    cut = lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1)
-    tokens = jnp.sum(batch['mask_BxL']) / parts
-    batch = _with_cache(batch, state.cache_BxNxCxD)
-
-    def add_gradient(total, scanned):
-      gradient = jax.grad(loss_of, has_aux=True)
-      grads, found = gradient(state.params, state, tokens, *scanned)
-      return jax.tree.map(jnp.add, total, grads), found
-
-    grads, (found, kept) = jax.lax.scan(
-      add_gradient,
-      jax.tree.map(jnp.zeros_like, state.params),
-      (jax.tree.map(cut, batch), jnp.arange(parts, dtype=jnp.int32)),
-    )
-    grads = jax.tree.map(lambda g: g / parts, grads)
-    with jax.numpy_dtype_promotion('standard'):  # optax mixes types
-      norm = optax.tree.norm(grads)
-      updates, opt_state = job.optimizer.update(
-        grads, state.opt_state, state.params
-      )
-      params = optax.apply_updates(state.params, updates)
-    found = _join(found)
-    router_state = state.router_state
-    if found['aux']:
-      model = models.bind(job.model, params, router_state)
-      router_state = model.updated_state(found['aux'])
-    join = lambda a: a.swapaxes(0, 1).reshape(-1, *a.shape[2:])
-    cache = join(kept['cache']) if kept else None
-    state = TrainState(state.step + 1, params, router_state, opt_state, cache)
-    return state, {**found, 'grad_norm': norm}
-
-  _, where = _state(job)
-  out = where, _everywhere(job)
-  return jax.jit(step, donate_argnums=0, out_shardings=out)
-
-
-def _everywhere(job):
-  """The whole of an array on each device, so that each process can read it."""
-  return jax.NamedSharding(job.mesh, jax.P())
-
-
-def _forward(job, state, microbatch, train):
-  """The model of this state as an objective calls it, and what calls keep."""
-  model = models.bind(job.model, state.params, state.router_state)
-  seed_key, kept = jax.random.key(job.config['seed']), {}
-
-  def forward(batch, pass_):
-    ctx = routers.context(
-      batch,
-      seed_key,
-      state.step,
-      train=train,
-      microbatch=microbatch,
-      pass_=pass_,
-      steps=job.config['steps'],
-    )
-    if 'cache_BxNxCxD' not in batch:
-      return model(batch, ctx)
-    cache_NxBxCxD = batch['cache_BxNxCxD'].swapaxes(0, 1)
-    logits_BxLxV, aux, cache = model.advance(batch, ctx, cache_NxBxCxD)
-    kept['cache'] = cache.swapaxes(0, 1)
-    return logits_BxLxV, aux
-
-  return forward, kept
-
-
-def _blank(job):
-  """The cache before the first block of a stream; None without one."""
-  if not job.dataset.streams:
-    return None
-  return job.model.blank(job.config['batch_size']).swapaxes(0, 1)
-
-
-def _with_cache(batch, cache_BxNxCxD):
-  """The batch with its rows' cache, empty where a row begins anew."""
-  if cache_BxNxCxD is None:
-    return batch
-  begins = batch['begins_B'][:, None, None, None]
-  cache = jnp.where(begins, 0, cache_BxNxCxD)
-  return {**batch, 'cache_BxNxCxD': cache}
-
-
-def make_eval(job: Job) -> Callable[..., tuple]:
-  """(state, batch, index) -> sums over its targets, the next cache.
-
-  Sums are those of the objective, and of the targets' bytes.
-  """
-  token_bytes_V = job.dataset.token_bytes
-
-  def evaluate(state, batch, index):
-    batch['row_B'] += index * batch['row_B'].shape[0]
-    batch = _with_cache(batch, state.cache_BxNxCxD)
-    forward, kept = _forward(job, state, index, False)
-    _, found = job.objective(forward, batch)
-    sums = {k: v for k, v in found.items() if k != 'aux'}
-    if token_bytes_V is not None:
-      bytes_BxL = jnp.asarray(token_bytes_V)[batch['target_BxL']]
-      sums['bytes'] = jnp.sum(jnp.where(batch['mask_BxL'] > 0, bytes_BxL, 0))
-    return sums, kept.get('cache')
-
-  # The cache stays where the rows of a batch are.
-  return jax.jit(evaluate, out_shardings=(_everywhere(job), None))
-
-
-def evaluate(
-  job: Job, run_eval: Callable[..., tuple], state: TrainState, share: float
-) -> dict[str, float]:
-  """Means over that share of what is held out.
-
-  Nats per target; of text bits per byte, of images the accuracy, of two passes
-  the divergence.
-  """
-  sums = collections.Counter()
-  for index, batch in enumerate(job.eval_batches(share)):
-    batch = job.put(batch)
-    found, cache = run_eval(state, batch, jnp.int32(index))
-    state = state._replace(cache_BxNxCxD=cache)
-    sums.update({k: float(v) for k, v in found.items()})
-  nats, tokens = sums['nll_sum'], sums['tokens']
-  values = {'eval_loss': nats / tokens}
-  if 'bytes' in sums:
-    values['eval_bits_per_byte'] = nats / math.log(2) / sums['bytes']
-  for name, key in (('accuracy', 'correct'), ('consistency', 'consistency')):
-    if f'{key}_sum' in sums:
-      values[f'eval_{name}'] = sums[f'{key}_sum'] / tokens
-  return values
-
-
-def check(job: Job) -> None:
-  """ValueError, one line, if a step cannot be cut over the mesh."""
-  if job.mesh.size == 1:
-    return
-  size = job.config['batch_size']
-  with _precision(job):
-    state = jax.eval_shape(functools.partial(initial_state, job))
-    batch = {
-      name: jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype)
-      for name, a in next(job.train_batches()).items()
-    }
-    jax.eval_shape(make_step(job), state, batch)
+class Stopped(Exception):
+  """The run cannot go on; one line. What was saved is there."""
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -218,95 +45,252 @@ def run(job: Job) -> dict[str, Any]:
   Leaves config.json, what the data needs (tokenizer.json), metrics.jsonl,
   checkpoints and, at the end, summary.json and report.html; of several
   processes the first does, but for checkpoints. Returns the summary.
+
+  Raises:
+    Stopped: numbers stay bad; or no checkpoint is whole, or none can be saved.
+    SystemExit: with preemption.EXIT, after SIGTERM, when all is saved.
   """
-  with _precision(job):
-    return _run(job)
+  with programs.precision(job), preemption.Notice() as notice:
+    try:
+      return _Run(job, notice).finish()
+    except OSError as error:
+      place = '' if str(job.workdir) in str(error) else f'{job.workdir}: '
+      raise Stopped(f'{place}{error}') from error
 
 
-def _precision(job):
-  wide = job.config['model']['dtype'] == 'float64'
-  return jax.enable_x64(True) if wide else contextlib.nullcontext()
+class _Run:
+  """A run, from where its work directory stands."""
 
+  def __init__(self, job, notice):
+    c = job.config
+    self.job, self.c, self.notice = job, c, notice
+    self.began, self.told = time.monotonic(), []
+    self.first = jax.process_index() == 0
+    self.state, self.batches = programs.initial_state(job), job.train_batches()
+    # What a checkpoint keeps beside the state.
+    self.record = {
+      'seconds': 0.0,  # of the whole run
+      'train_seconds': 0.0,
+      'train_steps': 0,
+      'rollbacks': 0,
+      'owed': False,  # the evaluation of this step
+    }
+    # A new run first says what it is; of an old one nothing is changed before
+    # a checkpoint has been read.
+    resumes = (job.workdir / 'checkpoints').exists()
+    if not resumes:
+      self._describe()
+    self.saved = checkpoint.Checkpoints(
+      job.workdir, c['keep_checkpoints'], c['keep_every']
+    )
+    if resumes:
+      self._resume()
+      self._describe()
+    self.step = self.start = int(self.state.step)
+    self._look_back()
+    self.stopwatch = _Stopwatch(
+      self.record['train_seconds'], self.record['train_steps']
+    )
+    self.run_step = programs.make_step(job)
+    self.run_eval = programs.make_eval(job)
+    module = models.get(c['model']['name'])
+    self.cost = module.cost(job.model, job.dataset.length)
+    self.lost = False  # rows, and told so
+    self.tokens_per_step = c['batch_size'] * job.dataset.length
 
-def _run(job):
-  c, began, first = job.config, time.monotonic(), jax.process_index() == 0
-  tokens_per_step = c['batch_size'] * job.dataset.length
-  if first:
-    job.workdir.mkdir(parents=True, exist_ok=True)
-    (job.workdir / 'summary.json').unlink(missing_ok=True)  # of fewer steps
-    _write_json(job.workdir / 'config.json', c)
-    job.dataset.save(job.workdir)
-  state, batches = initial_state(job), job.train_batches()
-  saved = checkpoint.Checkpoints(job.workdir, c['keep_checkpoints'])
-  # What a checkpoint keeps beside the state.
-  record = {'seconds': 0.0, 'train_seconds': 0.0, 'train_steps': 0}
-  if saved.latest() is not None:
-    state, record = saved.restore(saved.latest(), state)
-    batches.set_state(record.pop('batches'))
-    began -= record['seconds']
-  start, end = int(state.step), c['steps']
-  stopwatch = _Stopwatch(record['train_seconds'], record['train_steps'])
-  run_step, run_eval = make_step(job), make_eval(job)
-  writer = metrics.Writer(job.workdir if first else None, start)
-  cost = models.get(c['model']['name']).cost(job.model, job.dataset.length)
-  share, told = job.dataset.eval_share, False  # of lost rows
+  def finish(self):
+    """The steps that are left, and the end; returns the summary."""
+    end, job = self.c['steps'], self.job
+    with (
+      contextlib.nullcontext() if self.first else open(os.devnull, 'w') as out,
+      metrics.Progress(end, self.tokens_per_step, self.start, out) as progress,
+    ):
+      self.progress = progress
+      for line in (*_introduction(job, self.cost, self.start), *self.told):
+        progress.note(line)
+      if self.record['owed'] and not self._evaluate():
+        self._leave()
+      self._steps(end)
+      self.saved.close()
+      if isinstance(job.dataset, pairs.Pairs) and self.c['data']['bleu_lines']:
+        found = _bleu(job, self.state)
+        self.record['evaluation'] |= found
+        progress.evaluation(end, found)
+    seconds = time.monotonic() - self.began
+    summary = _summary(job, self.cost, self.record, seconds)
+    if self.first:
+      _write_json(job.workdir / 'summary.json', summary)
+      report.write(job.workdir)
+      print(f'report: {job.workdir / report.FILE}')
+    return summary
 
-  def due(key, step):
-    return c[key] > 0 and step % c[key] == 0
+  def _steps(self, end):
+    """Trains to this step. A step is judged while the next one runs."""
+    judged = self.step, None, int(self.state.guard.row)
+    while judged:
+      step, batch, row = judged
+      judged = found = None
+      if self.step < end:
+        judged, found = self._train()
+      row = int(row)
+      if row:
+        self.progress.note(f'step {step}: bad numbers, skipped; {row} in a row')
+      if row >= self.c['guard']['skips']:
+        self._go_back(step, row, batch)
+        judged = self.step, None, int(self.state.guard.row)
+      elif found:
+        self._after(found)
 
-  with (
-    contextlib.nullcontext() if first else open(os.devnull, 'w') as stream,
-    metrics.Progress(end, tokens_per_step, start, stream) as progress,
-  ):
-    for line in _introduction(job, cost, start):
-      progress.note(line)
-    for step in range(start + 1, end + 1):
-      batch = job.put(next(batches))
-      state, found = run_step(state, batch)
-      if step == start + 1:  # compiling is not the run's speed
-        jax.block_until_ready(state)
-        stopwatch.start(step)
-      loss = found['nll_sum'] / found['tokens']
-      if step == 1:
-        record['initial_loss'] = float(loss)
-      if due('log_every', step) or (step == 1 and c['log_every']):
-        line = _line(job, step, found)  # waits for the step
-        rate = stopwatch.rate(step) * tokens_per_step
-        writer.write(step, {**line, 'tokens_per_second': rate or None})
-        lost = sum(line.get('lost', ()))
-        if lost and not told:
-          told = True
-          progress.note(
-            f'step {step}: {lost} rows found no place, metrics.jsonl counts'
-            f' them; parallel.factor={c["parallel"]["factor"]}'
-          )
-      progress.update(step, loss)
-      evaluates = step == end or due('eval_every', step)
-      saves = step == end or due('checkpoint_every', step)
-      if evaluates or saves:
-        jax.block_until_ready(state)
-        stopwatch.stop(step)
-        if evaluates:
-          part = 1.0 if step == end else share
-          record['evaluation'] = evaluate(job, run_eval, state, part)
-          writer.write(step, record['evaluation'])
-          progress.evaluation(step, record['evaluation'])
-        if saves:
-          record['train_seconds'], record['train_steps'] = stopwatch.total()
-          record['seconds'] = time.monotonic() - began
-          saved.save(step, state, {**record, 'batches': batches.get_state()})
-        stopwatch.start(step)
-    saved.close()
-    if isinstance(job.dataset, pairs.Pairs) and c['data']['bleu_lines']:
-      found = _bleu(job, state)
-      record['evaluation'] |= found
-      progress.evaluation(end, found)
-  summary = _summary(job, cost, record, time.monotonic() - began)
-  if first:
-    _write_json(job.workdir / 'summary.json', summary)
-    report.write(job.workdir)
-    print(f'report: {job.workdir / report.FILE}')
-  return summary
+  def _train(self):
+    """Starts a step; returns what there is to judge it by, and its metrics."""
+    batch = self.job.put(next(self.batches))
+    self.state, found = self.run_step(self.state, batch)
+    self.step += 1
+    if self.step == self.start + 1:  # compiling is not the run's speed
+      jax.block_until_ready(self.state)
+      self.stopwatch.start(self.step)
+    return (self.step, batch, found['row']), found
+
+  def _after(self, found):
+    """Logs, evaluates, saves and leaves, as is due after a step."""
+    step, last = self.step, self.step == self.c['steps']
+    loss = found['nll_sum'] / found['tokens']
+    if step == 1:
+      self.record['initial_loss'] = float(loss)
+    if self._due('log_every') or (step == 1 and self.c['log_every']):
+      self._log(found)
+    self.progress.update(step, loss)
+    evaluates = last or self._due('eval_every')
+    saves = last or self._due('checkpoint_every')
+    leaves = self.notice.reached(step)
+    if not (evaluates or saves or leaves):
+      return
+    jax.block_until_ready(self.state)
+    self.stopwatch.stop(step)
+    if evaluates and not self._evaluate():
+      leaves = True
+    if saves or leaves:
+      self._save()
+    if leaves:
+      self._leave()
+    self.stopwatch.start(step)
+
+  def _due(self, key):
+    return self.c[key] > 0 and self.step % self.c[key] == 0
+
+  def _log(self, found):
+    line = _line(self.job, self.step, found)  # waits for the step
+    rate = self.stopwatch.rate(self.step) * self.tokens_per_step
+    line = {**line, 'tokens_per_second': rate or None}
+    self.writer.write(self.step, line)
+    told = self.routing.see({'step': self.step, **line})
+    lost = sum(line.get('lost', ()))
+    if lost and not self.lost:
+      self.lost = True
+      told.append(
+        f'step {self.step}: {lost} rows found no place, metrics.jsonl counts'
+        f' them; parallel.factor={self.c["parallel"]["factor"]}'
+      )
+    for text in told:
+      self.progress.note(text)
+
+  def _evaluate(self):
+    """Whether it came to its end: SIGTERM ends it, and it is owed."""
+    share = self.job.dataset.eval_share
+    share = 1.0 if self.step == self.c['steps'] else share
+    found = programs.evaluate(
+      self.job, self.run_eval, self.state, share, lambda: self.notice.given
+    )
+    self.record['owed'] = found is None
+    if found is None:
+      return False
+    self.record['evaluation'] = found
+    self.writer.write(self.step, found)
+    self.progress.evaluation(self.step, found)
+    return True
+
+  def _save(self):
+    seconds, steps = self.stopwatch.total()
+    self.record |= {'train_seconds': seconds, 'train_steps': steps}
+    self.record['seconds'] = time.monotonic() - self.began
+    self.writer.sync()  # no checkpoint without the lines before it
+    data = {'record': self.record, 'batches': self.batches.get_state()}
+    self.saved.save(self.step, self.state, data)
+
+  def _leave(self):
+    self.saved.close()
+    self.progress.note(f'SIGTERM: left after step {self.step}, all is saved')
+    preemption.leave()
+
+  def _resume(self):
+    """Goes to the newest whole checkpoint, if there is any checkpoint."""
+    found = self.saved.restore(self.state)
+    if found is None:
+      return
+    self.saved.set_aside(found.damaged)
+    for step, what in found.damaged.items():
+      self.told.append(
+        f'the checkpoint of step {step} is damaged, now in'
+        f' {checkpoint.DAMAGED}/: {what}'
+      )
+    self.state, self.record = found.state, found.data['record']
+    self.batches.set_state(found.data['batches'])
+    self.began -= self.record['seconds']
+
+  def _go_back(self, step, row, batch):
+    """To the checkpoint before the bad steps, without their data."""
+    told = f'step {step}: {row} steps in a row had bad numbers'
+    if self.record['rollbacks'] == self.c['guard']['rollbacks']:
+      self.saved.close()
+      where = programs.first_bad_number(self.job, self.state, batch)
+      raise Stopped(
+        f'{told}, after {self.record["rollbacks"]} rollbacks: {where}'
+      )
+    rollbacks, skipped = self.record['rollbacks'], self.state.guard.skipped
+    found = self.saved.restore(self.state, before=step - row + 1)
+    if found is None:
+      self.state = programs.initial_state(self.job)
+    else:
+      self.saved.set_aside(found.damaged)
+      self.state, self.record = found.state, found.data['record']
+    self.record['rollbacks'] = rollbacks + 1
+    guard = self.state.guard._replace(skipped=skipped)
+    self.state = self.state._replace(guard=guard)
+    self.step = int(self.state.step)
+    self.saved.forget(after=self.step)
+    self._look_back()
+    self.stopwatch.start(self.step)
+    self.progress.note(
+      f'{told}: back to step {self.step}, and on with the data that follow'
+    )
+
+  def _look_back(self):
+    """Metrics of later steps go; they will be computed again."""
+    lines = metrics.read(self.job.workdir) if self.first else []
+    beyond = max((line['step'] for line in lines), default=0)
+    if beyond > self.step:
+      self.told.append(f'steps {self.step + 1} to {beyond} are made again')
+    workdir = self.job.workdir if self.first else None
+    self.writer = metrics.Writer(workdir, self.step)
+    self.routing = health.Routing(self.c['model']['iterations'])
+    for line in lines:
+      if line['step'] <= self.step:
+        self.routing.see(line)
+
+  def _describe(self):
+    """Writes what the run is."""
+    if not self.first:
+      return
+    workdir = self.job.workdir
+    workdir.mkdir(parents=True, exist_ok=True)
+    for part in workdir.glob('*.part'):  # of a write that a kill interrupted
+      shutil.rmtree(part) if part.is_dir() else part.unlink()
+    (workdir / 'summary.json').unlink(missing_ok=True)  # of fewer steps
+    _write_json(workdir / 'config.json', self.c)
+    with tempfile.TemporaryDirectory('.part', dir=workdir) as folder:
+      self.job.dataset.save(pathlib.Path(folder))
+      for path in pathlib.Path(folder).iterdir():
+        path.replace(workdir / path.name)
 
 
 def _bleu(job, state):
@@ -314,7 +298,7 @@ def _bleu(job, state):
   c = job.config['data']
   search = translate.searcher(job.dataset, c['beam'], c['penalty'])
 
-  @functools.partial(jax.jit, out_shardings=_everywhere(job))
+  @functools.partial(jax.jit, out_shardings=programs.everywhere(job))
   def run(state, batch, index):
     batch['row_B'] += index * batch['row_B'].shape[0]
     model = models.bind(job.model, state.params, state.router_state)
@@ -340,7 +324,7 @@ def _summary(job, cost, record, wall_seconds):
   else:  # the only step was the one that compiled
     rate = tokens / wall_seconds
   return {
-    'initial_loss': record['initial_loss'],
+    'initial_loss': metrics.jsonable(record['initial_loss'], 17),
     **record['evaluation'],
     'steps': c['steps'],
     'tokens': tokens,
@@ -381,23 +365,6 @@ class _Stopwatch:
     return self._seconds, self._steps
 
 
-def _fixed_size(aux):
-  """What is logged of a model's aux: nothing that grows with the batch."""
-  return [{k: v for k, v in a.items() if k != 'route'} for a in aux]
-
-
-def _join(found):
-  """Metrics of a whole batch from those of its microbatches."""
-  sums = ('load_E', 'lost', 'tokens')
-
-  def join(path, a):
-    name = str(path[-1].key)
-    add = name in sums or name.endswith('_sum')
-    return jnp.sum(a, axis=0) if add else jnp.mean(a, axis=0)
-
-  return jax.tree_util.tree_map_with_path(join, found)
-
-
 def _line(job, step, found):
   """A training line of metrics.jsonl; lists run over layers and iterations."""
   found = jax.device_get(found)
@@ -407,6 +374,7 @@ def _line(job, step, found):
     'total_loss': found['loss'],
     'grad_norm': found['grad_norm'],
     'learning_rate': job.schedule(step - 1),
+    'skipped': found['skipped'],
     'tokens': step * c['batch_size'] * job.dataset.length,
   }
   for aux in found['aux']:

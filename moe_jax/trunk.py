@@ -215,12 +215,14 @@ class Segment(nnx.Module):
       pool, layers = scanned
       experts = nnx.merge(graph_pool, pool)
       body = remat(c, functools.partial(one_period, experts))
-      return jax.lax.scan(body, carry, layers)
+      with jax.named_scope('layer'):
+        return jax.lax.scan(body, carry, layers)
 
     layers = (order, moe, dense, run.ctx.forced, cache)
-    (x_BxLxD, memory), (aux, cache) = jax.lax.scan(
-      pool, (x_BxLxD, memory), (pools, layers)
-    )
+    with jax.named_scope('pool'):
+      (x_BxLxD, memory), (aux, cache) = jax.lax.scan(
+        pool, (x_BxLxD, memory), (pools, layers)
+      )
     if cache is not None:
       cache = cache.reshape(G * R * period, *cache.shape[3:])
     return x_BxLxD, memory, aux, cache
@@ -369,9 +371,10 @@ class Trunk(nnx.Module):
       return (x, memory), new
 
     order = jnp.arange(self.c.first, dtype=jnp.int32)
-    (x_BxLxD, memory), cache = jax.lax.scan(
-      remat(self.c, layer), (x_BxLxD, memory), (order, stacked, cache)
-    )
+    with jax.named_scope('dense_layer'):
+      (x_BxLxD, memory), cache = jax.lax.scan(
+        remat(self.c, layer), (x_BxLxD, memory), (order, stacked, cache)
+      )
     return x_BxLxD, memory, cache
 
   def updated_state(self, aux: list[dict[str, Any]]) -> dict[str, Any]:

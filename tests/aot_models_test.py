@@ -26,7 +26,15 @@ from flax import nnx
 from jax.experimental import topologies
 
 from moe_jax import compiled as chips
-from moe_jax import config, job, models, objective, optimizer, parallel, train
+from moe_jax import (
+  config,
+  job,
+  models,
+  objective,
+  optimizer,
+  parallel,
+  programs,
+)
 
 pytestmark = pytest.mark.skipif(
   not all(map(importlib.util.find_spec, ('libtpu', 'jax_cuda13_plugin'))),
@@ -56,7 +64,7 @@ def compiled(name, chip, gmm, sizes):
   c = config.resolve(runpy.run_path(str(path))['get_config']())
   c['batch_size'] = ROWS.get(name, 8) * mesh.size
   abstract = abstract_job(c, gmm, mesh)
-  state = jax.eval_shape(functools.partial(train.initial_state, abstract))
+  state = jax.eval_shape(functools.partial(programs.initial_state, abstract))
   place = lambda a, sharding: jax.ShapeDtypeStruct(
     a.shape, a.dtype, sharding=sharding
   )
@@ -64,7 +72,7 @@ def compiled(name, chip, gmm, sizes):
   state = jax.tree.map(place, state, parallel.shardings(state, mesh))
   batch = {k: place(a, rows) for k, a in batch_of(c).items()}
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-    program = train.make_step(abstract).lower(state, batch).compile()
+    program = programs.make_step(abstract).lower(state, batch).compile()
   memory, text = program.memory_analysis(), program.as_text()
   calls = re.findall(r'%(\w+)\S* = .*"tpu_custom_call"', text)
   found = {

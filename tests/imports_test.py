@@ -16,13 +16,13 @@ SOURCES = [
 # Left imports right only. A new module has to be given its place here.
 LEVELS = (
   {'main', 'commands'},
-  {'compiled'},
-  {'train'},
+  {'compiled', 'train'},
+  {'programs'},
   {'job'},
   {'objective', 'dataset', 'data', 'pairs', 'images', 'rows', 'tokenizer'}
   | {'corpus', 'cache', 'optimizer', 'metrics', 'report', 'figures'}
   | {'checkpoint', 'models', 'config', 'malloc', 'beam', 'translate'}
-  | {'planner', 'processes'},
+  | {'planner', 'processes', 'guard', 'nonfinite', 'health', 'preemption'},
   {'trunk'},
   {'block', 'routers', 'experts', 'residual', 'attention', 'parallel'},
   {'plan', 'balance', 'ops', 'norm', 'init'},
@@ -40,6 +40,7 @@ BESIDE = {
   'tokenizer': {'corpus', 'cache'},
   'corpus': {'cache'},
   'planner': {'models', 'optimizer'},
+  'checkpoint': {'processes'},
   'report': {'figures', 'metrics'},
   'figures': {'metrics'},
   'block': {'routers', 'experts', 'residual', 'attention', 'parallel'},

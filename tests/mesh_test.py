@@ -13,7 +13,7 @@ from small import small_config
 
 from experiments.mesh import cells
 from moe_jax import job as jobs
-from moe_jax import parallel, train
+from moe_jax import parallel, programs, train
 
 STEPS = 3
 # Two ideas at once where they meet, so that few cells have all on every mesh.
@@ -91,7 +91,7 @@ def test_a_difference_is_seen():
 @pytest.mark.parametrize('mesh', ['1x8x1', '1x2x2x2'])
 def test_a_mesh_starts_with_the_same_parameters(mesh):
   """And nothing that a rule cuts is left whole."""
-  start = lambda mesh: train.initial_state(
+  start = lambda mesh: programs.initial_state(
     cells.prepared(cells.Cell(SYSTEMS[1], 'float32', 1, mesh, 'auto', False))
   )
   found, expected = start(mesh), start('1x1x1')

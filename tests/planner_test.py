@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from experiments.scale import __main__ as scale
-from moe_jax import compiled, config, parallel, planner, train
+from moe_jax import compiled, config, parallel, planner, programs
 
 ROOT = pathlib.Path(__file__).parents[1]
 P = jax.sharding.PartitionSpec
@@ -44,7 +44,7 @@ def test_what_is_held_is_what_lies_on_a_device(sizes, moments):
   c['optimizer']['moments'] = moments
   mesh = parallel.mesh(c['mesh'])
   there = compiled.job_on(mesh, c, parallel.Layout())
-  state = train.initial_state(there)
+  state = programs.initial_state(there)
   here = lambda tree: sum(
     a.addressable_shards[0].data.nbytes for a in jax.tree.leaves(tree)
   )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moe_jax import job as jobs
-from moe_jax import train
+from moe_jax import programs, train
 
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 TINY = {
@@ -64,6 +64,7 @@ def losses(workdir):
   return np.array([line['total_loss'] for line in lines if 'loss' in line])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', SYSTEMS)
 def test_three_steps_with_the_tpu_kernel_interpreted(
   name, corpus, pairs, tmp_path
@@ -106,8 +107,8 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(
 def test_a_cache_lives_over_steps(corpus, pairs, tmp_path):
   c = small('momentum_lm', corpus, pairs, **{'optimizer.accumulate': 2})
   job = jobs.prepare(c, str(tmp_path))
-  state, batches = train.initial_state(job), job.train_batches()
-  step = train.make_step(job)
+  state, batches = programs.initial_state(job), job.train_batches()
+  step = programs.make_step(job)
   assert not np.asarray(state.cache_BxNxCxD).any()
   caches = []
   for _ in range(2):
@@ -117,7 +118,7 @@ def test_a_cache_lives_over_steps(corpus, pairs, tmp_path):
   assert np.abs(caches[0]).max() > 0.1 < np.abs(caches[1] - caches[0]).max()
   # The first layer's inputs are embeddings: those of the last eight tokens.
   batch = next(job.train_batches())
-  first = train.initial_state(job)
+  first = programs.initial_state(job)
   embed_VxD = np.asarray(first.params['embed_VxD'])
   np.testing.assert_allclose(
     caches[0][:, 0], embed_VxD[batch['ids_BxL'][:, -8:]], rtol=1e-6

@@ -8,7 +8,7 @@ import pytest
 from small import small_config
 
 from moe_jax import job as jobs
-from moe_jax import train
+from moe_jax import programs, train
 
 
 def go(c, workdir):
@@ -189,8 +189,8 @@ def test_groups_that_no_device_has_whole_are_refused(corpus, tmp_path):
   c = small_config(corpus, model__router=router, mesh__data=8, batch_size=8)
   job = jobs.prepare(c, str(tmp_path))
   with pytest.raises(ValueError, match='8 devices do not divide the 2 tokens'):
-    train.check(job)
-  train.check(
+    programs.check(job)
+  programs.check(
     jobs.prepare(
       small_config(corpus, mesh__data=8, batch_size=8), str(tmp_path)
     )

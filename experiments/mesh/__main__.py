@@ -40,7 +40,8 @@ def grid() -> list[cells.Cell]:
   """All that is possible, cells of one reference together.
 
   Where experts are not cut the strategies that exchange rows have nobody to
-  exchange them with, and run once for a system and dtype.
+  exchange them with, and run once for a system and dtype; so do all where the
+  experts' hidden width is cut.
   """
   every = itertools.product(
     *(SYSTEMS, cells.BOUNDS, (1, 4)),
@@ -48,9 +49,10 @@ def grid() -> list[cells.Cell]:
   )
 
   def wanted(cell):
-    alone = cells.MESHES[cell.mesh][2] == 1 and cell.strategy != 'local'
+    *_, expert, tensor = cells.MESHES[cell.mesh]
+    alone = expert == 1 and cell.strategy != 'local'
     once = cell.accumulate == 1 and not cell.remat
-    return cell.possible() and (once or not alone)
+    return cell.possible() and (once or not (alone or tensor > 1))
 
   return list(filter(wanted, itertools.starmap(cells.Cell, every)))
 

@@ -50,10 +50,11 @@ def run(
   app.run(main, flags_parser=parse)
 
 
-def stop(program: str, error: Any) -> NoReturn:
+def stop(program: str, error: Any, code: int = 2) -> NoReturn:
+  """Ends the program with one line: 2 is a mistake of whoever started it."""
   line = ' '.join(str(error).split())
   print(f'{program}: {line or repr(error)}', file=sys.stderr)
-  sys.exit(2)
+  sys.exit(code)
 
 
 def _unknown_key(argv):

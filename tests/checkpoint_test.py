@@ -1,0 +1,238 @@
+"""Checkpoints that storage has changed, and that another mesh reads."""
+
+import gc
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax import checkpoint, parallel
+
+# When a read fails, orbax forgets others that it has begun.
+pytestmark = pytest.mark.filterwarnings(
+  'ignore::pytest.PytestUnraisableExceptionWarning'
+)
+
+
+@pytest.fixture(autouse=True)
+def _forgotten_here():
+  yield
+  gc.collect()
+
+
+MESHES = ((1, 1, 1, 1), (8, 1, 1, 1), (1, 2, 4, 1), (2, 2, 1, 2))
+
+
+def mesh(sizes=MESHES[0]):
+  return parallel.mesh(dict(zip(parallel.AXES, sizes, strict=True)))
+
+
+def state(seed, sizes=MESHES[0]):
+  """Every dtype that a train state has, cut over the mesh where it can be."""
+  draw = np.random.default_rng(seed)
+  pools = draw.normal(size=(2, 8, 16, 8)).astype(np.float32)
+  tree = {
+    'trunk': {'body': {'pools': {'up_ExDxF': jnp.asarray(pools)}}},
+    'moment': jnp.asarray(draw.normal(size=(16, 8)), jnp.bfloat16),
+    'count_E': jnp.asarray(draw.integers(0, 9, 8), jnp.int32),
+    'step': jnp.int32(seed),
+  }
+  return jax.device_put(tree, parallel.shardings(tree, mesh(sizes)))
+
+
+def same(a, b):
+  jax.tree.map(np.testing.assert_array_equal, *jax.device_get((a, b)))
+
+
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory):
+  """Checkpoints of the steps 1, 2 and 3."""
+  workdir = tmp_path_factory.mktemp('saved')
+  checkpoints = checkpoint.Checkpoints(workdir, keep=3)
+  for step in (1, 2, 3):
+    checkpoints.save(step, state(step), {'place': step * 10})
+  checkpoints.close()
+  return workdir
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+  shutil.copytree(saved, tmp_path / 'run')
+  return tmp_path / 'run'
+
+
+def files(workdir, step):
+  """Those of a checkpoint, the largest first."""
+  folder = workdir / 'checkpoints' / str(step)
+  found = [p for p in sorted(folder.rglob('*')) if p.is_file()]
+  return sorted(found, key=lambda p: -p.stat().st_size)
+
+
+def flip(path, place, mask=1):
+  content = bytearray(path.read_bytes())
+  content[place % len(content)] ^= mask
+  path.write_bytes(content)
+
+
+def restored(workdir):
+  checkpoints = checkpoint.Checkpoints(workdir, keep=3)
+  found = checkpoints.restore(state(0))
+  if found is not None:
+    checkpoints.set_aside(found.damaged)
+  checkpoints.close()
+  return found
+
+
+def test_the_newest_is_restored(copy):
+  found = restored(copy)
+  assert (found.step, found.data, found.damaged) == (3, {'place': 30}, {})
+  same(found.state, state(3))
+
+
+def test_none_is_no_damage(tmp_path):
+  assert restored(tmp_path) is None
+
+
+def test_some_are_kept_for_ever(tmp_path):
+  checkpoints = checkpoint.Checkpoints(tmp_path, keep=2, every=3)
+  for step in range(1, 9):
+    checkpoints.save(step, state(step), {})
+  checkpoints.close()
+  names = sorted(p.name for p in (tmp_path / 'checkpoints').glob('[0-9]*'))
+  assert names == ['3', '6', '7', '8']
+
+
+@pytest.mark.parametrize('writer', MESHES)
+@pytest.mark.parametrize('reader', MESHES)
+def test_checkpoints_do_not_know_the_mesh(tmp_path, writer, reader):
+  checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
+  checkpoints.save(5, state(5, writer), {})
+  found = checkpoints.restore(state(0, reader))
+  checkpoints.close()
+  same(found.state, state(5))
+  assert found.state['moment'].sharding.mesh == mesh(reader)
+
+
+def _truncate(path):
+  path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _data(workdir):
+  (path,) = (workdir / 'checkpoints' / '3' / 'data').glob('metadata')
+  return path
+
+
+def _other_number(workdir):
+  """The JSON stays JSON: only its checksum knows."""
+  path = _data(workdir)
+  assert '30' in path.read_text()
+  path.write_text(path.read_text().replace('30', '31'))
+
+
+DAMAGE = {
+  'the largest file cut': lambda w: _truncate(files(w, 3)[0]),
+  'the largest file empty': lambda w: files(w, 3)[0].write_bytes(b''),
+  'the largest file gone': lambda w: files(w, 3)[0].unlink(),
+  'a bit of the largest': lambda w: flip(files(w, 3)[0], 777),
+  'its first bit': lambda w: flip(files(w, 3)[0], 0),
+  'the largest as zeros': lambda w: files(w, 3)[0].write_bytes(
+    bytes(files(w, 3)[0].stat().st_size)
+  ),
+  'the data cut': lambda w: _truncate(_data(w)),
+  'another number in the data': _other_number,
+  'no data': lambda w: shutil.rmtree(w / 'checkpoints/3/data'),
+  'no state': lambda w: shutil.rmtree(w / 'checkpoints/3/state'),
+  'nothing in it': lambda w: [p.unlink() for p in files(w, 3)],
+}
+
+
+@pytest.mark.parametrize('damage', DAMAGE)
+def test_damage_is_told_and_the_one_before_is_used(copy, damage):
+  DAMAGE[damage](copy)
+  found = restored(copy)
+  assert (found.step, found.data) == (2, {'place': 20})
+  assert list(found.damaged) == [3] and found.damaged[3]
+  assert '\n' not in found.damaged[3]
+  same(found.state, state(2))
+  # Its step can come again, and what is left of it stays.
+  assert (copy / 'damaged/3.0').is_dir()
+  checkpoints = checkpoint.Checkpoints(copy, keep=3)
+  checkpoints.save(3, state(3), {'place': 33})
+  assert checkpoints.restore(state(0)).data == {'place': 33}
+  checkpoints.close()
+
+
+def test_a_changed_value_is_named(saved, monkeypatch):
+  """What a file system cannot know: the values are whole, but others."""
+  monkeypatch.setattr(checkpoint, '_sums', lambda state: {'moment': 1})
+  found = checkpoint.Checkpoints(saved, keep=3)
+  with pytest.raises(OSError, match='step 3: moment differs from its checksum'):
+    found.restore(state(0))
+
+
+# With the digests of small files, and as if none were small.
+@pytest.mark.parametrize('small', [checkpoint.SMALL, -1])
+def test_no_flipped_bit_changes_a_value(saved, tmp_path, monkeypatch, small):
+  """Wherever it is: it is found out, or nothing that is read has changed."""
+  monkeypatch.setattr(checkpoint, 'SMALL', small)
+  if small < 0:
+    monkeypatch.setattr(
+      checkpoint.Checkpoints, '_check_digests', lambda *_: None
+    )
+  draw = np.random.default_rng(0)
+  names = [p.relative_to(saved) for p in files(saved, 3)]
+  found_out = 0
+  for i, name in enumerate(names * 2):
+    run = tmp_path / str(i)
+    shutil.copytree(saved, run)
+    path = run / name
+    if path.name in ('_CHECKPOINT_METADATA', 'commit_success.txt'):
+      continue
+    flip(path, int(draw.integers(path.stat().st_size)), 1 << draw.integers(8))
+    found = restored(run)
+    same(found.state, state(found.step))
+    assert found.data == {'place': 10 * found.step}
+    found_out += found.step == 2
+    assert small < 0 or found.step == 2, name
+    shutil.rmtree(run)
+  assert found_out > 5
+
+
+def test_if_none_is_whole_nothing_changes(copy):
+  for step in (1, 2, 3):
+    _truncate(files(copy, step)[0])
+  before = {p: p.read_bytes() for p in copy.rglob('*') if p.is_file()}
+  checkpoints = checkpoint.Checkpoints(copy, keep=3)
+  with pytest.raises(
+    OSError, match=r'no whole checkpoint: step 3: .*; step 1: '
+  ):
+    checkpoints.restore(state(0))
+  checkpoints.close()
+  after = {p: p.read_bytes() for p in copy.rglob('*') if p.is_file()}
+  assert after == before
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'int32', 'float64'])
+def test_any_one_bit_changes_the_sum(dtype):
+  with jax.enable_x64(dtype == 'float64'):
+    a = np.arange(1, 25, dtype=jnp.dtype(dtype)).reshape(2, 3, 4)
+    whole = int(checkpoint._sum(jnp.asarray(a)))
+    for byte in range(a.nbytes):
+      for bit in range(8):
+        raw = bytearray(a.tobytes())
+        raw[byte] ^= 1 << bit
+        b = np.frombuffer(bytes(raw), a.dtype).reshape(a.shape)
+        assert int(checkpoint._sum(jnp.asarray(b))) != whole
+    swapped = a.copy()
+    swapped[0, 0, 0], swapped[1, 2, 3] = a[1, 2, 3], a[0, 0, 0]
+    assert int(checkpoint._sum(jnp.asarray(swapped))) != whole
+
+
+def test_an_interrupted_save_leaves_nothing(copy):
+  torn = copy / 'checkpoints' / '4.orbax-checkpoint-tmp'
+  shutil.copytree(copy / 'checkpoints' / '3', torn)
+  assert restored(copy).step == 3
+  assert not list(pathlib.Path(copy / 'checkpoints').glob('4*'))
