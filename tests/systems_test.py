@@ -95,7 +95,7 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(
     raise KeyboardInterrupt
 
   with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-    patch.setattr(train, 'evaluate', killed)  # before the last checkpoint
+    patch.setattr(programs, 'evaluate', killed)  # before the last checkpoint
     go(c, tmp_path / 'cut')
   summary = go(c, tmp_path / 'cut')
   np.testing.assert_array_equal(
