@@ -17,7 +17,7 @@ import pytest
 from small import small_config
 
 from moe_jax import job as jobs
-from moe_jax import processes, train
+from moe_jax import preemption, processes, train
 
 TESTS = pathlib.Path(__file__).parent
 DEVICES = 4
@@ -225,6 +225,30 @@ def test_when_one_is_gone_the_other_ends(corpus, tmp_path, victim, blow):
   workdir = tmp_path / 'run'
   with Together(corpus, workdir, 2, silent=SILENT, pause=1) as run:
     strike(run, victim, workdir / 'metrics.jsonl', blow)
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_makes_both_save_and_leave(corpus, tmp_path):
+  """And the same command ends with the bits of a run without it."""
+  whole, workdir = tmp_path / 'whole', tmp_path / 'left'
+  with Together(corpus, whole, 2) as run:
+    assert [code for code, *_ in run.end()] == [0, 0]
+  with Together(corpus, workdir, 2, pause=1) as run:
+    while not (workdir / 'metrics.jsonl').exists():
+      assert run.running[0].poll() is None, run.end()
+      time.sleep(0.1)
+    run.running[1].terminate()
+    ends = run.end()
+  assert [code for code, *_ in ends] == [preemption.EXIT] * 2, ends
+  done = lines_of(workdir)[-1]['step']
+  assert f'SIGTERM: left after step {done}, all is saved' in ends[0][2]
+  assert (workdir / 'checkpoints' / str(done)).is_dir()
+  with Together(corpus, workdir, 2) as run:
+    assert [code for code, *_ in run.end()] == [0, 0]
+  without = lambda line: {
+    k: v for k, v in line.items() if k != 'tokens_per_second'
+  }
+  assert [*map(without, lines_of(workdir))] == [*map(without, lines_of(whole))]
 
 
 @pytest.mark.slow
