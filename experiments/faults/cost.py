@@ -12,10 +12,8 @@ from experiments.faults import runs
 from moe_jax import checkpoint, programs
 from moe_jax import job as jobs
 
-ROUNDS = 5
 
-
-def percent() -> float:
+def percent(rounds: int) -> float:
   """Of the time of a step, by blocks of a period with a save and without one.
 
   The blocks alternate in one run; the median of each kind counts. A save takes
@@ -30,7 +28,7 @@ def percent() -> float:
     seconds = {True: [], False: []}
     state, _ = step(state, job.put(next(batches)))  # compiles
     saved.save(0, state, {'batches': batches.get_state()})
-    for i in range(1, 2 * ROUNDS + 1):
+    for i in range(1, 2 * rounds + 1):
       saved.wait()
       jax.block_until_ready(state)
       began = time.monotonic()

@@ -293,12 +293,12 @@ def _named(sizes):
 
 # Title, what is injected, how often, how often in the short version.
 GROUPS = (
-  ('SIGKILL', kills, 30, 2),
-  ('SIGTERM', terms, 10, 1),
-  ('another mesh', meshes, len(PAIRS), 1),
   ('damaged files', damage, len(DAMAGE), 1),
   ('full disk', disk, 1, 1),
   ('bad numbers', numbers, 3, 1),
+  ('another mesh', meshes, len(PAIRS), 1),
   ('one of two processes killed', processes, 2, 0),
+  ('SIGTERM', terms, 10, 1),
+  ('SIGKILL', kills, 30, 2),
   ('nothing', repeats, 2, 0),
 )
