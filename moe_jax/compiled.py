@@ -6,7 +6,6 @@ settings once, and keeps what it took.
 
 import collections
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -155,19 +154,15 @@ def job_on(
 
 def _arguments(abstract):
   """Shapes of the train state and of a batch, where they lie."""
-  mesh = abstract.mesh
-  state = jax.eval_shape(functools.partial(programs.initial_state, abstract))
+  rows = jax.NamedSharding(abstract.mesh, parallel.ROWS)
+  batch = planner.batch(abstract.config)
   return (
-    jax.tree.map(_placed, state, parallel.shardings(state, mesh)),
+    programs.abstract_state(abstract),
     {
-      name: _placed(a, jax.NamedSharding(mesh, parallel.ROWS))
-      for name, a in planner.batch(abstract.config).items()
+      name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=rows)
+      for name, a in batch.items()
     },
   )
-
-
-def _placed(a, sharding):
-  return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
 
 
 # --- what a compiler says -----------------------------------------------------

@@ -30,6 +30,18 @@ def initial_state(job: Job) -> TrainState:
   return jax.jit(init, out_shardings=where)()
 
 
+def abstract_state(job: Job) -> TrainState:
+  """Its shapes and types, and where it lies on the mesh; no arrays."""
+  init, where = _state(job)
+  return jax.tree.map(
+    lambda a, sharding: jax.ShapeDtypeStruct(
+      a.shape, a.dtype, sharding=sharding
+    ),
+    jax.eval_shape(init),
+    where,
+  )
+
+
 def _state(job):
   """A function that makes the first state, and where states lie."""
 

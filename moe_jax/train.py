@@ -66,7 +66,7 @@ class _Run:
     self.job, self.c, self.notice = job, c, notice
     self.began, self.told = time.monotonic(), []
     self.first = jax.process_index() == 0
-    self.state, self.batches = programs.initial_state(job), job.train_batches()
+    self.state, self.batches = None, job.train_batches()
     # What a checkpoint keeps beside the state.
     self.record = {
       'seconds': 0.0,  # of the whole run
@@ -86,6 +86,8 @@ class _Run:
     if resumes:
       self._resume()
       self._describe()
+    if self.state is None:
+      self.state = programs.initial_state(job)
     self.step = self.start = int(self.state.step)
     self._look_back()
     self.stopwatch = _Stopwatch(
@@ -224,7 +226,7 @@ class _Run:
 
   def _resume(self):
     """Goes to the newest whole checkpoint, if there is any checkpoint."""
-    found = self.saved.restore(self.state)
+    found = self.saved.restore(programs.abstract_state(self.job))
     if found is None:
       return
     self.saved.set_aside(found.damaged)
@@ -247,7 +249,9 @@ class _Run:
         f'{told}, after {self.record["rollbacks"]} rollbacks: {where}'
       )
     rollbacks, skipped = self.record['rollbacks'], self.state.guard.skipped
-    found = self.saved.restore(self.state, before=step - row + 1)
+    self.state = None  # a device may not have room for two
+    like = programs.abstract_state(self.job)
+    found = self.saved.restore(like, before=step - row + 1)
     if found is None:
       self.state = programs.initial_state(self.job)
     else:

@@ -64,13 +64,10 @@ def compiled(name, chip, gmm, sizes):
   c = config.resolve(runpy.run_path(str(path))['get_config']())
   c['batch_size'] = ROWS.get(name, 8) * mesh.size
   abstract = abstract_job(c, gmm, mesh)
-  state = jax.eval_shape(functools.partial(programs.initial_state, abstract))
-  place = lambda a, sharding: jax.ShapeDtypeStruct(
-    a.shape, a.dtype, sharding=sharding
-  )
+  state = programs.abstract_state(abstract)
   rows = jax.NamedSharding(mesh, parallel.ROWS)
-  state = jax.tree.map(place, state, parallel.shardings(state, mesh))
-  batch = {k: place(a, rows) for k, a in batch_of(c).items()}
+  place = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=rows)
+  batch = {k: place(a) for k, a in batch_of(c).items()}
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     program = programs.make_step(abstract).lower(state, batch).compile()
   memory, text = program.memory_analysis(), program.as_text()
