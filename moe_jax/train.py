@@ -138,7 +138,8 @@ class _Run:
       if row:
         self.progress.note(f'step {step}: bad numbers, skipped; {row} in a row')
       if row >= self.c['guard']['skips']:
-        self._go_back(step, row, batch)
+        # Of a step before a kill the batch is not known, but the next one is.
+        self._go_back(step, row, batch or (judged and judged[1]))
         judged = self.step, None, int(self.state.guard.row)
       elif found:
         self._after(found)
@@ -244,7 +245,9 @@ class _Run:
     told = f'step {step}: {row} steps in a row had bad numbers'
     if self.record['rollbacks'] == self.c['guard']['rollbacks']:
       self.saved.close()
-      where = programs.first_bad_number(self.job, self.state, batch)
+      where = 'its batch is not known any more'
+      if batch:
+        where = programs.first_bad_number(self.job, self.state, batch)
       raise Stopped(
         f'{told}, after {self.record["rollbacks"]} rollbacks: {where}'
       )

@@ -183,6 +183,26 @@ def test_a_run_that_was_killed_after_it_went_back_ends_the_same(
   assert found == expected
 
 
+@pytest.mark.parametrize('steps', [5, 8])
+def test_a_kill_before_it_would_have_stopped(
+  corpus, tmp_path, monkeypatch, steps
+):
+  """The last step's verdict is in the checkpoint: it stops all the same."""
+  c = small_config(corpus, steps=steps, checkpoint_every=1, guard__skips=2)
+  c.guard.rollbacks = 0
+  with monkeypatch.context() as patch:
+    patch.setattr(train._Run, '_go_back', _die)
+    with pytest.raises(KeyboardInterrupt):
+      train.run(poisoned(c, tmp_path, {4, 5}))
+  with pytest.raises(train.Stopped, match='2 steps in a row had bad numbers'):
+    train.run(poisoned(c, tmp_path, {4, 5}))
+
+
+def _die(run, *_):
+  run.saved.close()
+  raise KeyboardInterrupt
+
+
 def test_it_stops_and_says_where_the_first_bad_number_is(corpus, tmp_path):
   c = small_config(corpus, steps=9, guard__skips=2, guard__rollbacks=1)
   c.optimizer.update(learning_rate=1e30, clip=0.0, warmup=0.0)
