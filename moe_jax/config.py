@@ -266,25 +266,15 @@ def resolve(c: ml_collections.ConfigDict) -> dict[str, Any]:
 def _check_kinds(values, defaults):
   """ValueError where a value is of another kind than its default."""
   for key, value in values.items():
-    default = defaults.get(key)
     if isinstance(value, float) and not math.isfinite(value):
       raise ValueError(f'{key}={value} is not finite')
-    if default is None or inspect.isclass(default):
-      continue
-    for kind, names in _KINDS.items():
-      if isinstance(default, kind):
-        if type(value) not in names:
-          raise ValueError(f'{key}={value!r} is no {names[0].__name__}')
-        break
+    kinds = _KINDS.get(type(defaults.get(key)), (type(value),))
+    if type(value) not in kinds:
+      raise ValueError(f'{key}={value!r} is no {kinds[0].__name__}')
 
 
 # Of a default, and which values may stand in its place.
-_KINDS = {
-  bool: (bool,),
-  int: (int,),
-  float: (float, int),
-  str: (str,),
-}
+_KINDS = {bool: (bool,), int: (int,), float: (float, int), str: (str,)}
 
 
 def flat(values: dict[str, Any], prefix: str = '') -> dict[str, Any]:

@@ -75,17 +75,7 @@ def _one(jaxpr, eqn, args, loops):
 
 
 # Whose only jaxpr takes their arguments; others are one operation.
-_CALLS = (
-  'jit',
-  'pjit',
-  'closed_call',
-  'core_call',
-  'remat',
-  'remat2',
-  'checkpoint',
-  'custom_jvp_call',
-  'custom_vjp_call',
-)
+_CALLS = ('jit', 'closed_call', 'remat2', 'custom_jvp_call', 'custom_vjp_call')
 
 
 def _apply(jaxpr, eqn, args):

@@ -67,8 +67,6 @@ def make_step(job: Job) -> Callable[[TrainState, Any], tuple]:
   rule = guard.Config(**job.config['guard'])
 
   def step(state, batch):
-    # Row i goes to microbatch i % parts, so that no row changes its device.
-    cut = lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1)
     tokens = jnp.sum(batch['mask_BxL']) / parts
     batch = _with_cache(batch, state.cache_BxNxCxD)
 
@@ -80,7 +78,7 @@ def make_step(job: Job) -> Callable[[TrainState, Any], tuple]:
     grads, (found, kept) = jax.lax.scan(
       add_gradient,
       jax.tree.map(jnp.zeros_like, state.params),
-      (jax.tree.map(cut, batch), jnp.arange(parts, dtype=jnp.int32)),
+      (_microbatches(batch, parts), jnp.arange(parts, dtype=jnp.int32)),
     )
     grads = jax.tree.map(lambda g: g / parts, grads)
     with jax.numpy_dtype_promotion('standard'):  # optax mixes types
@@ -97,15 +95,26 @@ def make_step(job: Job) -> Callable[[TrainState, Any], tuple]:
     join = lambda a: a.swapaxes(0, 1).reshape(-1, *a.shape[2:])
     cache = join(kept['cache']) if kept else None
     bad, judged = guard.judge(rule, state.guard, found['loss'], norm)
-    changed = params, router_state, opt_state, cache
-    kept = guard.choose(bad, state[1:5], changed)
-    state = TrainState(state.step + 1, *kept, judged)
+    new = TrainState(
+      state.step + 1, params, router_state, opt_state, cache, judged
+    )
+    old = state._replace(step=new.step, guard=judged)
+    state = guard.choose(bad, old, new)
     found |= {'skipped': judged.skipped, 'row': judged.row}
     return state, {**found, 'grad_norm': norm}
 
   _, where = _state(job)
   out = where, everywhere(job)
   return jax.jit(step, donate_argnums=0, out_shardings=out)
+
+
+def _microbatches(batch, parts):
+  """The batch with an axis of microbatches outside.
+
+  Row i goes to microbatch i % parts, so that no row changes its device.
+  """
+  cut = lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1)
+  return jax.tree.map(cut, batch)
 
 
 def _loss(job, state, params, tokens, batch, microbatch):
@@ -175,10 +184,10 @@ def first_bad_number(job: Job, state: TrainState, batch: Any) -> str:
   parts = job.config['optimizer']['accumulate']
   tokens = jnp.sum(batch['mask_BxL']) / parts
   batch = _with_cache(batch, state.cache_BxNxCxD)
+  cut = _microbatches(batch, parts)
+  gradient = jax.grad(functools.partial(_loss, job, state), has_aux=True)
   for i in range(parts):
-    of = functools.partial(_loss, job, state)
-    part = jax.tree.map(lambda a, i=i: a[i::parts], batch)
-    gradient = jax.grad(of, has_aux=True)
+    part = jax.tree.map(lambda a, i=i: a[i], cut)
     found = nonfinite.made(gradient, state.params, tokens, part, jnp.int32(i))
     if found:
       return f'the first number that is not finite is made by {found}'

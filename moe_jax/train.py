@@ -89,7 +89,9 @@ class _Run:
     if self.state is None:
       self.state = programs.initial_state(job)
     self.step = self.start = int(self.state.step)
-    self._look_back()
+    beyond = self._look_back()
+    if beyond > self.step:
+      self.told.append(f'steps {self.step + 1} to {beyond} are made again')
     self.stopwatch = _Stopwatch(
       self.record['train_seconds'], self.record['train_steps']
     )
@@ -272,17 +274,15 @@ class _Run:
     )
 
   def _look_back(self):
-    """Metrics of later steps go; they will be computed again."""
+    """Metrics of later steps go; returns the last step that had any."""
     lines = metrics.read(self.job.workdir) if self.first else []
-    beyond = max((line['step'] for line in lines), default=0)
-    if beyond > self.step:
-      self.told.append(f'steps {self.step + 1} to {beyond} are made again')
     workdir = self.job.workdir if self.first else None
     self.writer = metrics.Writer(workdir, self.step)
     self.routing = health.Routing(self.c['model']['iterations'])
     for line in lines:
       if line['step'] <= self.step:
         self.routing.see(line)
+    return max((line['step'] for line in lines), default=0)
 
   def _describe(self):
     """Writes what the run is."""

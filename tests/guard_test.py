@@ -1,14 +1,12 @@
 """Bad numbers: the rule by hand, and whole runs on poisoned data."""
 
-import dataclasses
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import small_config
+from small import lines_of, small_config, without_clocks
 
+from experiments.faults import child
 from moe_jax import guard, programs, train
 from moe_jax import job as jobs
 
@@ -63,32 +61,10 @@ def test_a_rule_that_cannot_be_is_named(field, value):
 # --- whole runs ---------------------------------------------------------------
 
 
-def poisoned(c, workdir, steps, value=np.nan):
-  """A job whose loss is bad in these optimiser steps' batches, by their data.
-
-  The bad batches are the first ones that are read as those of these steps: a
-  run that reads on from them has good ones.
-  """
-  job = jobs.prepare(c, str(workdir))
-  clean = job.objective
-  batches, rows = job.train_batches(), []
-  for step in range(1, max(steps) + 1):
-    batch = next(batches)
-    if step in steps:
-      rows.append(batch['ids_BxL'])
-  bad_NxBxL = jnp.asarray(np.stack(rows))
-
-  def objective(forward, batch, tokens=None):
-    loss, found = clean(forward, batch, tokens)
-    same = jnp.all(bad_NxBxL == batch['ids_BxL'][None], axis=(1, 2)).any()
-    return loss * jnp.where(same, value, 1.0), found
-
-  return dataclasses.replace(job, objective=objective)
-
-
-def lines_of(workdir):
-  text = (workdir / 'metrics.jsonl').read_text()
-  return [json.loads(line) for line in text.splitlines()]
+def poisoned(c, workdir, steps):
+  """A job whose loss is NaN in these steps' batches, by their data."""
+  which = ','.join(map(str, sorted(steps)))
+  return child.poisoned(jobs.prepare(c, str(workdir)), which)
 
 
 def test_a_bad_step_changes_nothing_but_the_count(corpus, tmp_path):
@@ -172,13 +148,8 @@ def test_a_run_that_was_killed_after_it_went_back_ends_the_same(
     train.run(job)
   monkeypatch.undo()
   train.run(poisoned(c, tmp_path / 'killed', {4, 5}))
-  clocks = ('tokens_per_second',)
   found, expected = (
-    [
-      {k: v for k, v in line.items() if k not in clocks}
-      for line in lines_of(tmp_path / name)
-    ]
-    for name in ('killed', 'whole')
+    without_clocks(lines_of(tmp_path / name)) for name in ('killed', 'whole')
   )
   assert found == expected
 

@@ -14,7 +14,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from small import small_config
+from small import lines_of, small_config, without_clocks
 
 from moe_jax import job as jobs
 from moe_jax import preemption, processes, train
@@ -46,7 +46,7 @@ job.Job.put = slow_put
 main.console()
 """
 CONFIG = """
-from small import small_config
+from small import lines_of, small_config, without_clocks
 def get_config():
   return small_config({corpus!r}, **{changes!r})
 """
@@ -154,11 +154,6 @@ def strike(run, victim, wait_for, blow=signal.SIGKILL):
   return ends
 
 
-def lines_of(workdir):
-  text = (workdir / 'metrics.jsonl').read_text()
-  return [json.loads(line) for line in text.splitlines()]
-
-
 def assert_same_curve(workdir, expected):
   """Not bit for bit: sums over processes are in another order."""
   lines, expected = lines_of(workdir), lines_of(expected)
@@ -245,10 +240,7 @@ def test_sigterm_to_one_makes_both_save_and_leave(corpus, tmp_path):
   assert (workdir / 'checkpoints' / str(done)).is_dir()
   with Together(corpus, workdir, 2) as run:
     assert [code for code, *_ in run.end()] == [0, 0]
-  without = lambda line: {
-    k: v for k, v in line.items() if k != 'tokens_per_second'
-  }
-  assert [*map(without, lines_of(workdir))] == [*map(without, lines_of(whole))]
+  assert without_clocks(lines_of(workdir)) == without_clocks(lines_of(whole))
 
 
 @pytest.mark.slow

@@ -1,4 +1,6 @@
-"""The config of a run so small that a test can make it."""
+"""The config of a run so small that a test can make it, and its metrics."""
+
+import json
 
 from moe_jax import config
 
@@ -16,3 +18,17 @@ def small_config(corpus, **changes):
   for key, value in changes.items():
     c.update_from_flattened_dict({key.replace('__', '.'): value})
   return c
+
+
+def lines_of(workdir):
+  """Those of metrics.jsonl, as dicts."""
+  text = (workdir / 'metrics.jsonl').read_text()
+  return [json.loads(line) for line in text.splitlines()]
+
+
+def without_clocks(lines):
+  """The same, but for what time changes."""
+  return [
+    {k: v for k, v in line.items() if k != 'tokens_per_second'}
+    for line in lines
+  ]

@@ -1,11 +1,13 @@
 """Whole runs of a very small model, in this process."""
 
 import json
+import os
+import signal
 
 import jax
 import numpy as np
 import pytest
-from small import small_config
+from small import lines_of, small_config, without_clocks
 
 from moe_jax import job as jobs
 from moe_jax import programs, train
@@ -13,18 +15,6 @@ from moe_jax import programs, train
 
 def go(c, workdir):
   return train.run(jobs.prepare(c, str(workdir)))
-
-
-def lines_of(workdir):
-  text = (workdir / 'metrics.jsonl').read_text()
-  return [json.loads(line) for line in text.splitlines()]
-
-
-def without_clocks(lines):
-  return [
-    {k: v for k, v in line.items() if k != 'tokens_per_second'}
-    for line in lines
-  ]
 
 
 def files_of(workdir):
@@ -104,6 +94,32 @@ def test_a_killed_run_continues_bit_for_bit(
   assert not (tmp_path / 'summary.json').exists()
   died_after = {2: 1, 7: 3, 24: 5}[dies_at]
   assert lines_of(tmp_path)[-1]['step'] == died_after
+  again = go(c, tmp_path)
+  assert without_clocks(lines_of(tmp_path)) == without_clocks(lines_of(workdir))
+  for key in ('initial_loss', 'eval_loss', 'eval_bits_per_byte'):
+    assert again[key] == summary[key]
+
+
+# As above: in step 2, in the first evaluation, in the last one.
+@pytest.mark.parametrize('comes_at', [2, 7, 50])
+def test_sigterm_saves_and_leaves(whole, tmp_path, monkeypatch, comes_at):
+  c, workdir, summary = whole
+  put, count = jobs.Job.put, []
+
+  def put_and_hear(job, batch):
+    count.append(1)
+    if len(count) == comes_at:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return put(job, batch)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(jobs.Job, 'put', put_and_hear)
+    with pytest.raises(SystemExit) as left:
+      go(c, tmp_path)
+  assert left.value.code == 143 and not (tmp_path / 'summary.json').exists()
+  done = lines_of(tmp_path)[-1]['step']
+  assert done == {2: 2, 7: 3, 50: 8}[comes_at]
+  assert (tmp_path / 'checkpoints' / str(done)).is_dir()
   again = go(c, tmp_path)
   assert without_clocks(lines_of(tmp_path)) == without_clocks(lines_of(workdir))
   for key in ('initial_loss', 'eval_loss', 'eval_bits_per_byte'):

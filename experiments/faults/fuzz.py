@@ -201,7 +201,8 @@ def _bytes(draw):
 
 
 def _one_line(error):
-  _require(str(error).strip() != '', f'{type(error).__name__} says nothing')
+  text = str(error).strip()
+  _require(text and '\n' not in text, f'{type(error).__name__}: {text!r}')
 
 
 def _require(holds, what):

@@ -116,7 +116,7 @@ def damage(place, reference, count) -> Iterator[Trial]:
     if expected is None:  # refused, nothing changed
       lines = [x for x in told.splitlines() if x.startswith('moe-train: ')]
       same = runs.contents(workdir) == before
-      yield Trial(name, code != 0 and same and len(lines) == 1, lines[-1:])
+      yield Trial(name, code != 0 and same and len(lines) == 1, ' '.join(lines))
       continue
     said = [line for line in told.splitlines() if expected in line]
     went_on = code == 0 and runs.result(workdir) == reference
@@ -292,7 +292,7 @@ def _named(sizes):
 
 
 # Title, what is injected, how often, how often in the short version.
-GROUPS = (
+GROUPS: tuple[tuple[str, Group, int, int], ...] = (
   ('damaged files', damage, len(DAMAGE), 1),
   ('full disk', disk, 1, 1),
   ('bad numbers', numbers, 3, 1),
