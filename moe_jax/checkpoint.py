@@ -40,7 +40,9 @@ class Restored(NamedTuple):
 class Checkpoints:
   """Saves and restores (state, data) under workdir/checkpoints.
 
-  Leaves are stored by name and do not know the mesh.
+  Leaves are stored by name and do not know the mesh. A context: whatever ends
+  it, what it began to save is saved first, for a notebook's user who interrupts
+  a run may start it again in the same process.
 
   Args:
     keep: so many of the newest are kept.
@@ -134,6 +136,16 @@ class Checkpoints:
     """Waits until all is saved."""
     self.wait()
     self._manager.close()
+
+  def __enter__(self) -> 'Checkpoints':
+    return self
+
+  def __exit__(self, kind, *_) -> None:
+    try:
+      self.close()
+    except OSError:
+      if kind is None:  # else what came first is told
+        raise
 
   def _write_digests(self):
     for folder in self._folder.glob('*.orbax-checkpoint-tmp*'):

@@ -106,6 +106,7 @@ class _Run:
     """The steps that are left, and the end; returns the summary."""
     end, job = self.c['steps'], self.job
     with (
+      self.saved,
       contextlib.nullcontext() if self.first else open(os.devnull, 'w') as out,
       metrics.Progress(end, self.tokens_per_step, self.start, out) as progress,
     ):
@@ -115,7 +116,7 @@ class _Run:
       if self.record['owed'] and not self._evaluate():
         self._leave()
       self._steps(end)
-      self.saved.close()
+      self.saved.wait()
       if isinstance(job.dataset, pairs.Pairs) and self.c['data']['bleu_lines']:
         found = _bleu(job, self.state)
         self.record['evaluation'] |= found
@@ -223,7 +224,7 @@ class _Run:
     self.saved.save(self.step, self.state, data)
 
   def _leave(self):
-    self.saved.close()
+    self.saved.wait()
     self.progress.note(f'SIGTERM: left after step {self.step}, all is saved')
     preemption.leave()
 
@@ -246,7 +247,6 @@ class _Run:
     """To the checkpoint before the bad steps, without their data."""
     told = f'step {step}: {row} steps in a row had bad numbers'
     if self.record['rollbacks'] == self.c['guard']['rollbacks']:
-      self.saved.close()
       where = 'its batch is not known any more'
       if batch:
         where = programs.first_bad_number(self.job, self.state, batch)

@@ -3,14 +3,15 @@
 import json
 import os
 import signal
+import time
 
 import jax
 import numpy as np
 import pytest
 from small import lines_of, small_config, without_clocks
 
+from moe_jax import checkpoint, programs, train
 from moe_jax import job as jobs
-from moe_jax import programs, train
 
 
 def go(c, workdir):
@@ -98,6 +99,27 @@ def test_a_killed_run_continues_bit_for_bit(
   assert without_clocks(lines_of(tmp_path)) == without_clocks(lines_of(workdir))
   for key in ('initial_loss', 'eval_loss', 'eval_bits_per_byte'):
     assert again[key] == summary[key]
+
+
+def test_an_interrupted_run_first_ends_its_save(whole, tmp_path, monkeypatch):
+  """Else a second run in this process would meet the threads of the first."""
+  c, workdir, _ = whole
+  write = checkpoint.Checkpoints._write_digests
+
+  def interrupted(*_):
+    raise KeyboardInterrupt
+
+  def write_late(saved):
+    time.sleep(1)
+    write(saved)
+
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(checkpoint.Checkpoints, '_write_digests', write_late)
+    patch.setattr(programs, 'evaluate', interrupted)  # step 3; step 2 saves
+    go(c, tmp_path)
+  assert [p.name for p in (tmp_path / 'checkpoints').iterdir()] == ['2']
+  go(c, tmp_path)
+  assert without_clocks(lines_of(tmp_path)) == without_clocks(lines_of(workdir))
 
 
 # As above: in step 2, in the first evaluation, in the last one.
