@@ -39,14 +39,15 @@ def made(function: Callable, *args: Any) -> str | None:
   """The operation that first makes a bad number of good ones, or None.
 
   It is told by its place in this package, and by the steps of the loops around
-  it, which are named by jax.named_scope.
+  it, which are named by jax.named_scope. Infinite constants are good, as masks
+  are made of them; a NaN that is written into an operation is not.
   """
   closed = jax.make_jaxpr(function)(*args)
   try:
-    _run(closed.jaxpr, closed.consts, jax.tree.leaves(args), ())
-  except _Found as found:
-    return str(found)
-  return None
+    found = _run(closed.jaxpr, closed.consts, jax.tree.leaves(args), ())
+  except _Found as first:
+    return str(first)
+  return 'constants of the program' if any(map(_bad, found)) else None
 
 
 def _run(jaxpr, consts, args, loops):
@@ -68,7 +69,15 @@ def _one(jaxpr, eqn, args, loops):
   if len(inner) == 1 and eqn.primitive.name in _CALLS:
     return _run(*inner[0], args, loops)
   found = _apply(jaxpr, eqn, args)
-  if any(map(_bad, found)) and not any(map(_bad, args)):
+  literal = jax.extend.core.Literal
+  made = [
+    a
+    for v, a in zip(eqn.invars, args, strict=True)
+    if not isinstance(v, literal)
+  ]
+  new_nan = any(map(_nan, found)) and not any(map(_nan, made))
+  new_infinity = any(map(_bad, found)) and not any(map(_bad, args))
+  if new_nan or new_infinity:
     around = ''.join(f', {name} {i}' for name, i in loops)
     raise _Found(f'{eqn.primitive.name} in {_place(eqn)}{around}')
   return found
@@ -132,6 +141,10 @@ def _place(eqn):
     return 'jax'
   path = pathlib.Path(here[0].file_name).relative_to(_PACKAGE)
   return f'moe_jax/{path}:{here[0].line_num}'
+
+
+def _nan(a):
+  return _bad(a) and bool(jnp.isnan(a).any())
 
 
 def _bad(a):
