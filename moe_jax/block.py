@@ -71,14 +71,16 @@ class Routed(nnx.Module):
     """Returns h_TxD, the router memory, and aux with a leading axis I.
 
     `ctx.forced` has that axis too. With routing 'once' it is 1 long, but not
-    that of `lost`, the rows for which the layout had no place.
+    that of `lost`, the rows for which the layout had no place. Out of training
+    aux also has the `plan`, for who wants to look at it.
     """
     h_TxD, reports, losts, plan = h0_TxD, [], [], None
     for i in range(wiring.iterations):
       if plan is None or wiring.routing != 'once':
         router = at(self.routers, i if wiring.routing == 'each' else 0)
         plan, aux, memory = router(h_TxD, ctx.at_iteration(i), memory)
-        reports.append(aux)
+        # Not in training, where the gradient would carry it through the scans.
+        reports.append(aux if ctx.train else {**aux, 'plan': plan})
       y_TxD, lost = wiring.layout(h_TxD, plan, experts)
       losts.append(lost)
       if self.shared is not None:

@@ -224,7 +224,7 @@ def _typed(value: Any, parameter: inspect.Parameter) -> Any:
   if value is not None:
     return value
   types = typing.get_args(parameter.annotation) or (parameter.annotation,)
-  return config_dict.placeholder(next(t for t in types if t is not type(None)))
+  return config_dict.placeholder(next(t for t in types if t is not _NONE))
 
 
 def resolve(c: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -237,25 +237,29 @@ def resolve(c: ml_collections.ConfigDict) -> dict[str, Any]:
   values, known = c.to_dict(), default().to_dict()
   known['model'] = model(values['model'].get('name', '')).to_dict()
   known['data'] = source(values['data'].get('source', '')).to_dict()
+  optional = set()
   for path, kind in SECTIONS.items():
     *outer, last = path.split('.')
     section = values[outer[0]] if outer else values
     options = dict(section[last])
     name = options.pop('name', '')
+    optional |= {f'{path}.{key}' for key in _optional(kind, name)}
     section[last] = choice(kind, name, **options).to_dict()
     section = known[outer[0]] if outer else known
     section[last] = choice(kind, name).to_dict()
   for key in flat(values):
     if not key.startswith(tuple(SECTIONS)) and key not in flat(known):
       raise ValueError(unknown(key, flat(known)))
-  _check_kinds(flat(values), flat(known))
+  _check_kinds(flat(values), flat(known), optional)
   for key in ('steps', 'batch_size'):
     if values[key] < 1:
       raise ValueError(f'{key}={values[key]} is < 1')
   if values['seq_len'] < 2:
     raise ValueError(f'seq_len={values["seq_len"]} is < 2')
   periods = ('log_every', 'eval_every', 'checkpoint_every', 'keep_every')
-  for key in (*periods, 'seed'):
+  if not 0 <= values['seed'] < 2**32:
+    raise ValueError(f'seed={values["seed"]} is not in [0, 2**32)')
+  for key in periods:
     if values[key] < 0:
       raise ValueError(f'{key}={values[key]} is negative')
   if values['keep_checkpoints'] < 1:
@@ -263,9 +267,20 @@ def resolve(c: ml_collections.ConfigDict) -> dict[str, Any]:
   return values
 
 
-def _check_kinds(values, defaults):
+def _optional(kind, name):
+  """The options of a choice that may be None."""
+  parameters = inspect.signature(CHOICES[kind](name)).parameters.values()
+  return [p.name for p in parameters if _NONE in typing.get_args(p.annotation)]
+
+
+_NONE = type(None)
+
+
+def _check_kinds(values, defaults, optional):
   """ValueError where a value is of another kind than its default."""
   for key, value in values.items():
+    if value is None and key in optional:
+      continue
     if isinstance(value, float) and not math.isfinite(value):
       raise ValueError(f'{key}={value} is not finite')
     kinds = _KINDS.get(type(defaults.get(key)), (type(value),))

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 SOURCES = ('python_stdlib', 'text')
 ORDERS = ('shuffled', 'stream')
-TOKENIZERS = ('bytes', 'bpe')
+TOKENIZERS = ('bytes', 'bpe')  # that need no file
 MIN_BPE_VOCAB = 257  # every byte, and the separator
 
 # Tests and tools are no library code; the packages differ on every machine.
@@ -35,33 +35,44 @@ class DataError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
-  """What to read and how to cut it into tokens; see the config for the prose.
+class TextConfig:
+  """What all text has, wherever it is read.
+
+  Attributes:
+    eval_fraction: the part that is held out where nothing else says what.
+    tokenizer: 'bytes'; 'bpe', trained on the training text; or the path of a
+      tokenizer.json of the `tokenizers` library, of any kind.
+    separator: the special token of that file that stands between documents;
+      '' takes the first of tokenizer.SEPARATORS that it has.
+    vocab_size: ids of the 'bpe', or of the file, which must have as many;
+      'bytes' has 257 whatever stands here.
+    cache_dir: where the 'bpe' and the tokens are kept; '' is the user's cache.
+    eval_bytes: held-out text of a periodic evaluation; 0 is all.
+    order: 'shuffled' rows, or a 'stream' that goes on from batch to batch.
 
   Raises:
     DataError: a value is unknown, out of range, or would not be read.
   """
 
-  source: str = 'python_stdlib'
-  path: str = ''
-  field: str = ''
-  eval_path: str = ''
   eval_fraction: float = 0.1
   tokenizer: str = 'bpe'
+  separator: str = ''
   vocab_size: int = 4096
   cache_dir: str = ''
   eval_bytes: int = 0
   order: str = 'shuffled'
 
   def __post_init__(self):
-    if self.source not in SOURCES:
-      raise DataError(
-        f'data.source is {self.source!r}; it can be {" or ".join(SOURCES)}'
-      )
-    if self.tokenizer not in TOKENIZERS:
+    file = self.tokenizer.endswith('.json')
+    if self.tokenizer not in TOKENIZERS and not file:
       raise DataError(
         f'data.tokenizer is {self.tokenizer!r};'
-        f' it can be {" or ".join(TOKENIZERS)}'
+        f' it can be {", ".join(TOKENIZERS)} or the path of a tokenizer.json'
+      )
+    if self.separator and not file:
+      raise DataError(
+        f'data.separator is {self.separator!r}, but data.tokenizer is'
+        f' {self.tokenizer!r}, which has its own'
       )
     if self.order not in ORDERS:
       raise DataError(
@@ -80,6 +91,35 @@ class DataConfig:
     if self.eval_bytes < 0:
       raise DataError(
         f'data.eval_bytes is {self.eval_bytes}; it must be 0 (all) or more'
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig(TextConfig):
+  """The text of the Python standard library, or of files.
+
+  Attributes:
+    source: 'python_stdlib' or 'text'.
+    path: comma-separated globs of UTF-8 files, plain, .xz or .gz: .jsonl has a
+      document a line, any other file is one.
+    field: the key of a .jsonl line that holds its text; of several by commas
+      the text is one after the other, a line end between them.
+    eval_path: globs of the held-out files; '' holds out by `eval_fraction`.
+
+  Raises:
+    DataError: a value is unknown, out of range, or would not be read.
+  """
+
+  source: str = 'python_stdlib'
+  path: str = ''
+  field: str = ''
+  eval_path: str = ''
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.source not in SOURCES:
+      raise DataError(
+        f'data.source is {self.source!r}; it can be {" or ".join(SOURCES)}'
       )
     if self.source == 'text' and not self.path:
       raise DataError("data.path is empty; data.source 'text' needs a glob")
@@ -131,6 +171,15 @@ def load(config: DataConfig) -> Corpus:
   else:
     train, held_out = _text(config)
     name = config.path
+  return of(name, train, held_out)
+
+
+def of(name: str, train: list[Document], held_out: list[Document]) -> Corpus:
+  """The corpus of these documents, each with text.
+
+  Raises:
+    DataError: nothing is left in a split.
+  """
   if not train:
     raise DataError(f'{name}: no text is left to train on')
   if not held_out:
@@ -220,7 +269,7 @@ def _divide(
 def _text(config: DataConfig) -> tuple[list[Document], list[Document]]:
   files, eval_files = split_files(config.path, config.eval_path)
   if not eval_files:
-    return _hold_out(_read_all(files, config), config)
+    return hold_out(_read_all(files, config), config.eval_fraction)
   return _read_all(files, config), _read_all(eval_files, config)
 
 
@@ -347,7 +396,7 @@ def _records(raw: bytes, path: pathlib.Path, field: str) -> list[Document]:
       raise DataError(f'{where} is not JSON: {error}') from error
     except RecursionError as error:
       raise DataError(f'{where} is not usable JSON: too deep') from error
-    value = _field(record, field, where)
+    value = '\n'.join(_field(record, f, where) for f in field.split(','))
     try:
       size = len(value.encode())
     except UnicodeEncodeError as error:  # "\ud800" is JSON, but no text
@@ -382,16 +431,19 @@ def _field(record: object, field: str, where: str) -> str:
 # --- holding out a fraction -------------------------------------------------
 
 
-def _hold_out(
-  documents: list[Document], config: DataConfig
+def hold_out(
+  documents: list[Document], fraction: float
 ) -> tuple[list[Document], list[Document]]:
-  """Holds out whole documents by hash, or the end of the largest one.
+  """(the rest, what is held out): documents by hash, or the end of one.
 
   Documents are taken in the order of their content's hash, each that still
   fits in the fraction. Where they are so few or so large that this reaches
   less than half of it, the last lines of the largest document serve instead.
+
+  Raises:
+    DataError: that document is a single line.
   """
-  target = config.eval_fraction * _size(documents)
+  target = fraction * _size(documents)
   held, size = set(), 0
   hashes = [_sha(document.text) for document in documents]
   for index in sorted(range(len(documents)), key=lambda i: hashes[i]):
@@ -415,7 +467,7 @@ def _cut(document: Document, tail_size: float) -> tuple[Document, Document]:
   if not cuts:
     raise DataError(
       f'{document.name} is a single line, of which no part can be held out;'
-      ' set data.eval_path'
+      ' name what to hold out (data.eval_path, data.eval_split)'
     )
   cut = min(cuts, key=lambda c: abs(c - place))
   return (

@@ -27,6 +27,7 @@ A row is the same whoever reads it.
 
 import functools
 import hashlib
+import itertools
 import pathlib
 from collections.abc import Iterator
 
@@ -34,14 +35,20 @@ import grain
 import numpy as np
 
 from moe_jax import cache
-from moe_jax.corpus import Corpus, DataConfig, DataError, load
+from moe_jax.corpus import Corpus, DataConfig, DataError, load, TextConfig
 from moe_jax.rows import Batch, of_batch, READ, spread
 from moe_jax.tokenizer import Tokenizer
 
 __all__ = (
   'Corpus', 'DataConfig', 'DataError', 'EvalBatches', 'eval_batches', 'load',
-  'pack', 'stream_iterator', 'streams', 'train_iterator',
+  'pack', 'stream_iterator', 'streams', 'train_iterator', 'unpack',
 )  # fmt: skip
+
+
+def unpack(stream: np.ndarray) -> list[np.ndarray]:
+  """The documents of a stream that `pack` made."""
+  cuts = np.flatnonzero(stream == stream[0])
+  return [stream[a + 1 : b] for a, b in itertools.pairwise(cuts)]
 
 
 def pack(documents: list[np.ndarray], separator: int) -> np.ndarray:
@@ -54,7 +61,7 @@ def pack(documents: list[np.ndarray], separator: int) -> np.ndarray:
 
 
 def streams(
-  config: DataConfig, corpus: Corpus, tokenizer: Tokenizer
+  config: TextConfig, corpus: Corpus, tokenizer: Tokenizer
 ) -> tuple[np.ndarray, np.ndarray]:
   """The packed training and held-out tokens, int32 [N] each, kept in the cache.
 
@@ -107,6 +114,8 @@ def _check(
   separators = np.count_nonzero(stream == tokenizer.separator)
   if separators != documents + 1:
     raise ValueError(f'{separators} separators around {documents} documents')
+  if tokenizer.token_bytes is None:
+    return
   found = tokenizer.token_bytes[stream].sum(dtype=np.int64)
   if found != size:
     raise ValueError(f'its tokens stand for {found} of {size} bytes')

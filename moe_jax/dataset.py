@@ -1,6 +1,8 @@
 """What a run reads, be it text, pairs of sentences or images."""
 
 import dataclasses
+import functools
+import hashlib
 import importlib.util
 import pathlib
 from collections.abc import Callable, Iterator
@@ -9,8 +11,8 @@ from typing import Any, NamedTuple, Protocol
 import grain
 import numpy as np
 
-from moe_jax import data, images, pairs, tokenizer
-from moe_jax.corpus import Corpus, DataConfig, DataError
+from moe_jax import data, hub, images, pairs, tokenizer
+from moe_jax.corpus import Corpus, DataConfig, DataError, TextConfig, TOKENIZERS
 
 
 class Dataset(Protocol):
@@ -24,7 +26,8 @@ class Dataset(Protocol):
     sizes: what the model has to know: its fields that the data decides.
     length: targets a row, padding included.
     eval_share: the part of the held-out rows that a periodic evaluation reads.
-    token_bytes: int32 [V], the bytes each id stands for, or None.
+    token_bytes: int32 [V], the bytes each id stands for, or None: then no bits
+      per byte are told.
     streams: a row goes on where that of the batch before ended, unless the
       batch's `begins_B` says that it begins anew.
   """
@@ -59,6 +62,8 @@ class Text:
   tokenizer: tokenizer.Tokenizer
   train_N: np.ndarray
   eval_N: np.ndarray
+  sha256: str
+  token_bytes: np.ndarray | None
   length: int
   eval_share: float
   streams: bool
@@ -68,16 +73,8 @@ class Text:
     return self.corpus.description
 
   @property
-  def sha256(self) -> str:
-    return self.corpus.sha256
-
-  @property
   def sizes(self) -> dict[str, Any]:
     return {'V': self.tokenizer.vocab_size}
-
-  @property
-  def token_bytes(self) -> np.ndarray:
-    return self.tokenizer.token_bytes
 
   def train_batches(
     self, batch_size: int, seed: int, row_B: np.ndarray | None = None
@@ -104,13 +101,28 @@ class Text:
     self.tokenizer.save(workdir / 'tokenizer.json')
 
 
-def _text(config: DataConfig, length: int) -> Text:
-  corpus = data.load(config)
+def _text(
+  read: Callable[[Any], Corpus], config: TextConfig, length: int
+) -> Text:
+  tokenizer.fixed(config)  # a bad file, before the time that reading takes
+  corpus = read(config)
   tok = tokenizer.get(config, corpus)
   train_N, eval_N = data.streams(config, corpus, tok)
-  share = corpus.eval_share(config.eval_bytes)
-  streams = config.order == 'stream'
-  return Text(corpus, tok, train_N, eval_N, length, share, streams)
+  sha256 = corpus.sha256
+  if config.tokenizer not in TOKENIZERS:  # a file's name is not its content
+    both = bytes.fromhex(sha256) + tok.fingerprint()
+    sha256 = hashlib.sha256(both).hexdigest()
+  return Text(
+    corpus=corpus,
+    tokenizer=tok,
+    train_N=train_N,
+    eval_N=eval_N,
+    sha256=sha256,
+    token_bytes=tok.measure(corpus.eval, data.unpack(eval_N)),
+    length=length,
+    eval_share=corpus.eval_share(config.eval_bytes),
+    streams=config.order == 'stream',
+  )
 
 
 def _pairs(config: pairs.PairsConfig, length: int) -> pairs.Pairs:
@@ -135,12 +147,14 @@ class Source(NamedTuple):
   model: str
 
 
-TEXT = Source(DataConfig, _text, 'decoder')
+TEXT = Source(DataConfig, functools.partial(_text, data.load), 'decoder')
+HUB = Source(hub.HubConfig, functools.partial(_text, hub.load), 'decoder')
 PAIRS = Source(pairs.PairsConfig, _pairs, 'translator')
 IMAGES = Source(images.ImagesConfig, _images, 'classifier')
 SOURCES = {
   'python_stdlib': TEXT,
   'text': TEXT,
+  'huggingface': HUB,
   'pairs': PAIRS,
   'digits': IMAGES,
   'images': IMAGES,

@@ -1,4 +1,4 @@
-"""Figures as HTML: curves and heat maps over the steps of a run.
+"""Figures as HTML: curves and heat maps.
 
 No plotting library: a curve is an inline SVG and a heat map a PNG in the page,
 both stretched under HTML labels, so that text keeps its size on any screen.
@@ -36,26 +36,46 @@ class Series:
   said: bool = True  # in the legend with its last value
 
 
+@dataclasses.dataclass
 class Axis:
-  """Steps from 0 to the last one, and where round token counts fall."""
+  """Whole numbers from 0 to `last`, and the places, from 0 to 1, of labels."""
 
-  def __init__(self, lines: list[dict[str, Any]]):
-    self.last = max(x['step'] for x in lines)
-    self.ticks = [
-      (x / self.last, tick(x))
-      for x in _round_values(0, self.last, 5)
-      if x == int(x)
+  last: int
+  unit: str
+  ticks: list[tuple[float, str]]
+  tokens: list[tuple[float, str]] = dataclasses.field(default_factory=list)
+
+
+def steps(lines: list[dict[str, Any]]) -> Axis:
+  """The steps of a run, and where round token counts fall."""
+  axis = numbers(max(x['step'] for x in lines), 'step')
+  seen = [(x['tokens'], x['step']) for x in lines if x.get('tokens')]
+  if seen:
+    tokens, at = zip(*sorted([(0, 0), *seen]), strict=True)
+    axis.tokens = [
+      (float(np.interp(x, tokens, at)) / axis.last, tick(x))
+      for x in _round_values(0, tokens[-1], 5)
     ]
-    seen = [(x['tokens'], x['step']) for x in lines if x.get('tokens')]
-    tokens, steps = zip(*sorted([(0, 0), *seen]), strict=True)
-    self.tokens = (
-      [
-        (float(np.interp(x, tokens, steps)) / self.last, tick(x))
-        for x in _round_values(0, tokens[-1], 5)
-      ]
-      if seen
-      else []
-    )
+  return axis
+
+
+def numbers(last: int, unit: str) -> Axis:
+  """Numbers from 0 to the last one, at least 1."""
+  last = max(last, 1)
+  values = [x for x in _round_values(0, last, 5) if x == int(x)]
+  return Axis(last, unit, [(x / last, tick(x)) for x in values])
+
+
+def cells(names: list[str], unit: str, most: int = 8) -> Axis:
+  """Things side by side, of which about so many are labelled."""
+  return Axis(len(names), unit, _marks(names, most))
+
+
+def _marks(names, most):
+  apart = 1 << math.ceil(math.log2(max(len(names) / most, 1)))
+  return [
+    ((i + 0.5) / len(names), names[i]) for i in range(0, len(names), apart)
+  ]
 
 
 def chart(
@@ -90,7 +110,14 @@ def chart(
   legend = _legend(series) if legend is None else legend
   marks = [(place(y), tick(y)) for y in ticks]
   return _figure(
-    title, hint, drawing, axis, marks, _spoken(title, series), legend, wide=wide
+    title,
+    hint,
+    drawing,
+    axis,
+    marks,
+    _spoken(title, series, axis.unit),
+    legend,
+    wide=wide,
   )
 
 
@@ -130,10 +157,6 @@ def heat_map(
   for a, b in itertools.pairwise([*first, N]):
     a = min(a, N - 1)  # a time without a line shows the next, or the last
     means.append(ratio_NxE[a : max(b, a + 1)].mean(0))
-  with np.errstate(divide='ignore'):  # an idle expert: -inf, then clipped
-    v = np.log(np.array(means).T) / math.log(HEAT_RANGE)
-  level = np.round((np.clip(v, -1, 1) + 1) * (LEVELS // 2))
-  png = _png(np.where(np.isnan(level), LEVELS, level).astype(np.uint8))
   hint, spoken = '', f'Load over time of {E} experts in {name}'
   end = ratio_NxE[-1]
   if np.isfinite(end).all():
@@ -143,25 +166,57 @@ def heat_map(
       f'to {end[high]:.2f}\u00d7 (expert {high})'
     )
     spoken += f'; {hint} an even share'
-  drawing = (
-    f'<img alt="" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-  )
-  apart = 1 << math.ceil(math.log2(max(E / 5, 1)))
-  marks = [(1 - (e + 0.5) / E, str(e)) for e in range(0, E, apart)]
+  marks = _down_the_side([str(e) for e in range(E)], 5)
+  height = min(max(6 * E, 96), 256)
+  drawing = _shades(np.array(means).T)
+  return _figure(name, hint, drawing, axis, marks, spoken, height=height)
+
+
+def table_map(
+  name: str,
+  hint: str,
+  ratio_HxW: np.ndarray,
+  rows: list[str],
+  columns: Axis,
+  *,
+  height: int,
+  wide: bool = False,
+) -> str:
+  """A table of ratios as shades; NaN is missing. Says its extremes."""
+  spoken = f'{name}; {hint}'
+  there = ratio_HxW[np.isfinite(ratio_HxW)]
+  if there.size:
+    spoken += f'; from {there.min():.2f} to {there.max():.2f}'
+  marks = _down_the_side(rows, height / 24)
+  drawing = _shades(ratio_HxW)
   return _figure(
-    name, hint, drawing, axis, marks, spoken, height=min(max(6 * E, 96), 256)
+    name, hint, drawing, columns, marks, spoken, wide=wide, height=height
   )
 
 
-def heat_key() -> str:
-  """The colour bar of all heat maps."""
+def _shades(ratio_HxW):
+  """An image of ratios around 1, on a logarithmic scale."""
+  with np.errstate(divide='ignore'):  # an idle expert: -inf, then clipped
+    v = np.log(ratio_HxW) / math.log(HEAT_RANGE)
+  level = np.round((np.clip(v, -1, 1) + 1) * (LEVELS // 2))
+  png = _png(np.where(np.isnan(level), LEVELS, level).astype(np.uint8))
+  code = base64.b64encode(png).decode()
+  return f'<img alt="" src="data:image/png;base64,{code}">'
+
+
+def _down_the_side(names, most):
+  return [(1 - place, name) for place, name in _marks(names, most)]
+
+
+def heat_key(even: str = 'even', share: str = 'an even share') -> str:
+  """The colour bar of all heat maps, where 1 is `share`."""
   stops = ','.join(
     f'rgb({r} {g} {b}/{a / 255:.2f})' for r, g, b, a in _palette()[:LEVELS:4]
   )
-  marks = enumerate(('≤ ¼', '½', '1 = even', '2', '≥ 4'))
+  marks = enumerate(('≤ ¼', '½', f'1 = {even}', '2', '≥ 4'))
   return (
     '<div class="key" role="img" aria-label="Colours: blue is less than '
-    'an even share, down to a quarter; red is more, up to four times">'
+    f'{share}, down to a quarter; red is more, up to four times">'
     f'<b style="background-image:linear-gradient(90deg,{stops})"></b>'
     + ''.join(f'<i style="left:{25 * i}%">{t}</i>' for i, t in marks)
     + '</div>'
@@ -199,7 +254,7 @@ def _figure(
 ):
   marks = [f'<i class="y" style="bottom:{p:.2%}">{t}</i>' for p, t in y_ticks]
   marks += [f'<i class="x" style="left:{p:.2%}">{t}</i>' for p, t in axis.ticks]
-  marks.append('<i class="unit x">step</i>')
+  marks.append(f'<i class="unit x">{axis.unit}</i>')
   if wide and axis.tokens:
     marks += [
       f'<i class="top" style="left:{p:.2%}">{t}</i>' for p, t in axis.tokens
@@ -255,7 +310,7 @@ def _hover(series, axis, limit=100):
   half = [500 * (a + b) / axis.last for a, b in itertools.pairwise(steps)]
   out = []
   for step, left, right in zip(steps, [0, *half], [*half, 1000], strict=True):
-    texts = [f'step {step:,}']
+    texts = [f'{axis.unit} {step:,}']
     texts += [
       f'{s.name} {number(v[step])}'.strip()
       for s, v in zip(series, values, strict=True)
@@ -268,13 +323,13 @@ def _hover(series, axis, limit=100):
   return f'<g class="hover">{"".join(out)}</g>'
 
 
-def _spoken(title, series):
+def _spoken(title, series, unit):
   parts = []
   for s in series[:6]:
     (x0, y0), (x1, y1) = _ends(s)
     parts.append(
-      f'{s.name} {number(y0)} at step {x0:,}, '
-      f'{number(y1)} at step {x1:,}'.strip()
+      f'{s.name} {number(y0)} at {unit} {x0:,}, '
+      f'{number(y1)} at {unit} {x1:,}'.strip()
     )
   return f'{title}: {"; ".join(parts)}'
 

@@ -17,6 +17,9 @@ from moe_jax.job import Job
 
 class TrainState(NamedTuple):
   step: jax.Array  # int32, optimiser steps done
+  # uint32, of all draws but the first parameters'. Here, so that programs do
+  # not depend on it: runs of several seeds compile once.
+  seed: jax.Array
   params: Any
   router_state: Any  # over steps, without gradient
   opt_state: Any
@@ -52,7 +55,13 @@ def _state(job):
     opt_state = job.optimizer.init(params)
     cache = _blank(job)
     return TrainState(
-      jnp.int32(0), params, router_state, opt_state, cache, guard.init()
+      step=jnp.int32(0),
+      seed=jnp.uint32(job.config['seed']),
+      params=params,
+      router_state=router_state,
+      opt_state=opt_state,
+      cache_BxNxCxD=cache,
+      guard=guard.init(),
     )
 
   return init, parallel.shardings(jax.eval_shape(init), job.mesh)
@@ -95,10 +104,13 @@ def make_step(job: Job) -> Callable[[TrainState, Any], tuple]:
     join = lambda a: a.swapaxes(0, 1).reshape(-1, *a.shape[2:])
     cache = join(kept['cache']) if kept else None
     bad, judged = guard.judge(rule, state.guard, found['loss'], norm)
-    new = TrainState(
-      state.step + 1, params, router_state, opt_state, cache, judged
+    old = state._replace(step=state.step + 1, guard=judged)
+    new = old._replace(
+      params=params,
+      router_state=router_state,
+      opt_state=opt_state,
+      cache_BxNxCxD=cache,
     )
-    old = state._replace(step=new.step, guard=judged)
     state = guard.choose(bad, old, new)
     found |= {'skipped': judged.skipped, 'row': judged.row}
     return state, {**found, 'grad_norm': norm}
@@ -134,7 +146,7 @@ def everywhere(job: Job) -> jax.NamedSharding:
 def _forward(job, state, microbatch, train):
   """The model of this state as an objective calls it, and what calls keep."""
   model = models.bind(job.model, state.params, state.router_state)
-  seed_key, kept = jax.random.key(job.config['seed']), {}
+  seed_key, kept = jax.random.key(state.seed), {}
 
   def forward(batch, pass_):
     ctx = routers.context(

@@ -43,11 +43,16 @@ def page(
     _config(config),
     _summary(summary),
   ]
+  return document(title, sections)
+
+
+def document(title: str, sections: list[str]) -> str:
+  """A whole page, without anything from outside."""
   return (
     '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
     '<meta name="viewport" content="width=device-width,initial-scale=1">'
     '<meta name="color-scheme" content="light dark">'
-    f'<title>{_esc(title)}</title><style>{figures.CSS}{CSS}</style></head>\n'
+    f'<title>{esc(title)}</title><style>{figures.CSS}{CSS}</style></head>\n'
     '<body><main>'
     + '\n'.join(x for x in sections if x)
     + '\n</main></body></html>\n'
@@ -86,8 +91,8 @@ TILES = (  # key of the summary, label, format
 
 def _header(title, name, summary):
   out = [
-    f'<header><p class="kicker">moe_jax run · {_esc(name)}</p>',
-    f'<h1>{_esc(title)}</h1>',
+    f'<header><p class="kicker">moe_jax run · {esc(name)}</p>',
+    f'<h1>{esc(title)}</h1>',
   ]
   if not summary:
     out.append(
@@ -99,29 +104,21 @@ def _header(title, name, summary):
     if k in summary
   ]
   if tiles:
-    out.append(
-      '<dl class="tiles">'
-      + ''.join(f'<div><dt>{a}</dt><dd>{b}</dd></div>' for a, b in tiles)
-      + '</dl>'
-    )
+    out.append(pairs('tiles', tiles))
   facts = [
     (k, _brief(summary[k]))
     for k in ('implementation', 'devices', 'versions')
     if summary.get(k)
   ]
   if facts:
-    out.append(
-      '<dl class="facts">'
-      + ''.join(f'<div><dt>{k}</dt><dd>{_esc(v)}</dd></div>' for k, v in facts)
-      + '</dl>'
-    )
+    out.append(pairs('facts', facts))
   return '\n'.join(out) + '</header>'
 
 
 def _training(lines):
   if not lines:
     return '<p class="note">There are no metrics.</p>'
-  axis = figures.Axis(lines)
+  axis = figures.steps(lines)
   loss, evals = _points(lines, 'loss'), _points(lines, 'eval_loss')
   bits = _points(lines, 'eval_bits_per_byte')
   smooth = _smooth(loss)
@@ -132,7 +129,7 @@ def _training(lines):
     figures.Series('held-out', evals, 'var(--b)', dots=few),
   ]
   one = lambda key: [figures.Series('', _points(lines, key))]
-  return _section(
+  return section(
     'Training',
     [
       figures.chart(
@@ -159,7 +156,7 @@ def _load_maps(lines, config):
   loads = _loads(lines)
   if not loads:
     return ''
-  axis = figures.Axis(lines)
+  axis = figures.steps(lines)
   names = _layer_names(len(loads), config)
   experts = sum(ratio_NxE.shape[1] for _, ratio_NxE in loads)
   columns = min(240, max(HEAT_CELLS // experts, 40))
@@ -171,7 +168,7 @@ def _load_maps(lines, config):
     'The share of the assignments that each expert (a row) got, relative '
     'to an even share, before any is dropped.'
   )
-  return _section(
+  return section(
     'Load of each expert',
     maps,
     'grid maps many' if len(maps) > 9 else 'grid maps',
@@ -189,7 +186,7 @@ PER_LAYER = {  # key of a line: title, hint, options of the chart
 
 def _router(lines, config):
   out = []
-  axis = figures.Axis(lines) if lines else None
+  axis = figures.steps(lines) if lines else None
   loads = _loads(lines)
   if loads:
     peaks = [
@@ -223,7 +220,7 @@ def _router(lines, config):
         title, hint, curves, _layer_names(count, config), axis, **options
       )
     )
-  return _section('Router', out) if any(out) else ''
+  return section('Router', out) if any(out) else ''
 
 
 def _config(config):
@@ -232,16 +229,27 @@ def _config(config):
   nested = {k: v for k, v in config.items() if isinstance(v, dict) and v}
   plain = {k: v for k, v in config.items() if k not in nested}
   groups = [('run', plain), *nested.items()] if plain else nested.items()
-  return _section('Config', [_table(k, v) for k, v in groups], 'columns')
+  return section('Config', [_table(k, v) for k, v in groups], 'columns')
 
 
 def _summary(summary):
   if not summary:
     return ''
-  return _section('All numbers', [_table('summary.json', summary)])
+  return section('All numbers', [_table('summary.json', summary)])
 
 
-def _section(title, parts, kind='grid', before=''):
+def pairs(kind: str, values: list[tuple[str, str]]) -> str:
+  """Names and values; as 'tiles', or as 'facts', one a line."""
+  rows = ''.join(
+    f'<div><dt>{esc(a)}</dt><dd>{esc(b)}</dd></div>' for a, b in values
+  )
+  return f'<dl class="{kind}">{rows}</dl>'
+
+
+def section(
+  title: str, parts: list[str], kind: str = 'grid', before: str = ''
+) -> str:
+  """A heading, what stands before its parts, and those that are not empty."""
   return (
     f'<section><h2>{title}</h2>{before}<div class="{kind}">'
     + '\n'.join(x for x in parts if x)
@@ -251,11 +259,11 @@ def _section(title, parts, kind='grid', before=''):
 
 def _table(title, values):
   rows = ''.join(
-    f'<tr><th scope="row">{_esc(k)}</th><td>{_esc(v)}</td></tr>'
+    f'<tr><th scope="row">{esc(k)}</th><td>{esc(v)}</td></tr>'
     for k, v in _leaves(values)
   )
   return (
-    f'<details open><summary>{_esc(title)}</summary>'
+    f'<details open><summary>{esc(title)}</summary>'
     f'<table>{rows}</table></details>'
   )
 
@@ -351,7 +359,8 @@ def _finite(x):
   return _number(x) if isinstance(x, float) else x
 
 
-def _esc(x):
+def esc(x: Any) -> str:
+  """A text that HTML shows as it is."""
   return html.escape(str(x))
 
 

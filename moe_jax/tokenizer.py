@@ -1,10 +1,12 @@
-"""Text to token ids and back, without loss: plain bytes, or a byte-level BPE.
+"""Text to token ids and back: plain bytes, a byte-level BPE, or a file's.
 
-Both kinds own one id that no text can produce: the separator, which stands
-between documents (see data.py).
+The first two lose nothing; what a tokenizer.json made elsewhere does to a text
+is its own affair. Each kind has an id that stands in no document: the
+separator, which stands between them (see data.py).
 """
 
 import abc
+import functools
 import hashlib
 import json
 import logging
@@ -12,18 +14,22 @@ import os
 import pathlib
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
 from moe_jax import cache
-from moe_jax.corpus import Corpus, DataConfig, DataError
+from moe_jax.corpus import Corpus, DataError, TextConfig
 
 logger = logging.getLogger(__name__)
 
 SEPARATOR = '<|endoftext|>'
+# What ends a text in the files of others; a file's is the first that it has.
+SEPARATORS = (
+  *(SEPARATOR, '<|end_of_text|>', '</s>', '<eos>', '[EOS]', '[SEP]'),
+)
 
 # What BPE may merge within: a line end with the indent that follows, a word
 # with the one mark before it, up to three digits, a run of marks with its line
@@ -47,12 +53,13 @@ class Tokenizer(abc.ABC):
   """A vocabulary of `vocab_size` ids, the `separator` among them.
 
   `token_bytes` is int32 [V]: the UTF-8 bytes each id stands for, 0 for those
-  that no text gives; so `token_bytes[ids].sum()` is the size of the text.
+  that no text gives; so `token_bytes[ids].sum()` is the size of the text. It is
+  None for a file's, of which `measure` tells more.
   """
 
   vocab_size: int
   separator: int
-  token_bytes: np.ndarray
+  token_bytes: np.ndarray | None
 
   @abc.abstractmethod
   def encode(self, texts: list[str]) -> list[np.ndarray]:
@@ -60,10 +67,17 @@ class Tokenizer(abc.ABC):
 
   @abc.abstractmethod
   def decode(self, ids: Iterable[int]) -> str:
-    """The text of `ids`: exact for what `encode` gave.
+    """The text of `ids`: exact for what `encode` gave, where nothing was lost.
 
     Ids that no text gives vanish; bytes that are no UTF-8 become U+FFFD.
     """
+
+  def measure(
+    self, texts: list[str], ids: Iterable[np.ndarray]
+  ) -> np.ndarray | None:
+    """`token_bytes`, right for these texts and their ids; None if none are."""
+    del texts, ids
+    return self.token_bytes
 
   @abc.abstractmethod
   def save(self, path: str | os.PathLike) -> None:
@@ -152,15 +166,166 @@ class BPE(Tokenizer):
     return hashlib.sha256(self._library.to_str().encode()).digest()
 
 
-def get(config: DataConfig, corpus: Corpus) -> Tokenizer:
-  """The tokenizer that `config` names; a BPE is trained on `corpus.train`.
+class Saved(Tokenizer):
+  """A tokenizer.json of the `tokenizers` library, whoever made it.
+
+  The separator is the special token of that name, or by default the first of
+  SEPARATORS that is one; SEPARATOR itself may be named where the file lacks
+  it, and becomes one more id. Special tokens that a text spells are text, as
+  far as the tokenizer can read them so. What a file says of truncation,
+  padding and tokens around a text is left out.
 
   Raises:
-    DataError: the text is too short to give a BPE of `config.vocab_size`.
+    DataError: no separator is found, or ids would be drawn at random.
+  """
+
+  token_bytes = None
+
+  def __init__(self, library: tokenizers.Tokenizer, name: str, separator: str):
+    if getattr(library.model, 'dropout', None):
+      raise DataError(
+        f'{name} has a dropout of {library.model.dropout:g}: the same text'
+        ' would get other ids each time'
+      )
+    library.no_truncation()
+    library.no_padding()
+    library.encode_special_tokens = True
+    self._library = library
+    self._name = name
+    self.separator = _separator(library, name, separator)
+    # Ids may have holes.
+    self.vocab_size = 1 + max(library.get_vocab().values())
+    self._specials = _specials(library)
+
+  def encode(self, texts: list[str]) -> list[np.ndarray]:
+    """As for all; documents are read whole, since none may be cut for sure.
+
+    Raises:
+      DataError: the tokenizer fails, or reads a text's own words as the
+        separator.
+    """
+    found = []
+    for some in _batches(texts):
+      try:
+        encodings = self._library.encode_batch_fast(
+          some, add_special_tokens=False
+        )
+      except Exception as error:  # the library raises bare exceptions
+        raise DataError(f'{self._name} fails on a text: {error}') from error
+      for encoding in encodings:
+        ids = np.array(encoding.ids, np.int32)
+        if self.separator in ids:
+          token = self._library.id_to_token(self.separator)
+          raise DataError(
+            f'document {len(found) + 1} of {len(texts)} holds what {self._name}'
+            f' reads as {token!r}, the separator; data.separator can be'
+            f' {_listed(self._specials.keys() - {token}, SEPARATOR)}'
+          )
+        found.append(ids)
+    return found
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """As the file has it, without separators; other special tokens show."""
+    ids = [int(i) for i in ids if i != self.separator]
+    return self._library.decode(ids, skip_special_tokens=False)
+
+  def measure(
+    self, texts: list[str], ids: Iterable[np.ndarray]
+  ) -> np.ndarray | None:
+    """int32 [V] if the ids spell these very texts, byte by byte, else None.
+
+    Tried are the letters of byte-level tokenizers and those of SentencePiece.
+    A space that stands before every text, as some tokenizers have it, counts
+    as -1 byte of the separator: the sum is the size of the texts again.
+    """
+    ids = list(ids)
+    for spelled in (self._spelled(_byte_level), self._spelled(_sentence_piece)):
+      for before in (b'', b' '):
+        if all(
+          b''.join(spelled[i] for i in own.tolist()) == before + text.encode()
+          for text, own in zip(texts, ids, strict=True)
+        ):
+          sizes = np.array([len(token) for token in spelled], np.int32)
+          sizes[self.separator] = -len(before)
+          return sizes
+    logger.warning(
+      'no bits per byte will be told: the ids of %s do not spell the held-out'
+      ' text exactly', self._name,
+    )  # fmt: skip
+    return None
+
+  def _spelled(self, spell: Callable[[str], bytes | None]) -> list[bytes]:
+    """What each id would stand for; nothing where that cannot be said."""
+    spelled = [b''] * self.vocab_size
+    for token, index in self._library.get_vocab().items():
+      spelled[index] = spell(token) or b''
+    for index, token in self._library.get_added_tokens_decoder().items():
+      if token.special and not _BYTE.fullmatch(token.content):
+        spelled[index] = b''
+      elif not token.special and spell is _byte_level:
+        spelled[index] = token.content.encode()  # these it does not respell
+    return spelled
+
+  def save(self, path: str | os.PathLike) -> None:
+    content = self._library.to_str(pretty=True)
+    pathlib.Path(path).write_text(content, encoding='utf-8')
+
+  def fingerprint(self) -> bytes:
+    content = f'{self.separator} {self._library.to_str()}'
+    return hashlib.sha256(content.encode()).digest()
+
+
+def _separator(library: tokenizers.Tokenizer, name: str, separator: str) -> int:
+  specials = _specials(library)
+  for token in (separator,) if separator else SEPARATORS:
+    if token in specials:
+      return specials[token]
+  if separator == SEPARATOR:
+    library.add_special_tokens([separator])
+    return library.token_to_id(separator)
+  wanted = repr(separator) if separator else f'none of {", ".join(SEPARATORS)}'
+  raise DataError(
+    f'{name} has {"no special token " if separator else ""}{wanted};'
+    f' data.separator can be {_listed(specials, SEPARATOR)}'
+  )
+
+
+def _specials(library: tokenizers.Tokenizer) -> dict[str, int]:
+  return {
+    token.content: index
+    for index, token in library.get_added_tokens_decoder().items()
+    if token.special
+  }
+
+
+def fixed(config: TextConfig) -> Tokenizer | None:
+  """The tokenizer that `config` names, or None for a BPE that needs a corpus.
+
+  Raises:
+    DataError: a file is missing, holds no tokenizer or no separator, or has
+      not `config.vocab_size` ids.
   """
   if config.tokenizer == 'bytes':
     return Bytes()
-  return cached_bpe(
+  if config.tokenizer == 'bpe':
+    return None
+  found = load(os.path.expanduser(config.tokenizer), config.separator)
+  if found.vocab_size != config.vocab_size:
+    raise DataError(
+      f'data.vocab_size is {config.vocab_size}, but {config.tokenizer} has'
+      f' {found.vocab_size} ids'
+    )
+  return found
+
+
+def get(config: TextConfig, corpus: Corpus) -> Tokenizer:
+  """The tokenizer that `config` names; a BPE is trained on `corpus.train`.
+
+  Raises:
+    DataError: as for `fixed`, or the text is too short to give a BPE of
+      `config.vocab_size`.
+  """
+  return fixed(config) or cached_bpe(
     corpus.train, corpus.sha256, config.vocab_size, config.cache_dir
   )
 
@@ -201,14 +366,7 @@ def train(
     DataError: `vocab_size` is below 257 or more than `texts` can fill.
   """
   started = time.monotonic()
-  library = tokenizers.Tokenizer(models.BPE())
-  library.pre_tokenizer = pre_tokenizers.Sequence(
-    [
-      pre_tokenizers.Split(tokenizers.Regex(PATTERN), 'isolated'),
-      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ]
-  )
-  library.decoder = tokenizers.decoders.ByteLevel()
+  library = _untrained()
   trainer = trainers.BpeTrainer(
     vocab_size=vocab_size,
     special_tokens=list(specials),
@@ -228,19 +386,72 @@ def train(
   return BPE(library)
 
 
-def load(path: str | os.PathLike) -> Tokenizer:
-  """The tokenizer that `save` wrote.
+def _untrained() -> tokenizers.Tokenizer:
+  library = tokenizers.Tokenizer(models.BPE())
+  library.pre_tokenizer = pre_tokenizers.Sequence(
+    [
+      pre_tokenizers.Split(tokenizers.Regex(PATTERN), 'isolated'),
+      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+  )
+  library.decoder = tokenizers.decoders.ByteLevel()
+  return library
+
+
+def load(path: str | os.PathLike, separator: str = '') -> Tokenizer:
+  """The tokenizer that `save` wrote, or any that the library can read.
+
+  A run's is in its work directory; `separator` is its config's
+  data.separator.
 
   Raises:
-    DataError: the file is missing or holds no tokenizer.
+    DataError: the file is missing or holds no tokenizer, or none with that
+      separator.
   """
   try:
     text = pathlib.Path(path).read_text(encoding='utf-8')
-    if json.loads(text).get('type') == 'bytes':
+    if json.loads(text).get('type') == 'bytes' and not separator:
       return Bytes()
-    return BPE(tokenizers.Tokenizer.from_str(text))
+    library = tokenizers.Tokenizer.from_str(text)
+    if _made_here(library) and separator in ('', SEPARATOR):
+      return BPE(library)
   except Exception as error:  # the library raises bare exceptions
     raise DataError(f'{path} holds no tokenizer: {error}') from error
+  return Saved(library, str(path), separator)
+
+
+def _made_here(library: tokenizers.Tokenizer) -> bool:
+  """Whether it reads text as `train` has it, so that `_chunks` may cut it."""
+  found, own = (json.loads(t.to_str()) for t in (library, _untrained()))
+  same = ('normalizer', 'pre_tokenizer', 'truncation', 'padding')
+  return (
+    all(found[key] == own[key] for key in same)
+    and found['model']['type'] == 'BPE'
+    and not found['model']['dropout']
+  )
+
+
+def _listed(tokens: Iterable[str], new: str) -> str:
+  """Names in one line; `new` is one that can be added."""
+  tokens = sorted(tokens)
+  more = f' and {len(tokens) - 16} more' if len(tokens) > 16 else ''
+  names = ', '.join(map(repr, tokens[:16])) + more
+  if new in tokens:
+    return names
+  return f'{names}{" or " if tokens else ""}{new!r}, which is added'
+
+
+def _batches(texts: list[str]) -> Iterator[list[str]]:
+  """The texts in their order, in groups that end when they have grown large."""
+  some, size = [], 0
+  for text in texts:
+    some.append(text)
+    size += len(text)
+    if size >= CHUNK * CHUNKS_AT_ONCE:
+      yield some
+      some, size = [], 0
+  if some:
+    yield some
 
 
 def _all_chunks(texts: list[str]) -> Iterator[str]:
@@ -268,18 +479,36 @@ def _token_bytes(
   Raises:
     ValueError: a token is not spelled in the alphabet of byte-level BPE.
   """
-  byte_of = _alphabet()
   spelled = []
   for index in range(library.get_vocab_size()):
-    token = library.id_to_token(index)
-    if index in specials:
-      token = ''
-    if token is None or not set(token) <= byte_of.keys():
+    token = '' if index in specials else library.id_to_token(index)
+    found = None if token is None else _byte_level(token)
+    if found is None:
       raise ValueError(f'token {index} is {token!r}, not bytes')
-    spelled.append(bytes(byte_of[letter] for letter in token))
+    spelled.append(found)
   return spelled
 
 
+def _byte_level(token: str) -> bytes | None:
+  """What a token of byte-level BPE spells; None if it is none."""
+  byte_of = _alphabet()
+  if not set(token) <= byte_of.keys():
+    return None
+  return bytes(byte_of[letter] for letter in token)
+
+
+_BYTE = re.compile('<0x([0-9A-F]{2})>')  # of SentencePiece's byte fallback
+
+
+def _sentence_piece(token: str) -> bytes:
+  """What a token of SentencePiece spells: U+2581 is a space, <0x0A> a byte."""
+  byte = _BYTE.fullmatch(token)
+  if byte:
+    return bytes.fromhex(byte[1])
+  return token.replace('\u2581', ' ').encode()
+
+
+@functools.cache
 def _alphabet() -> dict[str, int]:
   """GPT-2's spelling: printable Latin-1 stands for itself, the rest shifts."""
   byte_of = {}

@@ -118,7 +118,7 @@ class _Run:
       self._steps(end)
       self.saved.wait()
       if isinstance(job.dataset, pairs.Pairs) and self.c['data']['bleu_lines']:
-        found = _bleu(job, self.state)
+        found = bleu(job, self.state)
         self.record['evaluation'] |= found
         progress.evaluation(end, found)
     seconds = time.monotonic() - self.began
@@ -300,7 +300,7 @@ class _Run:
         path.replace(workdir / path.name)
 
 
-def _bleu(job, state):
+def bleu(job, state):
   """BLEU of the model's translations."""
   c = job.config['data']
   search = translate.searcher(job.dataset, c['beam'], c['penalty'])
@@ -309,7 +309,7 @@ def _bleu(job, state):
   def run(state, batch, index):
     batch['row_B'] += index * batch['row_B'].shape[0]
     model = models.bind(job.model, state.params, state.router_state)
-    seed_key = jax.random.key(job.config['seed'])
+    seed_key = jax.random.key(state.seed)
     ctx = routers.context(batch, seed_key, state.step, train=False)
     return search(model, batch, ctx)
 

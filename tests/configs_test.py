@@ -14,6 +14,7 @@ from moe_jax import (
   config,
   corpus,
   dataset,
+  hub,
   images,
   models,
   objective,
@@ -189,7 +190,7 @@ def attributes(*folders, leave_out):
   'cls',
   [
     *(decoder.Config, translator.Config, classifier.Config),
-    *(optimizer.Config, corpus.DataConfig),
+    *(optimizer.Config, corpus.DataConfig, hub.HubConfig),
     *(pairs.PairsConfig, images.ImagesConfig),
   ],
 )

@@ -86,6 +86,14 @@ def test_text_is_read_exactly(tmp_path, suffix):
   assert ''.join(found.train + found.eval) == content
 
 
+def test_several_fields_make_one_document(tmp_path):
+  lines = [json.dumps({'a': f'{i}?', 'b': f'{i}!'}) for i in range(20)]
+  path = _write(tmp_path / 'a.jsonl', '\n'.join(lines))
+  found = _load(path, field='b,a')
+  assert sorted(found.train + found.eval)[0] == '0!\n0?'
+  assert "no field 'c'; it has 'a', 'b'" in _refusal(path, field='a,c')
+
+
 @pytest.mark.parametrize('suffix', ['.jsonl', '.jsonl.xz', '.jsonl.gz'])
 def test_jsonl_records_are_documents(tmp_path, suffix):
   texts = [f'text {i}\u2028\n' for i in range(20)]
@@ -265,7 +273,8 @@ def test_refuses_a_file_that_cannot_be_read(tmp_path, monkeypatch):
   ('options', 'words'),
   [
     ({'source': 'web'}, "'web'; it can be python_stdlib or text"),
-    ({'tokenizer': 'words'}, "'words'; it can be bytes or bpe"),
+    ({'tokenizer': 'words'}, "'words'; it can be bytes, bpe or the path of"),
+    ({'separator': '</s>'}, "'</s>', but data.tokenizer is 'bpe', which has"),
     ({'vocab_size': 256}, 'is 256; bpe needs at least 257'),
     ({'eval_fraction': 0.0}, 'between 0 and 1'),
     ({'eval_fraction': 1.0}, 'between 0 and 1'),

@@ -4,14 +4,19 @@ import collections
 import itertools
 import json
 import math
+import string
 
+import datasets
 import hypothesis
 import numpy as np
 import parts
 import pytest
+import tokenizers
 from hypothesis import strategies as st
+from small import small_config
+from tokenizers import models, normalizers, pre_tokenizers
 
-from moe_jax import data, dataset, tokenizer
+from moe_jax import config, data, dataset, job, tokenizer, train
 
 DTYPES = {
   'ids_BxL': np.int32,
@@ -412,3 +417,85 @@ def test_evaluated_streams_target_each_token_once_and_go_on(case):
     np.testing.assert_array_equal(
       new['ids_BxL'][both, 0], old['target_BxL'][both, -1]
     )
+
+
+# --- a data set and a tokenizer of others -----------------------------------
+
+
+def _spelling(path, token):
+  """A SentencePiece-like tokenizer of single letters; `token` ends texts."""
+  letters = ['<unk>', token, '▁', *string.printable.strip()]
+  library = tokenizers.Tokenizer(
+    models.BPE({c: i for i, c in enumerate(letters)}, [], unk_token='<unk>')
+  )
+  library.normalizer = normalizers.Sequence(
+    [normalizers.Prepend('▁'), normalizers.Replace(' ', '▁')]
+  )
+  library.add_special_tokens(['<unk>', token])
+  library.save(str(path))
+  return len(letters)
+
+
+def _hub_config(tmp_path):
+  rows = {'body': [f'{i} squared is {i * i}' for i in range(200)]}
+  datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / 'set')
+  c = small_config(tmp_path, steps=2)
+  c.data = config.source(
+    'huggingface', path=str(tmp_path / 'set'), field='body',
+    tokenizer=str(tmp_path / 'letters.json'),
+    vocab_size=_spelling(tmp_path / 'letters.json', '</s>'),
+    cache_dir=str(tmp_path / 'cache'),
+  )  # fmt: skip
+  return c
+
+
+def test_a_saved_set_with_a_tokenizer_of_others_trains(tmp_path):
+  c = _hub_config(tmp_path)
+  ready = job.prepare(c, str(tmp_path / 'run'))
+  text = ready.dataset
+  assert [len(ids) for ids in data.unpack(text.eval_N)] == [
+    1 + len(held_out) for held_out in text.corpus.eval
+  ]
+  counted = text.token_bytes[text.eval_N[1:]].sum()  # of all targets
+  assert counted == text.corpus.eval_bytes
+  train.run(ready)
+  summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())
+  assert 0 < summary['eval_bits_per_byte'] < math.inf
+  bits = summary['eval_loss'] / math.log(2)
+  per_byte = (len(text.eval_N) - 1) / text.corpus.eval_bytes
+  assert summary['eval_bits_per_byte'] == pytest.approx(bits * per_byte, 1e-6)
+  again = tokenizer.load(tmp_path / 'run' / 'tokenizer.json')
+  assert again.fingerprint() == text.tokenizer.fingerprint()
+
+  # Another tokenizer under the same name is another run.
+  c.steps = 3
+  assert job.prepare(c, str(tmp_path / 'run')) is not None
+  _spelling(tmp_path / 'letters.json', '<eos>')
+  with pytest.raises(ValueError, match='differ: corpus_sha256'):
+    job.prepare(c, str(tmp_path / 'run'))
+
+
+def test_a_tokenizer_that_loses_text_tells_no_bits_per_byte(tmp_path):
+  library = tokenizers.Tokenizer(
+    models.WordLevel({'[UNK]': 0, '[SEP]': 1, 'is': 2}, unk_token='[UNK]')
+  )
+  library.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+  library.add_special_tokens(['[SEP]'])
+  library.save(str(tmp_path / 'words.json'))
+  found = dataset.source('text').load(
+    data.DataConfig(
+      source='text', path=_files(tmp_path), vocab_size=3,
+      tokenizer=str(tmp_path / 'words.json'), cache_dir=str(tmp_path / 'new'),
+    ),
+    16,
+  )  # fmt: skip
+  assert found.token_bytes is None and found.sizes == {'V': 3}
+  assert found.sha256 != found.corpus.sha256
+
+
+def test_a_bad_tokenizer_is_told_before_the_text_is_read(tmp_path):
+  missing = data.DataConfig(
+    source='text', path='no such file', tokenizer=str(tmp_path / 'none.json')
+  )
+  with pytest.raises(data.DataError, match='holds no tokenizer'):
+    dataset.source('text').load(missing, 16)

@@ -3,7 +3,9 @@
 import collections
 import dataclasses
 import functools
+import json
 import math
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +13,9 @@ import numpy as np
 import oracle
 import pytest
 from flax import nnx
+from small import lines_of, small_config
 
-from moe_jax import config, parallel, routers
+from moe_jax import config, job, parallel, routers, train
 from moe_jax.experts import Experts
 from moe_jax.plan import sort
 
@@ -717,6 +720,104 @@ def test_every_router_is_found_by_its_file():
 def test_an_unknown_router_is_named():
   with pytest.raises(ValueError, match=r"no router 'topkk'.*switch.*topk"):
     routers.get('topkk')
+
+
+# A router of a user's own: a class that a name with a dot imports.
+
+OWN = """
+from moe_jax import routers
+from moe_jax.routers import topk
+
+class First(topk.Router):
+  def __init__(self, D, E, *, k: int = 1, temperature: float = 2.0, rngs):
+    super().__init__(D, E, k=k, rngs=rngs)
+    self.temperature = temperature
+
+  def __call__(self, x_TxD, ctx, memory):
+    return super().__call__(x_TxD / self.temperature, ctx, memory)
+
+def Function(D, E): pass
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+  """A folder on Python's path with routers in a module and in a package."""
+  files = {
+    'own_first.py': OWN,
+    'own_package/__init__.py': '',
+    'own_package/deep.py': OWN,
+    'own_lacks.py': 'import own_that_is_not_there',
+    'own_broken.py': '1 / 0',
+  }
+  for name, text in files.items():
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(text)
+  monkeypatch.syspath_prepend(tmp_path)
+  yield tmp_path
+  for name in [n for n in sys.modules if n.startswith('own_')]:
+    del sys.modules[name]
+
+
+@pytest.mark.parametrize('module', ['own_first', 'own_package.deep'])
+def test_a_name_with_a_dot_is_a_class_of_a_module(own, module):
+  found = routers.get(f'{module}.First')
+  assert (found.__module__, found.__name__) == (module, 'First')
+  c = config.default()
+  c.model.router = config.router(f'{module}.First', temperature=3.0)
+  assert config.resolve(c)['model']['router'] == {
+    'name': f'{module}.First',
+    'k': 1,
+    'temperature': 3.0,
+  }
+  with pytest.raises(ValueError, match=rf'{module}.First has no option'):
+    config.router(f'{module}.First', heat=1.0)
+
+
+def test_a_router_of_ones_own_trains_and_goes_on(own, corpus):
+  c = small_config(corpus, steps=2, model__N=1)
+  c.model.router = config.router('own_first.First')
+  workdir = own / 'run'
+  first = train.run(job.prepare(c, str(workdir)))
+  assert job.prepare(c, str(workdir)) is None  # it has finished
+  saved = json.loads((workdir / 'config.json').read_text())
+  assert saved['model']['router'] == config.router('own_first.First').to_dict()
+  c.steps = 4
+  more = train.run(job.prepare(c, str(workdir)))
+  steps = [line['step'] for line in lines_of(workdir) if 'loss' in line]
+  assert steps == [1, 2, 3, 4]
+  assert more['eval_loss'] < first['eval_loss']
+  c.model.router = config.router('topk', k=1)
+  with pytest.raises(ValueError, match=r"'own_first\.First' -> 'topk'"):
+    job.prepare(c, str(workdir))
+
+
+@pytest.mark.parametrize(
+  'name, told',
+  [
+    ('own_frist.First', "no module 'own_frist' on"),
+    ('own_package.depp.First', "no module 'own_package.depp' on"),
+    ('own_first.deep.First', "no module 'own_first.deep' on"),
+    ('own_first.Frist', "own_first has no class 'Frist'"),
+    ('own_package.deep', "own_package has no class 'deep'"),
+    ('own_first.Function', "own_first has no class 'Function'"),
+    ('own_first.', 'that is not MODULE.CLASS'),
+    ('.own_first.First', 'that is not MODULE.CLASS'),
+    ('own first.py', 'that is not MODULE.CLASS'),
+    ('own_first', 'one of your own is MODULE.CLASS'),
+  ],
+)
+def test_a_name_with_a_dot_that_is_no_router_is_one_line(own, name, told):
+  with pytest.raises(ValueError, match=told) as raised:
+    routers.get(name)
+  assert repr(name) in str(raised.value) and '\n' not in str(raised.value)
+
+
+def test_what_a_router_itself_raises_is_not_hidden(own):
+  with pytest.raises(ZeroDivisionError):
+    routers.get('own_broken.Router')
+  with pytest.raises(ModuleNotFoundError, match='own_that_is_not_there'):
+    routers.get('own_lacks.Router')
 
 
 def test_options_and_their_types():

@@ -9,6 +9,13 @@ import numpy as np
 import pytest
 import tokenizers
 from hypothesis import strategies as st
+from tokenizers import (
+  decoders,
+  models,
+  normalizers,
+  pre_tokenizers,
+  trainers,
+)
 
 from moe_jax import corpus, tokenizer
 from moe_jax.corpus import DataConfig, DataError
@@ -168,3 +175,232 @@ def test_get_rebuilds_a_damaged_file(tmp_path, caplog, harm):
 def test_refuses_a_vocabulary_the_text_cannot_fill():
   with pytest.raises(DataError, match=r'is 300, but .* a BPE of 259 tokens'):
     tokenizer.train(['abc'], 300)
+
+
+# --- tokenizers of others ---------------------------------------------------
+
+WORDS = ['hello world, this is it\n', 'the world is 2 é  wide']
+TEXTS = [*WORDS, 'this  is\n\tit']
+
+
+def _others(kind):
+  """A tokenizer as others make them, trained on WORDS."""
+  special, trainer, options = ['<unk>', '<s>', '</s>'], trainers.BpeTrainer, {}
+  if kind == 'gpt2':
+    library, special = tokenizers.Tokenizer(models.BPE()), [tokenizer.SEPARATOR]
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    options = {'initial_alphabet': pre_tokenizers.ByteLevel.alphabet()}
+  elif kind == 'llama':
+    library = tokenizers.Tokenizer(
+      models.BPE(byte_fallback=True, unk_token='<unk>')
+    )
+    library.normalizer = normalizers.Sequence(
+      [normalizers.Prepend('▁'), normalizers.Replace(' ', '▁')]
+    )
+    library.decoder = decoders.Sequence(
+      [
+        *(decoders.Replace('▁', ' '), decoders.ByteFallback()),
+        *(decoders.Fuse(), decoders.Strip(' ', 1, 0)),
+      ]
+    )
+    special += [f'<0x{byte:02X}>' for byte in range(256)]
+  elif kind == 'wordpiece':
+    library = tokenizers.Tokenizer(models.WordPiece(unk_token='[UNK]'))
+    library.normalizer = normalizers.BertNormalizer()
+    library.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    library.decoder = decoders.WordPiece()
+    trainer, special = trainers.WordPieceTrainer, ['[UNK]', '[CLS]', '[SEP]']
+    library.enable_truncation(4)
+    library.enable_padding()
+  elif kind == 'unigram':
+    library = tokenizers.Tokenizer(models.Unigram())
+    library.pre_tokenizer = pre_tokenizers.Metaspace()
+    library.decoder = decoders.Metaspace()
+    trainer, options = trainers.UnigramTrainer, {'unk_token': '<unk>'}
+  else:
+    library = tokenizers.Tokenizer(models.WordLevel(unk_token='[UNK]'))
+    library.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    trainer, special = trainers.WordLevelTrainer, ['[UNK]', '[EOS]']
+  library.train_from_iterator(
+    WORDS * 20,
+    trainer(
+      vocab_size=400, special_tokens=special, show_progress=False, **options
+    ),
+  )
+  return library
+
+
+def _file(tmp_path, library):
+  library.save(str(tmp_path / 'tokenizer.json'))
+  return tmp_path / 'tokenizer.json'
+
+
+def _stream_bytes(tok, texts):
+  """What a stream of these texts counts, separators included."""
+  ids = tok.encode(texts)
+  sizes = tok.measure(texts, ids)
+  if sizes is None:
+    return None
+  assert sizes.dtype == np.int32 and sizes.shape == (tok.vocab_size,)
+  return sum(sizes[own].sum() + sizes[tok.separator] for own in ids)
+
+
+@pytest.mark.parametrize(
+  ('kind', 'separator', 'spells'),
+  [
+    ('gpt2', '<|endoftext|>', True),
+    ('llama', '</s>', True),
+    ('wordpiece', '[SEP]', False),
+    ('unigram', '</s>', False),
+    ('words', '[EOS]', False),
+  ],
+)
+def test_files_of_others(tmp_path, kind, separator, spells):
+  library = _others(kind)
+  path = _file(tmp_path, library)
+  tok = tokenizer.load(path)
+  assert tok.separator == library.token_to_id(separator)
+  assert tok.vocab_size == library.get_vocab_size()
+
+  library.no_truncation(), library.no_padding()
+  expected = [library.encode(t, add_special_tokens=False).ids for t in TEXTS]
+  found = tok.encode(TEXTS)
+  assert [ids.tolist() for ids in found] == expected
+  assert all(ids.dtype == np.int32 for ids in found)
+  assert tok.decode([*found[0], tok.separator]) == library.decode(expected[0])
+
+  if spells:
+    size = sum(len(text.encode()) for text in TEXTS)
+    assert _stream_bytes(tok, TEXTS) == size
+    assert tok.decode(found[2]) == TEXTS[2]
+  else:
+    assert _stream_bytes(tok, TEXTS) is None
+
+  tok.save(tmp_path / 'again.json')
+  again = tokenizer.load(tmp_path / 'again.json')
+  assert again.fingerprint() == tok.fingerprint()
+  assert [ids.tolist() for ids in again.encode(TEXTS)] == expected
+
+
+def test_bytes_are_told_only_of_text_that_is_spelled_exactly(tmp_path, caplog):
+  tok = tokenizer.load(_file(tmp_path, _others('llama')))
+  assert _stream_bytes(tok, ['a', 'b']) == 2 and not caplog.records
+  assert _stream_bytes(tok, ['a', 'one\u2581two']) is None  # reads as a space
+  assert 'no bits per byte' in caplog.text
+  library = _others('gpt2')
+  library.normalizer = normalizers.Lowercase()  # loses no byte, but the text
+  tok = tokenizer.load(_file(tmp_path, library))
+  assert _stream_bytes(tok, ['hello']) == 5
+  assert _stream_bytes(tok, ['Hello']) is None
+
+
+def test_added_tokens_count_as_they_are_written(tmp_path):
+  library = _others('gpt2')
+  library.add_tokens(['  ', 'ü'])  # not in the letters of byte-level BPE
+  library.add_special_tokens(['<\uff5cstop\uff5c>'])
+  tok = tokenizer.load(_file(tmp_path, library))
+  ids = tok.encode(['a  ü'])[0].tolist()
+  assert library.token_to_id('  ') in ids and library.token_to_id('ü') in ids
+  assert _stream_bytes(tok, ['a  ü', '<\uff5cstop\uff5c>']) == 5 + 12
+
+
+def test_ids_may_have_holes(tmp_path):
+  library = tokenizers.Tokenizer(
+    models.WordLevel({'[UNK]': 0, 'a': 5, '</s>': 9}, unk_token='[UNK]')
+  )
+  library.add_special_tokens(['</s>'])
+  tok = tokenizer.load(_file(tmp_path, library))
+  assert tok.vocab_size == 10
+  assert _stream_bytes(tok, ['a']) == 1
+
+
+def test_a_separator_may_be_named_and_added(tmp_path):
+  library = _others('wordpiece')
+  path = _file(tmp_path, library)
+  tok = tokenizer.load(path, '[CLS]')
+  assert tok.separator == library.token_to_id('[CLS]')
+  assert tok.fingerprint() != tokenizer.load(path).fingerprint()
+  new = tokenizer.load(path, tokenizer.SEPARATOR)
+  assert new.separator == tok.vocab_size == new.vocab_size - 1
+  new.save(tmp_path / 'new.json')
+  again = tokenizer.load(tmp_path / 'new.json', tokenizer.SEPARATOR)
+  assert again.fingerprint() == new.fingerprint()
+
+
+def test_refuses_a_file_without_a_separator(tmp_path):
+  library = tokenizers.Tokenizer(models.WordLevel({'a': 0}))
+  path = _file(tmp_path, library)
+  with pytest.raises(DataError, match=r"be '<.endoftext.>', which is added"):
+    tokenizer.load(path)
+  assert tokenizer.load(path, tokenizer.SEPARATOR).separator == 1
+  library.add_special_tokens(['[PAD]', '[MASK]'])
+  path = _file(tmp_path, library)
+  with pytest.raises(DataError, match=r"has none of .* '\[MASK\]', '\[PAD\]'"):
+    tokenizer.load(path)
+  with pytest.raises(DataError, match=r"no special token '\[PAF\]'; .*\[PAD\]"):
+    tokenizer.load(path, '[PAF]')
+  with pytest.raises(DataError, match="no special token 'a'"):
+    tokenizer.load(path, 'a')
+
+
+def test_refuses_text_that_reads_as_the_separator(tmp_path):
+  tok = tokenizer.load(_file(tmp_path, _others('words')))
+  with pytest.raises(DataError) as error:
+    tok.encode(['hello', 'so [EOS] it'])
+  message = str(error.value)
+  assert 'document 2 of 2' in message and "'[EOS]'" in message
+  assert message.endswith("can be '[UNK]' or '<|endoftext|>', which is added")
+  # Where the tokenizer can spell it, it is text like any other.
+  tok = tokenizer.load(_file(tmp_path, _others('llama')))
+  assert tok.decode(tok.encode(['</s> it'])[0]) == '</s> it'
+
+
+def test_refuses_a_tokenizer_that_fails_or_draws(tmp_path):
+  library = tokenizers.Tokenizer(models.WordLevel({'a': 0}))
+  library.add_special_tokens(['</s>'])
+  tok = tokenizer.load(_file(tmp_path, library))
+  with pytest.raises(DataError, match=r'fails on a text: .*UNK'):
+    tok.encode(['b'])
+  for library in (_others('gpt2'), tokenizer.train([CODE], 300)._library):
+    library.model.dropout = 0.5
+    with pytest.raises(DataError, match=r'dropout of 0\.5'):
+      tokenizer.load(_file(tmp_path, library))
+
+
+def test_the_batches_of_documents_are_not_seen(tmp_path, monkeypatch):
+  tok = tokenizer.load(_file(tmp_path, _others('gpt2')))
+  texts = ['hello ' * i for i in range(30)]
+  expected = [ids.tolist() for ids in tok.encode(texts)]
+  monkeypatch.setattr(tokenizer, 'CHUNK', 1)
+  assert 1 < len(list(tokenizer._batches(texts))) < 30
+  assert [ids.tolist() for ids in tok.encode(texts)] == expected
+
+
+def test_get_reads_a_file_that_must_have_the_size_of_the_config(tmp_path):
+  path = _file(tmp_path, _others('words'))
+  size = tokenizer.load(path).vocab_size
+  options = dict(tokenizer=str(path), cache_dir=str(tmp_path / 'new'))
+  config = DataConfig(vocab_size=size, separator='[UNK]', **options)
+  assert tokenizer.get(config, _corpus('a')).separator == 0
+  assert not (tmp_path / 'new').exists()
+  with pytest.raises(DataError, match=f'is 4096, but .* has {size} ids'):
+    tokenizer.get(DataConfig(**options), _corpus('a'))
+  with pytest.raises(DataError, match='holds no tokenizer'):
+    tokenizer.get(DataConfig(tokenizer='none.json'), _corpus('a'))
+
+
+def test_a_file_of_a_run_is_read_as_that_run_did(tmp_path):
+  BPE.save(tmp_path / 'bpe.json')
+  tokenizer.Bytes().save(tmp_path / 'bytes.json')
+  for name, expected in (('bpe', BPE), ('bytes', tokenizer.Bytes())):
+    config = DataConfig(
+      tokenizer=str(tmp_path / f'{name}.json'), vocab_size=expected.vocab_size
+    )
+    found = tokenizer.get(config, _corpus('a'))
+    assert type(found) is type(expected)
+    assert found.fingerprint() == expected.fingerprint()
+  with pytest.raises(DataError, match=r'has no special token .x.'):
+    tokenizer.load(tmp_path / 'bpe.json', 'x')
+  with pytest.raises(DataError, match='holds no tokenizer'):
+    tokenizer.load(tmp_path / 'bytes.json', 'x')

@@ -66,6 +66,22 @@ def test_metrics_have_each_step_once_and_evaluations(whole):
   assert all(1 <= b < 3 for b in training[0]['balance'])
 
 
+def test_seeds_share_their_programs(corpus, tmp_path):
+  """So that a study of many seeds compiles an arm once."""
+  texts, draws = set(), set()
+  for seed in 0, 1:
+    c = small_config(corpus, seed=seed, model__dropout=0.1)
+    job = jobs.prepare(c, str(tmp_path))
+    state = programs.abstract_state(job)
+    batch = next(job.train_batches())
+    step, evaluate = programs.make_step(job), programs.make_eval(job)
+    texts.add(step.lower(state, batch).as_text())
+    texts.add(evaluate.lower(state, batch, np.int32(0)).as_text())
+    _, found = step(programs.initial_state(job), job.put(batch))
+    draws.add(float(found['loss']))
+  assert len(texts) == len(draws) == 2
+
+
 def test_a_finished_run_changes_no_file(whole):
   c, workdir, _ = whole
   before = files_of(workdir)

@@ -20,7 +20,7 @@ def run(
 
   Args:
     about: what --help says.
-    required: flags that must be given, the config file's first.
+    required: flags that must be given; if there is a config file, it is first.
     optional: other flags that --help shows.
     check: raises what is wrong with the flags, taken together.
   """
@@ -42,7 +42,8 @@ def run(
         if flag.value is None:
           raise ValueError(f'--{flag.name} is missing')
       check()
-      required[0].value.to_dict()  # a config file that failed raises only now
+      if hasattr(required[0].value, 'to_dict'):
+        required[0].value.to_dict()  # a config file that failed raises only now
       return rest
     except Exception as error:  # pylint: disable=broad-exception-caught
       stop(program, _unknown_key(argv) or error)

@@ -4,6 +4,9 @@ A file here defines one class `Router(routers.Router)`; `{'name': 'topk', 'k':
 2}` in a config makes `topk.Router(D, E, rngs=rngs, k=2)`. Nothing else has to
 be edited: a wrong option is a TypeError, and tests/routers_test.py holds every
 file here to the contract below.
+
+A name with a dot is a class of any module that Python finds: 'my_router.Router'
+is `Router` in my_router.py, wherever that lies on Python's path.
 """
 
 import importlib
@@ -172,10 +175,45 @@ def names() -> list[str]:
 
 
 def get(name: str) -> type[Router]:
-  """The class in moe_jax/routers/<name>.py; ValueError if there is none."""
-  if name not in names():
-    raise ValueError(f'no router {name!r}; there are {", ".join(names())}')
-  return importlib.import_module(f'{__name__}.{name}').Router
+  """The class that a name stands for.
+
+  'topk' is `Router` in moe_jax/routers/topk.py, and a name with a dot is
+  MODULE.CLASS, 'my_package.my_router.Router'.
+
+  Raises:
+    ValueError: there is no such router. What that module itself raises while
+      it is imported is raised as it is.
+  """
+  if name in names():
+    return importlib.import_module(f'{__name__}.{name}').Router
+  if '.' in str(name):
+    return _elsewhere(str(name))
+  raise ValueError(
+    f'no router {name!r}; there are {", ".join(names())}; one of your own is'
+    ' MODULE.CLASS'
+  )
+
+
+def _elsewhere(name):
+  """The class MODULE.CLASS, of a module outside of this library."""
+  module, _, cls = name.rpartition('.')
+  if not all(part.isidentifier() for part in name.split('.')):
+    raise ValueError(f'no router {name!r}: that is not MODULE.CLASS')
+  importlib.invalidate_caches()  # a notebook may just have written the file
+  try:
+    found = getattr(importlib.import_module(module), cls, None)
+  except ModuleNotFoundError as error:
+    if not f'{module}.'.startswith(f'{error.name}.'):
+      raise  # of a module that this one imports
+    raise ValueError(
+      f"no router {name!r}: there is no module {error.name!r} on Python's path"
+    ) from None
+  if not (isinstance(found, type) and issubclass(found, Router)):
+    raise ValueError(
+      f'no router {name!r}: {module} has no class {cls!r} that is a'
+      ' routers.Router'
+    )
+  return found
 
 
 def logits(x_TxD: jax.Array, w_DxE: jax.Array) -> jax.Array:

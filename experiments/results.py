@@ -1,0 +1,128 @@
+"""results.jsonl of a study: a line a run, and what may stand beside what.
+
+A line has the arm, the seed, what the run measured and cost, and digests of
+what it was made with: `code`, `config`, `data` and `versions`. Lines of one
+file have the same, or nothing is added to it.
+"""
+
+import hashlib
+import importlib
+import inspect
+import json
+import pathlib
+from types import ModuleType
+from typing import Any
+
+import ml_collections
+
+import experiments
+from experiments import sources
+from moe_jax import config as configs
+from moe_jax import train
+
+ROOT = pathlib.Path(__file__).parents[1]
+FILE = 'results.jsonl'
+# Folders of moe_jax in which a config names the file that it uses.
+BY_NAME = ('routers', 'attention', 'models')
+
+
+def study(name: str) -> ModuleType:
+  """experiments/<name>/study.py; ValueError lists those there are.
+
+  It has DATA (names of sources.py), `arms(data)` from the data's folder to a
+  config an arm, CLAIMS (claims.py), COLUMNS (of its table: {metric: title}),
+  and may have `measure(job, state)`, more metrics of a trained run.
+  """
+  places = map(pathlib.Path, experiments.__path__)
+  found = (p for place in places for p in place.glob('*/study.py'))
+  there = sorted(p.parent.name for p in found)
+  if name not in there:
+    raise ValueError(f'no study {name!r}; there are {", ".join(there)}')
+  return importlib.import_module(f'experiments.{name}.study')
+
+
+def folder(study: ModuleType) -> pathlib.Path:
+  return pathlib.Path(study.__file__).parent
+
+
+def made_with(
+  study: ModuleType, c: ml_collections.ConfigDict, data: pathlib.Path
+) -> dict[str, Any]:
+  """What a line of this config has to have been made with."""
+  values = configs.resolve(c)
+  text = json.dumps({**values, 'seed': None}, sort_keys=True)
+  text = text.replace(str(data), '')  # wherever it lies
+  return {
+    'code': _code(study, values),
+    'config': _digest(text.encode()),
+    'data': sources.digests(data, study.DATA),
+    'versions': train.versions(),
+  }
+
+
+def read(study: ModuleType) -> list[dict]:
+  """The lines, none where there is no file yet."""
+  path = folder(study) / FILE
+  if not path.exists():
+    return []
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def add(study: ModuleType, row: dict) -> None:
+  """One line more, whole or not at all but for a power cut."""
+  with (folder(study) / FILE).open('a') as file:
+    file.write(json.dumps(row) + '\n')
+
+
+def check(rows: list[dict], now: dict[str, dict], where: Any) -> None:
+  """ValueError if a line was made with anything else than an arm is now.
+
+  Args:
+    rows: the lines of the file `where`.
+    now: {arm: what made_with says of it}.
+  """
+  for row in rows:
+    said = f'{where}: {row["arm"]} of seed {row["seed"]}'
+    if row['arm'] not in now:
+      raise ValueError(f'{said} is of an arm that study.py lacks')
+    for key, value in now[row['arm']].items():
+      if row[key] != value:
+        was, is_ = _apart(row[key], value)
+        raise ValueError(
+          f'{said} was made with {key} {was}, and this would be {is_}:'
+          ' move the file away to begin anew'
+        )
+
+
+def _apart(old, new):
+  """Two values; of two dicts what differs in them."""
+  if not isinstance(old, dict):
+    return old, new
+  keys = [k for k in {**old, **new} if old.get(k) != new.get(k)]
+  return {k: old.get(k) for k in keys}, {k: new.get(k) for k in keys}
+
+
+def _code(study, values):
+  """A digest of the sources that a run of these values can come to."""
+  named = {v for v in configs.flat(values).values() if isinstance(v, str)}
+  named.add('__init__')
+  whole = hashlib.sha256()
+  for path in sorted(ROOT.glob('moe_jax/**/*.py')):
+    if path.parent.name == 'commands':
+      continue
+    if path.parent.name in BY_NAME and path.stem not in named:
+      continue
+    whole.update(path.read_bytes())
+  for path in (*sorted(ROOT.glob('pallas_kernels/*.py')), _trial()):
+    whole.update(path.read_bytes())
+  if hasattr(study, 'measure'):
+    whole.update(inspect.getsource(study.measure).encode())
+  return whole.hexdigest()[:16]
+
+
+def _trial():
+  return ROOT / 'experiments' / 'trial.py'
+
+
+def _digest(data):
+  return hashlib.sha256(data).hexdigest()[:16]

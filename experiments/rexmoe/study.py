@@ -1,0 +1,105 @@
+"""ReXMoE (2510.17483): do routers gain from the experts of other layers?"""
+
+import pathlib
+
+import ml_collections
+import numpy as np
+
+from experiments import language
+from experiments.claims import Claim
+from moe_jax import config, metrics
+
+DATA = ('eltec-eng',)
+COLUMNS = {
+  'eval_loss': 'nats a token',
+  'dead': 'dead experts, %',
+  'load_deviation': 'deviation of load',
+}
+E = 8  # experts that a layer owns, of which a token has 2
+
+
+def arms(data: pathlib.Path) -> dict[str, ml_collections.ConfigDict]:
+  """r: layers that share their experts; PSR: candidates grow from 8 to all."""
+
+  def arm(r=1, *, own=E, **router):
+    c = language.base()
+    language.novels(c, data)
+    c.model.update(N=4, E=own, shared_F=0, expert_F=128, layers_per_pool=r)
+    c.model.router = config.router('rexmoe', k=2, **router)
+    c.objective.losses.update(balance=0.01, z=0.0)
+    return c
+
+  steps = '0.21:16,0.42:24,0.63:32'
+  return {
+    'r=1': arm(),
+    'r=2': arm(2),
+    'r=4': arm(4),
+    'r=2, linear': arm(2, first=E),
+    'r=4, linear': arm(4, first=E),
+    'r=4, stepwise': arm(4, first=E, schedule='stepwise', stages=steps),
+    # The same part of the candidates masked, but within a layer's own experts.
+    'r=1, masked from 1/2': arm(first=E // 2),
+    'r=1, masked from 1/4': arm(first=E // 4),
+    'r=1, renormalised': arm(renormalise=True),
+    'r=4, linear, renormalised': arm(4, first=E, renormalise=True),
+    'r=1 of 32 experts': arm(own=4 * E),
+  }
+
+
+def measure(job, state):
+  """Over the last fifth of training, where all candidates are let in."""
+  del state
+  lines = [x for x in metrics.read(job.workdir) if 'load' in x]
+  late = lines[-len(lines) // 5 :]
+  load_NxE = np.mean([line['load'] for line in late], axis=0)
+  relative_NxE = load_NxE / load_NxE.mean(axis=1, keepdims=True)
+  return {
+    'dead': 100 * float(np.mean(relative_NxE < 0.1)),  # a tenth of fair
+    'load_deviation': float(relative_NxE.std(axis=1).mean()),
+  }
+
+
+NEARLY = 0.02  # nats
+
+CLAIMS = [
+  Claim(
+    f'reuse alone changes nothing (to {NEARLY} nats)',
+    'r=4', 'r=1', low=-NEARLY, high=NEARLY,
+  ),
+  Claim('reuse of two layers with PSR lowers the loss', 'r=2, linear', 'r=1'),
+  Claim('reuse of four layers with PSR lowers the loss', 'r=4, linear', 'r=1'),
+  Claim('PSR is what makes reuse of four work', 'r=4, linear', 'r=4'),
+  Claim(
+    f'linear PSR is no worse than stepwise (by {NEARLY} nats)',
+    'r=4, linear', 'r=4, stepwise', high=NEARLY,
+  ),
+  Claim(
+    'it is reuse, not the mask: the same mask within a layer is worse (a'
+    ' control that the paper lacks)',
+    'r=4, linear', 'r=1, masked from 1/4',
+  ),
+  Claim(
+    'nor is the mask alone better than none (a control)',
+    'r=1, masked from 1/4', 'r=1', low=0.0, high=float('inf'),
+  ),
+  Claim(
+    'with gates that sum to 1 the gain is there too (a control)',
+    'r=4, linear, renormalised', 'r=1, renormalised',
+  ),
+  Claim(
+    f'it reaches four times the experts of its own (to {NEARLY} nats)',
+    'r=4, linear', 'r=1 of 32 experts', high=NEARLY,
+  ),
+  Claim(
+    'more experts are dead in a larger pool',
+    'r=4', 'r=1', 'dead', 0.0, float('inf'),
+  ),
+  Claim(
+    'load is less even in a larger pool',
+    'r=4, linear', 'r=1', 'load_deviation', 0.0, float('inf'),
+  ),
+  Claim(
+    'zero-shot accuracy; r above 4; prefill time on GPUs',
+    untestable='no such budget, no such chip',
+  ),
+]  # fmt: skip

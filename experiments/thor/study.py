@@ -1,0 +1,157 @@
+"""THOR (2110.04260): random experts that agree, against a learned router."""
+
+import pathlib
+
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from experiments import measures
+from experiments.claims import Claim
+from moe_jax import config, programs, train
+
+DATA = ('lohelp-mt',)
+COLUMNS = {
+  'eval_bleu': 'BLEU',
+  'eval_chrf': 'chrF',
+  'eval_loss': 'nats a token',
+  'draw_deviation': 'deviation over draws, nats',
+  **{f'{mode}_loss': f'by {mode}' for mode in ('token', 'sequence')},
+  **{f'{mode}_loss': f'by {mode}' for mode in ('position', 'fixed')},
+  'ensemble_loss': 'ensemble',
+}
+E, STEPS = 2, 1000
+DRAWS = 4
+MANY = '(de|es|fr|it|nl|vi)'
+
+
+def arms(data: pathlib.Path) -> dict[str, ml_collections.ConfigDict]:
+  """Every second feed-forward has 2 experts, of which a token meets one."""
+
+  def arm(languages='de', *, experts=E, alpha=None, router=None, steps=STEPS):
+    c = config.default()
+    c.steps, c.batch_size, c.seq_len = steps, 32, 40
+    c.eval_every = c.checkpoint_every = steps // 2
+    several = languages == MANY
+    where = '*' if several else languages
+    folder = data / 'lohelp-mt'
+    c.data = config.source(
+      'pairs',
+      path=str(folder / f'train.en-{where}.tsv.xz'),
+      eval_path=str(folder / f'valid.en-{where}.tsv.xz'),
+      language=f'en-{MANY}' if several else '',
+      vocab_size=2048,
+      eval_lines=200,
+      bleu_lines=200,
+    )
+    c.model = config.model('translator', N=2, encoder_N=2, D=128, H=4, F=256)
+    c.model.update(pattern='md', E=experts, expert_F=256, block='post')
+    c.model.update(init='thor', dropout=0.1, embed_std=128**-0.5, eps=1e-5)
+    c.objective = config.choice(
+      'objective', 'next_token', losses={'balance': 0.01}, smoothing=0.1
+    )
+    if router:
+      c.model.router = router
+    else:
+      c.model.router = config.router('random', per='batch', eval_per='sequence')
+    if alpha is not None:
+      c.objective = config.choice(
+        'objective', 'consistency', losses={}, alpha=alpha
+      )
+    if experts == 0:
+      c.model.update(pattern='d', E=E)
+    c.optimizer.update(schedule='inverse_sqrt', warmup=0.1, b2=0.98, clip=0.0)
+    return c
+
+  def four(prefix, languages):
+    """Those that every data set has."""
+    switch = config.router('switch', capacity=None)
+    return {
+      f'{prefix}dense': arm(languages, experts=0),
+      f'{prefix}Switch': arm(languages, router=switch),
+      f'{prefix}R-Drop': arm(languages, experts=1, alpha=5.0),
+      f'{prefix}THOR': arm(languages, alpha=5.0),
+    }
+
+  twice = dict(steps=2 * STEPS)
+  return {
+    **four('', 'de'),
+    'random experts, one pass': arm(),
+    'THOR, alpha 0': arm(alpha=0.0),
+    'THOR, alpha 1': arm(alpha=1.0),
+    # A step of THOR has two passes.
+    'dense, twice the steps': arm(experts=0, **twice),
+    'Switch, twice the steps': arm(
+      router=config.router('switch', capacity=None), **twice
+    ),
+    **four('vi: ', 'vi'),
+    **four('six: ', MANY),
+  }
+
+
+def measure(job, state):
+  """Of random experts: each mode of inference, and what a draw changes.
+
+  `draw_deviation` is that of the loss over draws of an expert a token.
+  """
+  c = job.config['model']
+  if c['router']['name'] != 'random' or c['pattern'] == 'd' or c['E'] == 1:
+    return {}
+  found = {}
+  for mode in ('token', 'sequence', 'position', 'fixed', 'ensemble'):
+    other = measures.changed(job, model__router__eval_per=mode)
+    values = measures.evaluated(other, state)
+    found[f'{mode}_loss'] = values['eval_loss']
+  # The draws of an evaluation follow from the seed and the step.
+  other = measures.changed(job, model__router__eval_per='token')
+  run = programs.make_eval(other)
+  losses = []
+  for i in range(DRAWS):
+    later = state._replace(step=state.step + jnp.int32(i + 1))
+    values = programs.evaluate(other, run, later, share=1.0)
+    losses.append(values['eval_loss'])
+  found['draw_deviation'] = float(np.std(losses, ddof=1))
+  best = measures.changed(job, model__router__eval_per='ensemble')
+  found['ensemble_bleu'] = train.bleu(best, state)['eval_bleu']
+  return found
+
+
+UP = dict(low=0.0, high=float('inf'))
+BLEU = 'eval_bleu'
+
+CLAIMS = [
+  Claim('THOR translates better than Switch', 'THOR', 'Switch', BLEU, **UP),
+  Claim('and than a dense model', 'THOR', 'dense', BLEU, **UP),
+  Claim(
+    'and than Switch of as many FLOPs (a control)',
+    'THOR', 'Switch, twice the steps', BLEU, **UP,
+  ),
+  Claim(
+    'and than a dense model of as many FLOPs (a control)',
+    'THOR', 'dense, twice the steps', BLEU, **UP,
+  ),
+  Claim(
+    'and than R-Drop, which has one expert (the control that the paper lacks)',
+    'THOR', 'R-Drop', BLEU, **UP,
+  ),
+  Claim('consistency is what helps', 'THOR', 'THOR, alpha 0', BLEU, **UP),
+  Claim('a little of it helps', 'THOR, alpha 1', 'THOR, alpha 0', BLEU, **UP),
+  Claim(
+    'random experts are no worse than Switch (by 0.05 nats)',
+    'random experts, one pass', 'Switch', high=0.05,
+  ),
+  Claim(
+    'consistency makes draws agree',
+    'THOR', 'THOR, alpha 0', 'draw_deviation',
+  ),
+  Claim('en-vi: better than Switch', 'vi: THOR', 'vi: Switch', BLEU, **UP),
+  Claim('en-vi: than a dense model', 'vi: THOR', 'vi: dense', BLEU, **UP),
+  Claim('en-vi: than R-Drop', 'vi: THOR', 'vi: R-Drop', BLEU, **UP),
+  Claim('six: better than Switch', 'six: THOR', 'six: Switch', BLEU, **UP),
+  Claim('six: than a dense model', 'six: THOR', 'six: dense', BLEU, **UP),
+  Claim('six: than R-Drop', 'six: THOR', 'six: R-Drop', BLEU, **UP),
+  Claim(
+    'BLEU of converged models; 18 times fewer parameters than a rival',
+    untestable='no such budget',
+  ),
+]  # fmt: skip

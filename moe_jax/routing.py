@@ -1,0 +1,427 @@
+"""What the routers of a trained run decide about texts, recorded.
+
+A work directory is only read, whether its run has ended or not.
+"""
+
+import dataclasses
+import json
+import pathlib
+import re
+import tempfile
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from moe_jax import (
+  analysis,
+  analysis_report,
+  checkpoint,
+  data,
+  dataset,
+  metrics,
+  models,
+  objective,
+  ops,
+  optimizer,
+  parallel,
+  plan,
+  programs,
+  routers,
+  tokenizer,
+)
+from moe_jax.job import Job
+
+HELD_OUT = 'held out'  # the name of the run's own text
+MODEL = 'decoder'  # what reads text
+
+
+def load(workdir: str) -> Job:
+  """The run in a work directory, on one device, without its training data.
+
+  Raises:
+    ValueError, OSError: one line; there is no run, or none with routers that
+      read text.
+  """
+  folder = pathlib.Path(workdir).absolute()
+  try:
+    c = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+  except FileNotFoundError:
+    raise ValueError(
+      f'{folder} has no config.json: it holds no run of moe-train'
+    ) from None
+  except ValueError as error:
+    raise ValueError(f'{folder}/config.json is no JSON: {error}') from None
+  try:
+    return _job(folder, c)
+  except (KeyError, TypeError) as error:
+    raise ValueError(
+      f'{folder}/config.json is not of this version: {error!r}'
+    ) from error
+
+
+def _job(folder, c):
+  values = {**c['model'], 'gmm': ops.choose_gmm(None)}
+  name = values.pop('name')
+  if name != MODEL:
+    raise ValueError(
+      f'{folder} holds a {name}; routing is recorded of a {MODEL} alone'
+    )
+  tok = tokenizer.load(
+    folder / 'tokenizer.json', c['data'].get('separator', '')
+  )
+  module = models.get(name)
+  model_config = module.Config(**values, V=tok.vocab_size)
+  build = lambda: module.build(
+    model_config, parallel.Layout(), rngs=nnx.Rngs(c['seed'])
+  )
+  model = nnx.eval_shape(build)
+  if not model.trunk.segments():
+    raise ValueError(f'{folder} holds a dense model: no layer has a router')
+  settings = optimizer.Config(**c['optimizer'])
+  sizes = dict.fromkeys(c['mesh'], 1)
+  return Job(
+    config=c,
+    workdir=folder,
+    changed=[],
+    model=model,
+    init=build,
+    objective=objective.get(**c['objective']),
+    optimizer=optimizer.make(settings, c['steps']),
+    schedule=optimizer.schedule(settings, c['steps']),
+    mesh=parallel.mesh(sizes, jax.devices()[:1]),
+    implementation={},
+    dataset=_Unread(tok, c['data']['order'] == 'stream'),
+  )
+
+
+class _Unread(NamedTuple):
+  """What a run's data tells when they are not read."""
+
+  tokenizer: tokenizer.Tokenizer
+  streams: bool
+
+
+def checkpoints(job: Job) -> list[int]:
+  """The steps of its checkpoints; ValueError if there is none."""
+  folder = job.workdir / 'checkpoints'
+  steps = sorted(int(p.name) for p in folder.glob('*') if p.name.isdigit())
+  if not steps:
+    raise ValueError(f'{job.workdir} has no checkpoint')
+  return steps
+
+
+def restore(job: Job, step: int) -> programs.TrainState:
+  """The state of a checkpoint, which is checked as a run's own.
+
+  Raises:
+    OSError: it is damaged.
+  """
+  saved = job.workdir / 'checkpoints' / str(step)
+  # Opened where it stands, orbax would clear away what a run is just saving.
+  with tempfile.TemporaryDirectory() as folder:
+    link = pathlib.Path(folder) / 'checkpoints' / str(step)
+    link.parent.mkdir()
+    link.symlink_to(saved, target_is_directory=True)
+    try:
+      with checkpoint.Checkpoints(pathlib.Path(folder), keep=1) as opened:
+        found = opened.restore(programs.abstract_state(job))
+    except OSError as error:
+      told = str(error).replace(folder, str(job.workdir))
+      raise OSError(told) from error
+  if found is None:  # the run has deleted it in the meantime
+    raise OSError(f'{saved} is gone')
+  return found.state
+
+
+def streams(job: Job, given: list[str]) -> dict[str, np.ndarray]:
+  """int32 [N], packed, of each text; of none given, what the run held out.
+
+  Args:
+    given: 'GLOB' or 'NAME=GLOB', as data.path has them, of .jsonl files with
+      '#FIELD' behind.
+
+  Raises:
+    ValueError: a text cannot be read or has the name of another one.
+  """
+  if not given:
+    return {HELD_OUT: _held_out(job)}
+  tok, found = job.dataset.tokenizer, {}
+  for argument in given:
+    name, path, field = _parsed(argument)
+    if name in found:
+      raise ValueError(f'two texts are named {name!r}: {", ".join(given)}')
+    text = data.load(data.DataConfig(source='text', path=path, field=field))
+    ids = tok.encode(text.train + text.eval)  # all of it
+    found[name] = data.pack(ids, tok.separator)
+  return found
+
+
+def _parsed(argument):
+  """(name, glob, field)"""
+  name, glob = re.fullmatch(r'(?:([\w .-]+)=)?(.*)', argument).groups()
+  fielded = re.fullmatch(r'(.+?\.jsonl(?:\.gz|\.xz)?)#(.+)', glob)
+  path, field = fielded.groups() if fielded else (glob, '')
+  return name or argument, path, field
+
+
+def _held_out(job):
+  c = job.config
+  source = dataset.source(c['data']['source'])
+  found = source.load(source.Config(**c['data']), c['seq_len'])
+  if found.sha256 != c['corpus_sha256']:
+    raise ValueError(
+      f'what the run in {job.workdir} held out is not known: its corpus has'
+      ' changed since; name a text with --data'
+    )
+  return found.eval_N
+
+
+def read(
+  job: Job, streams: dict[str, np.ndarray], limit: int
+) -> tuple[analysis.Tokens, list[dict[str, np.ndarray]]]:
+  """The tokens of packed texts, and the batches that have them in that order.
+
+  Of each text whole batches of whole rows, spread evenly over it, `limit`
+  tokens at the most. A batch is as large as in training, if the shortest text
+  and the limit fill it; none has padding.
+
+  Raises:
+    ValueError: a text, or the limit, is less than a row.
+  """
+  L = job.config['seq_len']
+  rows = {name: (len(ids) - 1) // L for name, ids in streams.items()}
+  for name, ids in streams.items():
+    if not rows[name]:
+      raise ValueError(
+        f'the text {name!r} has {len(ids) - 1} tokens; a row has {L}'
+      )
+  if limit < L:
+    raise ValueError(f'--tokens={limit} is less than a row, which has {L}')
+  B = min(job.config['batch_size'], limit // L, *rows.values())
+  batches, text_T = [], []
+  for n, (name, ids) in enumerate(streams.items()):
+    have, want = (number // B * B for number in (rows[name], limit // L))
+    share = min(1.0, (want - 0.5) / have)  # whole batches: rounded up
+    found = [*data.eval_batches(ids[: have * L + 1], B, L, share=share)]
+    batches += found
+    text_T.append(np.full(len(found) * B * L, n, np.int32))
+  of = lambda name: np.concatenate([b[name].reshape(-1) for b in batches])
+  id_T = of('ids_BxL')
+  tokens = analysis.Tokens(
+    id_T=id_T,
+    position_T=of('pos_BxL'),
+    place_T=np.arange(len(id_T), dtype=np.int32) % L,
+    text_T=np.concatenate(text_T),
+    texts=list(streams),
+  )
+  return tokens, batches
+
+
+def recorder(job: Job) -> Callable[..., dict[str, Any]]:
+  """(state, batch, index) -> what the routers decide in an evaluation.
+
+  A row of a stream begins anew: it is without the cache of the rows before it.
+  """
+
+  def routed(state, batch, index):
+    batch = {**batch, 'row_B': batch['row_B'] + index * len(batch['row_B'])}
+    model = models.bind(job.model, state.params, state.router_state)
+    ctx = routers.context(
+      batch,
+      jax.random.key(job.config['seed']),
+      state.step,
+      train=False,
+      microbatch=index,
+      steps=job.config['steps'],
+    )
+    logits_BxLxV, aux = model(batch, ctx)
+    nll_BxL = objective.cross_entropy(logits_BxLxV, batch['target_BxL'])
+    keep = ('plan', 'route', 'entropy')
+    aux = [{name: found[name] for name in keep} for found in aux]
+    return {'nll_BxL': nll_BxL, 'aux': aux}
+
+  return jax.jit(routed)
+
+
+def record(
+  run: Callable[..., dict[str, Any]],
+  state: programs.TrainState,
+  batches: list[dict[str, np.ndarray]],
+) -> analysis.Routing:
+  """The routing of all tokens of the batches, by a `recorder`."""
+  parts = []
+  for index, batch in enumerate(batches):
+    found = jax.device_get(run(state, batch, jnp.int32(index)))
+    parts.append((found['nll_BxL'].reshape(-1), _steps(found['aux'])))
+  nlls, steps = zip(*parts, strict=True)
+  steps = [_joined(of_step) for of_step in zip(*steps, strict=True)]
+  K = max(step['expert_TxK'].shape[1] for step in steps)
+  whole = lambda name, blank: np.stack(
+    [_widened(step[name], K, blank) for step in steps]
+  )
+  return analysis.Routing(
+    step=int(state.step),
+    names=[step['name'] for step in steps],
+    experts=[step['E'] for step in steps],
+    expert_SxTxK=whole('expert_TxK', -1),
+    kept_SxTxK=whole('kept_TxK', False),
+    gate_SxTxK=whole('gate_TxK', 0),
+    entropy_S=np.array([step['entropy'] for step in steps]),
+    nll_T=np.concatenate(nlls).astype(np.float32),
+  )
+
+
+def _steps(aux):
+  """A dict for each routed step of a model's aux, from below."""
+  steps, layer = [], 0
+  for found in aux:
+    G, R, I = found['entropy'].shape
+    for g, r, i in np.ndindex(G, R, I):
+      here = jax.tree.map(lambda a, at=(g, r, i): np.asarray(a[at]), found)
+      name = f'MoE layer {layer + g * R + r}'
+      name += f', iteration {i}' if I > 1 else ''
+      made = _by_token if isinstance(here['plan'], plan.ByToken) else _by_expert
+      choice = made(here['plan'], here['route'])
+      entropy = float(here['entropy'])
+      steps.append({'name': name, 'entropy': entropy, **choice})
+    layer += G * R
+  return steps
+
+
+def _by_token(decision, route_TxK):
+  """A choice that the plan has not was dropped."""
+  E = decision.E
+  kept_TxK = decision.expert_TxK < E
+  there_TxK = route_TxK < E
+  return {
+    'E': E,
+    'expert_TxK': np.where(there_TxK, route_TxK, -1),
+    'kept_TxK': kept_TxK,
+    'gate_TxK': np.where(there_TxK, decision.weight_TxK, 0),
+  }
+
+
+def _by_expert(decision, route):
+  """The experts that chose a token are its choices, by their gates."""
+  del route  # the plan's own places
+  place_NxExC, gate_NxExC = decision.place_NxExC, decision.weight_NxExC
+  N, E, _ = place_NxExC.shape
+  T = N * decision.group
+  group_N, expert_E = np.arange(N), np.arange(E)
+  token_M = (place_NxExC + group_N[:, None, None] * decision.group).reshape(-1)
+  expert_M = np.broadcast_to(expert_E[None, :, None], place_NxExC.shape)
+  expert_M, gate_M = expert_M.reshape(-1), gate_NxExC.reshape(-1)
+  order_M = np.lexsort((-gate_M, token_M))
+  token_M = token_M[order_M]
+  count_T = np.bincount(token_M, minlength=T)
+  first_T = np.cumsum(count_T) - count_T
+  slot_M = np.arange(len(token_M)) - first_T[token_M]
+  K = max(int(count_T.max()), 1)
+  expert_TxK = np.full((T, K), -1)
+  gate_TxK = np.zeros((T, K))
+  expert_TxK[token_M, slot_M] = expert_M[order_M]
+  gate_TxK[token_M, slot_M] = gate_M[order_M]
+  return {
+    'E': E,
+    'expert_TxK': expert_TxK,
+    'kept_TxK': expert_TxK >= 0,
+    'gate_TxK': gate_TxK,
+  }
+
+
+TYPES = {'expert_TxK': np.int16, 'kept_TxK': bool, 'gate_TxK': np.float32}
+
+
+def _joined(parts):
+  """One step from those of the batches."""
+  K = max(part['expert_TxK'].shape[1] for part in parts)
+  blanks = {'expert_TxK': -1, 'kept_TxK': False, 'gate_TxK': 0}
+  joined = {
+    name: np.concatenate(
+      [_widened(part[name].astype(TYPES[name]), K, blank) for part in parts]
+    )
+    for name, blank in blanks.items()
+  }
+  entropy = np.mean([part['entropy'] for part in parts])
+  return {**parts[0], **joined, 'entropy': float(entropy)}
+
+
+def _widened(a_TxK, K, blank):
+  pad = (0, 0), (0, K - a_TxK.shape[1])
+  return np.pad(a_TxK, pad, constant_values=blank)
+
+
+PAGE, NUMBERS, ARRAYS = 'routing.html', 'routing.json', 'routing.npz'
+
+
+def write(workdir: str, given: list[str], limit: int, out: str) -> pathlib.Path:
+  """Records the routing of texts by every checkpoint of a run; says what it is.
+
+  Leaves in the folder `out` a page, its numbers and, of the newest checkpoint,
+  the arrays of analysis.Tokens and analysis.Routing. Returns the page's path.
+
+  Raises:
+    ValueError, OSError: one line; nothing was written.
+  """
+  job, folder = load(workdir), pathlib.Path(out).absolute()
+  _check_place(folder)
+  saved = checkpoints(job)
+  tokens, batches = read(job, streams(job, given), limit)
+  run, routing, changes = recorder(job), None, []
+  with programs.precision(job):
+    for step in saved:
+      old, routing = routing, record(run, restore(job, step), batches)
+      if old is not None:
+        changes.append(analysis.change(old, routing))
+      print(
+        f'step {step}: {routing.nll_T.mean():.3f} nats a token'
+        f' over {len(tokens.id_T):,} tokens',
+        flush=True,
+      )
+  steps = analysis.study(tokens, routing)
+  values = {
+    'made_by': MARK,
+    'checkpoint': routing.step,
+    'texts': tokens.texts,
+    'tokens': np.bincount(tokens.text_T).tolist(),
+    'steps': [analysis.numbers(step) for step in steps],
+    'changes': [metrics.jsonable(change._asdict()) for change in changes],
+  }
+  name = job.workdir.name
+  folder.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryDirectory('.part', dir=folder) as place:
+    part = pathlib.Path(place)
+    (part / NUMBERS).write_text(json.dumps(values, indent=1) + '\n')
+    html = analysis_report.page(name, tokens, routing, steps, changes)
+    (part / PAGE).write_text(html, encoding='utf-8')
+    fields = {
+      field.name: np.asarray(getattr(of, field.name))
+      for of in (tokens, routing)
+      for field in dataclasses.fields(of)
+    }
+    np.savez_compressed(part / ARRAYS, **fields)
+    for file in (NUMBERS, ARRAYS, PAGE):  # the first says whose they are
+      (part / file).replace(folder / file)
+  return folder / PAGE
+
+
+MARK = 'moe-analyze'
+
+
+def _check_place(folder):
+  """ValueError if files would be overwritten that are not of this command."""
+  try:
+    if json.loads((folder / NUMBERS).read_text())['made_by'] == MARK:
+      return
+  except (OSError, ValueError, KeyError, TypeError):
+    pass
+  for name in (PAGE, NUMBERS, ARRAYS):
+    if (folder / name).exists():
+      raise ValueError(
+        f'{folder / name} is not of moe-analyze, and would be overwritten;'
+        ' choose another --out'
+      )

@@ -1,0 +1,400 @@
+"""moe-analyze: a run is read, never changed, and its routing is what it was."""
+
+import hashlib
+import itertools
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from analysis_test import choices, routing, tokens
+from report_test import headings, Page
+from small import small_config
+
+from moe_jax import (
+  analysis,
+  analysis_report,
+  checkpoint,
+  config,
+  data,
+  models,
+  plan,
+  programs,
+  routers,
+  train,
+)
+from moe_jax import job as jobs
+from moe_jax import routing as recorded
+
+ROOT = pathlib.Path(__file__).parents[1]
+L = 16
+
+
+def run_config(corpus):
+  """Two layers of two iterations, with drops."""
+  c = small_config(corpus, steps=4, checkpoint_every=2)
+  c.model.iterations = 2
+  c.model.router = config.router('topk', k=2, capacity=0.75)
+  return c
+
+
+@pytest.fixture(scope='module')
+def run(corpus, tmp_path_factory):
+  """The work directory of a finished run."""
+  workdir = tmp_path_factory.mktemp('analyze') / 'run'
+  train.run(jobs.prepare(run_config(corpus), str(workdir)))
+  return workdir
+
+
+@pytest.fixture
+def unread(run, tmp_path):
+  """What a run is before its first checkpoint; changes to its config."""
+
+  def make(**changes):
+    c = json.loads((run / 'config.json').read_text())
+    c['model'].update(changes)
+    (tmp_path / 'config.json').write_text(json.dumps(c))
+    shutil.copy(run / 'tokenizer.json', tmp_path)
+    return tmp_path
+
+  return make
+
+
+def content(folder):
+  """Of every file its digest and time."""
+  return {
+    str(p): (hashlib.sha256(p.read_bytes()).hexdigest(), p.stat().st_mtime_ns)
+    for p in folder.rglob('*')
+    if p.is_file()
+  }
+
+
+def test_the_report_of_a_run(run, corpus, tmp_path, capsys):
+  half_saved = run / 'checkpoints' / '6.orbax-checkpoint-tmp' / 'part'
+  half_saved.parent.mkdir()
+  half_saved.write_text('of a run that goes on')
+  before = content(run)
+  lines = tmp_path / 'lines.jsonl'
+  lines.write_text('{"q": "What is a ring?", "a": "no"}\n' * 40)
+  given = [f'sums={corpus}', f'{lines}#q']
+  page = recorded.write(str(run), given, 500, str(tmp_path / 'out'))
+  shutil.rmtree(half_saved.parent)
+  assert content(run) == {k: v for k, v in before.items() if '-tmp' not in k}
+  assert 'step 2:' in capsys.readouterr().out
+  names = sorted(p.name for p in page.parent.iterdir())
+  assert names == ['routing.html', 'routing.json', 'routing.npz']
+  values = json.loads((page.parent / 'routing.json').read_text())
+  assert values['checkpoint'] == 4 and values['texts'] == ['sums', given[1]]
+  assert [s['name'] for s in values['steps']] == [
+    f'MoE layer {n}, iteration {i}' for n, i in np.ndindex(2, 2)
+  ]
+  (change,) = values['changes']
+  assert (change['first'], change['second']) == (2, 4)
+  assert 0 < max(change['moved_S']) < 1
+  with np.load(page.parent / 'routing.npz', allow_pickle=False) as arrays:
+    B = 8
+    assert arrays['expert_SxTxK'].shape == (4, 2 * 3 * B * L, 2)
+    np.testing.assert_array_equal(
+      np.bincount(arrays['text_T']), values['tokens']
+    )
+    drops = ~arrays['kept_SxTxK'] & (arrays['expert_SxTxK'] >= 0)
+    found = [s['dropped'] for s in values['steps']]
+    assert drops.mean(axis=(1, 2)) == pytest.approx(found) and min(found) > 0
+  text = page.read_text()
+  assert 'MoE layer 1, iteration 1' in text and 'lines.jsonl#q' in text
+
+
+def test_what_is_recorded_is_what_the_model_does(run, corpus):
+  """Against the job of a training run, on the same rows."""
+  job = recorded.load(str(run))
+  read, batches = recorded.read(job, recorded.streams(job, []), 10**6)
+  found = recorded.record(
+    recorded.recorder(job), recorded.restore(job, 4), batches
+  )
+  same = jobs.prepare(run_config(corpus), str(run.parent / 'none'))
+  with checkpoint.Checkpoints(run, keep=9) as saved:
+    state = saved.restore(programs.abstract_state(same)).state
+  evaluate = programs.make_eval(same)
+
+  @jax.jit
+  def aux_of(batch):
+    model = models.bind(same.model, state.params, state.router_state)
+    ctx = routers.context(batch, jax.random.key(0), 4, train=False)
+    return model(batch, ctx)[1][0]
+
+  rows = same.eval_batches()
+  for n, batch in enumerate(itertools.islice(rows, 2)):
+    here = slice(n * 8 * L, (n + 1) * 8 * L)
+    np.testing.assert_array_equal(read.id_T[here], batch['ids_BxL'].reshape(-1))
+    np.testing.assert_array_equal(
+      read.position_T[here], batch['pos_BxL'].reshape(-1)
+    )
+    sums, _ = evaluate(state, dict(batch), jnp.int32(n))
+    nats = float(sums['nll_sum'] / sums['tokens'])
+    assert found.nll_T[here].mean() == pytest.approx(nats, rel=1e-5)
+    aux = jax.device_get(aux_of(batch))
+    for s, at in enumerate(np.ndindex(2, 1, 2)):
+      np.testing.assert_array_equal(
+        found.expert_SxTxK[s, here], aux['route'][at]
+      )
+      lost = 1 - found.kept_SxTxK[s, here].mean()
+      assert lost == pytest.approx(float(aux['dropped'][at]))
+      total_T = found.gate_SxTxK[s, here].sum(axis=1)
+      np.testing.assert_allclose(total_T, 1, rtol=1e-5)
+  assert len(read.id_T) == len(found.nll_T) == len(batches) * 8 * L
+
+
+def test_no_plan_is_carried_through_training(run, corpus):
+  job = recorded.load(str(run))
+  batch = next(iter(data.eval_batches(np.arange(9 * L, dtype=np.int32), 8, L)))
+
+  def aux(train):
+    model = models.bind(job.model, *models.split(job.init()))
+    ctx = routers.context(batch, jax.random.key(0), 0, train=train)
+    return model(batch, ctx)[1][0]
+
+  assert 'plan' not in jax.eval_shape(lambda: aux(True))
+  assert 'plan' in jax.eval_shape(lambda: aux(False))
+
+
+def test_experts_that_choose_are_the_choices_of_tokens():
+  draw = np.random.default_rng(0)
+  N, E, C, group = 3, 4, 2, 5
+  place_NxExC = np.argsort(draw.random((N, E, group)), axis=2)[..., :C]
+  gate_NxExC = draw.random((N, E, C))
+  found = recorded._by_expert(
+    plan.ByExpert(place_NxExC, gate_NxExC, group), None
+  )
+  for t in range(N * group):
+    mine = [
+      (gate_NxExC[n, e, c], e)
+      for n, e, c in np.ndindex(N, E, C)
+      if n * group + place_NxExC[n, e, c] == t
+    ]
+    mine = sorted(mine, reverse=True)
+    width = found['expert_TxK'].shape[1]
+    blank = [-1] * (width - len(mine))
+    assert found['expert_TxK'][t].tolist() == [e for _, e in mine] + blank
+    gates = [gate for gate, _ in mine] + [0] * len(blank)
+    np.testing.assert_array_equal(found['gate_TxK'][t], gates)
+  np.testing.assert_array_equal(found['kept_TxK'], found['expert_TxK'] >= 0)
+
+
+def test_layers_are_counted_over_pools_and_segments():
+  def segment(G, R):
+    route = np.zeros((G, R, 1, 4, 2), np.int32)
+    made = plan.ByToken(route, np.ones(route.shape), 3)
+    return {'entropy': np.zeros((G, R, 1)), 'route': route, 'plan': made}
+
+  steps = recorded._steps([segment(2, 2), segment(1, 1)])
+  assert [step['name'] for step in steps] == [
+    f'MoE layer {n}' for n in range(5)
+  ]
+
+
+def test_a_model_whose_experts_choose(unread):
+  folder = unread(router={'name': 'expert_choice', 'k': 2, 'group': None})
+  job = recorded.load(str(folder))
+  ids = np.random.default_rng(0).integers(0, 256, 40 * L + 1, np.int32)
+  read, batches = recorded.read(job, {'noise': ids}, 20 * L)
+  assert len(batches) == 2 and len(read.id_T) == 16 * L
+  found = recorded.record(
+    recorded.recorder(job), programs.initial_state(job), batches
+  )
+  for expert_TxK in found.expert_SxTxK:
+    for row_LxK in expert_TxK.reshape(16, L, -1):
+      np.testing.assert_array_equal(np.bincount(row_LxK[row_LxK >= 0]), [8] * 4)
+
+
+@pytest.mark.parametrize('per', ['batch', 'sequence'])
+def test_draws_are_of_their_batch_and_row(unread, per):
+  router = {'name': 'random', 'k': 1, 'per': per, 'eval_per': None, 'fixed': 0}
+  job = recorded.load(str(unread(router=router)))
+  ids = np.zeros(64 * L + 1, np.int32)
+  _, batches = recorded.read(job, {'zeros': ids}, 64 * L)
+  found = recorded.record(
+    recorded.recorder(job), programs.initial_state(job), batches
+  )
+  expert_SxBxT = found.expert_SxTxK.reshape(4, len(batches), -1)
+  assert (expert_SxBxT != expert_SxBxT[:, :1]).any(axis=(1, 2)).all()
+
+
+def test_rows_are_whole_spread_and_within_the_limit(run):
+  job = recorded.load(str(run))
+  streams = {
+    'long': np.arange(1 + 100 * L + 3, dtype=np.int32),
+    'short': np.arange(5000, 5001 + 5 * L, dtype=np.int32),
+  }
+  read, batches = recorded.read(job, streams, 12 * L)
+  assert all(b['mask_BxL'].all() for b in batches)
+  assert {b['ids_BxL'].shape for b in batches} == {(5, L)}  # the shorter text
+  assert np.bincount(read.text_T).tolist() == [10 * L, 5 * L]
+  first_B = read.id_T.reshape(-1, L)[:10, 0]
+  assert first_B[0] == 0 and first_B[-1] > 80 * L  # not its beginning alone
+  np.testing.assert_array_equal(np.diff(read.id_T.reshape(-1, L)), 1)
+  np.testing.assert_array_equal(read.place_T, np.arange(15 * L) % L)
+  assert read.texts == ['long', 'short']
+
+
+@pytest.mark.parametrize(
+  'argument, parsed',
+  [
+    ('a/*.txt', ('a/*.txt', 'a/*.txt', '')),
+    ('novels=a/*.txt', ('novels', 'a/*.txt', '')),
+    ('q=x.jsonl#question', ('q', 'x.jsonl', 'question')),
+    ('x.jsonl.gz#a#b', ('x.jsonl.gz#a#b', 'x.jsonl.gz', 'a#b')),
+    ('x.jsonl', ('x.jsonl', 'x.jsonl', '')),
+    ('a#b.txt', ('a#b.txt', 'a#b.txt', '')),
+    ('/k=v/x.txt', ('/k=v/x.txt', '/k=v/x.txt', '')),
+  ],
+)
+def test_how_a_text_is_named(argument, parsed):
+  assert recorded._parsed(argument) == parsed
+
+
+def test_what_cannot_be_analyzed_is_one_line(run, unread, tmp_path, corpus):
+  def refused(match, folder, given=(str(corpus),), limit=500):
+    out = tmp_path / 'out'
+    with pytest.raises((ValueError, OSError), match=match) as told:
+      recorded.write(str(folder), list(given), limit, str(out))
+    assert '\n' not in str(told.value) and not out.exists()
+
+  refused('none has no config.json', tmp_path / 'none')
+  refused('dense model: no layer has a router', unread(pattern='d'))
+  refused('holds a translator; .* decoder', unread(name='translator'))
+  refused("not of this version: .*'flavour'", unread(flavour=1))
+  refused('has no checkpoint', unread())
+  short = tmp_path / 'short.txt'
+  short.write_text('a few\nwords')
+  refused("'w' has 13 tokens; a row has 16", run, [f'w={short}'])
+  refused('tokens=15 is less than a row', run, limit=15)
+  refused("two texts are named 'a'", run, [f'a={corpus}', f'a={short}'])
+  refused('matches no file', run, ['/no/such/*.txt'])
+  lines = tmp_path / 'x.jsonl'
+  lines.write_text('{"q": "yes"}\n')
+  refused("field is empty; .* it has 'q'", run, [str(lines)])
+  (unread() / 'tokenizer.json').write_text('{')
+  refused('tokenizer.json holds no tokenizer', tmp_path)
+
+
+def test_a_damaged_checkpoint_is_told(run, corpus, tmp_path):
+  damaged = tmp_path / 'run'
+  shutil.copytree(run, damaged)
+  largest = max(
+    (p for p in (damaged / 'checkpoints' / '4').rglob('*') if p.is_file()),
+    key=lambda p: p.stat().st_size,
+  )
+  raw = bytearray(largest.read_bytes())
+  raw[len(raw) // 2] ^= 1
+  largest.write_bytes(raw)
+  job = recorded.load(str(damaged))
+  recorded.restore(job, 2)
+  with pytest.raises(OSError, match=rf'{damaged}.* no whole .*step 4:'):
+    recorded.restore(job, 4)
+  shutil.rmtree(damaged / 'checkpoints' / '2')
+  with pytest.raises(OSError, match='2 is gone'):
+    recorded.restore(job, 2)
+
+
+def test_a_corpus_that_has_changed_is_not_taken_for_the_held_out(
+  run, corpus, tmp_path
+):
+  job = recorded.load(str(run))
+  assert list(recorded.streams(job, [])) == [recorded.HELD_OUT]
+  job.config['corpus_sha256'] = '0' * 64
+  with pytest.raises(ValueError, match=r'its corpus has changed.*--data'):
+    recorded.streams(job, [])
+
+
+def test_only_what_is_its_own_is_overwritten(run, corpus, tmp_path):
+  foreign = tmp_path / 'routing.html'
+  foreign.write_text('mine')
+  arguments = (str(run), [str(corpus)], 128, str(tmp_path))
+  with pytest.raises(ValueError, match=r'routing\.html is not of moe-analyze'):
+    recorded.write(*arguments)
+  assert foreign.read_text() == 'mine' and len(list(tmp_path.iterdir())) == 1
+  foreign.unlink()
+  (tmp_path / 'notes.txt').write_text('mine, too')
+  first = recorded.write(*arguments).read_text()
+  assert recorded.write(*arguments).read_text() == first
+  assert (tmp_path / 'notes.txt').read_text() == 'mine, too'
+  assert len(list(tmp_path.iterdir())) == 4
+
+
+def moe_analyze(*arguments):
+  return subprocess.run(
+    [sys.executable, '-m', 'moe_jax.commands.analyze', *arguments],
+    cwd=ROOT,
+    env={**os.environ, 'XLA_FLAGS': ''},
+    capture_output=True,
+    text=True,
+    timeout=600,
+  )
+
+
+def test_the_command(run, corpus):
+  done = moe_analyze(f'--workdir={run}', f'--data={corpus}', '--tokens=128')
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.endswith(f'report: {run}/analysis/routing.html\n')
+  shutil.rmtree(run / 'analysis')
+  wrong = moe_analyze(f'--workdir={run}/none')
+  assert wrong.returncode == 2
+  assert wrong.stderr.startswith('moe-analyze: ')
+  assert wrong.stderr.count('\n') == 1
+
+
+# --- the page ---------------------------------------------------------------
+
+
+def page(layers=3, texts=('a <b>', 'c'), checkpoints=3, K=2, dropped=True):
+  seen = tokens(texts=texts)
+  expert_SxTxK = np.stack([choices(s, K=K) for s in range(layers)])
+  kept_SxTxK = expert_SxTxK >= 0
+  if dropped:
+    kept_SxTxK[0, ::7] = False
+  made = routing(9, expert_SxTxK, kept_SxTxK)
+  olds = [routing(s, expert_SxTxK[:, ::-1]) for s in range(1, checkpoints)]
+  changes = [analysis.change(old, made) for old in olds]
+  steps = analysis.study(seen, made)
+  return analysis_report.page('run & <i>', seen, made, steps, changes)
+
+
+def test_the_page_is_whole_escaped_and_comes_from_nowhere():
+  text = page()
+  found = Page(text)
+  assert not {'script', 'link', 'iframe', 'object', 'base'} & set(found.tags)
+  for name, value in found.attributes:
+    assert not name.startswith('on') and name not in ('href', 'srcset')
+    assert name != 'src' or value.startswith('data:image/png;base64,')
+  assert '://' not in text and 'url(' not in text and '@import' not in text
+  assert '<b>' not in re.sub('<b (style|class)=', '', text).replace(
+    '<b></b>', ''
+  )
+  assert 'nan' not in ' '.join(found.texts).split()
+  assert page() == text
+  assert len(headings(text)) == 9
+
+
+def test_the_page_says_what_there_is_not():
+  text = page(layers=1, texts=('one',), checkpoints=1, K=1, dropped=False)
+  Page(text)
+  for note in ('has one expert', 'No choice was dropped', 'one checkpoint'):
+    assert note in text
+  titles = ' '.join(headings(text))
+  assert 'Texts' not in titles and 'Paths' not in titles
+
+
+def test_many_layers_are_folded_away():
+  text = page(layers=30)
+  shown, hidden = text.split('<summary>the other 18</summary>', 1)
+  caption = '<figcaption>MoE layer {} '
+  assert caption.format(11) in shown and caption.format(12) not in shown
+  assert caption.format(12) in hidden and '<summary>the other 17' in hidden
+  assert '<details open>' not in text

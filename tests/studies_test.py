@@ -1,0 +1,274 @@
+"""Studies: statistics, verdicts, what may be mixed, and one from end to end."""
+
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from experiments import claims, pages, results, run, sources, tables, trial
+from experiments.claims import Claim
+
+ROOT = pathlib.Path(__file__).parents[1]
+STUDIES = sorted(p.parent.name for p in ROOT.glob('experiments/*/study.py'))
+
+
+def test_paired_differences_are_students():
+  draw = np.random.default_rng(0)
+  against = draw.normal(size=7)
+  found = against + draw.normal(0.3, 0.1, 7)
+  finding = claims.paired(found, against)
+  expected = stats.ttest_rel(found, against).confidence_interval(0.95)
+  low, high = finding.mean - finding.half, finding.mean + finding.half
+  np.testing.assert_allclose((low, high), expected, rtol=1e-12)
+  assert finding.n == 7
+  with pytest.raises(ValueError, match='1 seeds'):
+    claims.paired([1.0], [2.0])
+
+
+def test_the_resolvable_effect_is_found_in_80_of_100_studies():
+  draw = np.random.default_rng(1)
+  spread, n = 1.0, 5
+  t = stats.t(n - 1)
+  effect = (t.ppf(0.975) + t.ppf(0.8)) * spread / math.sqrt(n)
+  resolvable, hits = [], 0
+  for _ in range(4000):
+    finding = claims.paired(draw.normal(-effect, spread, n), np.zeros(n))
+    resolvable.append(finding.resolvable)
+    hits += finding.mean + finding.half < 0
+  assert 0.75 < hits / 4000 < 0.9
+  # A deviation of 5 is 6 % too small in the mean.
+  assert 0.9 * effect < np.mean(resolvable) < effect
+
+
+@pytest.mark.parametrize(
+  ('mean', 'half', 'low', 'high', 'verdict'),
+  [
+    (-0.3, 0.2, -math.inf, 0.0, claims.SUPPORTED),
+    (-0.1, 0.2, -math.inf, 0.0, claims.NOT_RESOLVED),
+    (+0.3, 0.2, -math.inf, 0.0, claims.CONTRADICTED),
+    (+0.3, 0.2, 0.0, math.inf, claims.SUPPORTED),
+    (0.01, 0.02, -math.inf, 0.05, claims.SUPPORTED),  # no worse by 0.05
+    (0.01, 0.02, -0.05, 0.05, claims.SUPPORTED),  # equal to 0.05
+    (0.04, 0.02, -0.05, 0.05, claims.NOT_RESOLVED),
+    (0.08, 0.02, -0.05, 0.05, claims.CONTRADICTED),
+  ],
+)
+def test_a_verdict_is_about_the_whole_interval(mean, half, low, high, verdict):
+  finding = claims.Finding(mean, half, 5, 0.0)
+  assert claims.verdict(Claim('', low=low, high=high), finding) == verdict
+
+
+def test_only_seeds_of_both_arms_are_compared():
+  rows = [
+    {'arm': arm, 'seed': seed, 'eval_loss': value}
+    for arm, values in (('a', (1.0, 2.0, 9.0)), ('b', (1.5, 2.7)))
+    for seed, value in enumerate(values)
+  ]
+  finding = claims.find(Claim('', 'a', 'b'), rows)
+  assert finding.n == 2 and finding.mean == pytest.approx(-0.6)
+  rows[0]['eval_loss'] = None  # was not finite
+  assert claims.find(Claim('', 'a', 'b'), rows) is None
+  assert claims.find(Claim('', untestable='no chip'), rows) is None
+  untestable = Claim('', untestable='no chip')
+  assert claims.verdict(untestable, None) == claims.NOT_TESTABLE
+
+
+@pytest.mark.parametrize('name', STUDIES)
+def test_a_study_is_whole(name):
+  """Its claims are about its arms; its files are there."""
+  study = results.study(name)
+  folder = results.folder(study)
+  assert set(study.DATA) <= set(sources.SOURCES)
+  text = (folder / 'README.md').read_text()
+  assert f'<!-- by python -m experiments.run {name} -->\n' in text
+  for source in study.DATA:
+    assert source in text
+  assert (folder / 'plot.py').exists()
+  metrics = {*study.COLUMNS}
+  for claim in study.CLAIMS:
+    assert claim.untestable or claim.metric in metrics
+  rows = results.read(study)
+  arms = {row['arm'] for row in rows}
+  for claim in study.CLAIMS if rows else ():
+    assert claim.untestable or {claim.arm, claim.against} <= arms
+  # The tables are those of the lines.
+  if rows:
+    for part in (tables.arms(study, rows), tables.claims_of(study, rows)):
+      assert part in text
+    assert (folder / f'{name}.png').exists()
+
+
+def test_no_other_file_is_called_as_results_are():
+  found = {p.parent.name for p in ROOT.glob('experiments/*/results.jsonl')}
+  assert found <= set(STUDIES)
+
+
+def test_what_stands_between_marks_is_replaced(tmp_path):
+  page = tmp_path / 'README.md'
+  page.write_text('a\n<!-- by x y -->\nold\n<!-- end -->\nb\n')
+  for text in ('one\n', 'two\n'):
+    pages.put(page, 'x y', text)
+    assert page.read_text() == (
+      f'a\n<!-- by x y -->\n\n{text}\n<!-- end -->\nb\n'
+    )
+
+
+STUDY = """
+import pathlib
+from experiments.claims import Claim
+from moe_jax import config
+
+DATA = ()
+COLUMNS = {'eval_loss': 'nats', 'twice': 'twice'}
+CLAIMS = [Claim('x', 'two', 'one'), Claim('y', untestable='no chip')]
+
+def arms(data):
+  def arm(k):
+    c = config.default()
+    c.steps, c.batch_size, c.seq_len = 3, 2, 16
+    c.data = config.source(
+      'text', path=str(data / 'a.txt'), eval_path=str(data / 'b.txt'),
+      tokenizer='bytes')
+    c.model.update(N=1, D=16, H=2, E=4, expert_F=16)
+    c.model.router.k = k
+    return c
+  return {'one': arm(1), 'two': arm(2)}
+
+def measure(job, state):
+  assert int(state.step) == 3
+  return {'twice': 2.0 * float(state.step)}
+"""
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+  """A study of two arms in a folder beside the real ones."""
+  folder = tmp_path / 'root/experiments/fake'
+  folder.mkdir(parents=True)
+  (folder / 'study.py').write_text(textwrap.dedent(STUDY))
+  (folder / 'plot.py').write_text('def draw(rows, folder):\n  pass\n')
+  mark = '<!-- by python -m experiments.run fake -->\n<!-- end -->\n'
+  (folder / 'README.md').write_text(mark)
+  data = tmp_path / 'data'
+  data.mkdir()
+  for name in 'ab':
+    (data / f'{name}.txt').write_text(f'{name} quick brown fox\n' * 40)
+  # Namespace packages: the folder joins the real `experiments`.
+  monkeypatch.setenv('PYTHONPATH', f'{ROOT}{os.pathsep}{tmp_path / "root"}')
+  return folder, data
+
+
+def _command(data, *flags):
+  return subprocess.run(
+    [
+      *(sys.executable, '-m', 'experiments.run', 'fake', f'--data={data}'),
+      *(f'--workdir={data / "runs"}', '--seeds=2', *flags),
+    ],
+    cwd=data,
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+
+
+def test_a_study_from_end_to_end(fake):
+  folder, data = fake
+  lines = folder / 'results.jsonl'
+  first = _command(data)
+  assert first.returncode == 0, first.stderr
+  rows = [json.loads(line) for line in lines.read_text().splitlines()]
+  assert sorted((r['arm'], r['seed']) for r in rows) == [
+    ('one', 0), ('one', 1), ('two', 0), ('two', 1),
+  ]  # fmt: skip
+  assert all(row['twice'] == 6 and row['peak_bytes'] > 1e8 for row in rows)
+  assert '4 of 4' in first.stdout and 'minutes left' in first.stdout
+  page = (folder / 'README.md').read_text()
+  assert '| one | 2 |' in page and claims.NOT_TESTABLE in page
+
+  # A run without its line is made again, and no other.
+  lines.write_text(''.join(json.dumps(row) + '\n' for row in rows[1:]))
+  second = _command(data)
+  assert second.returncode == 0, second.stderr
+  assert '1 runs to make, 3 are there' in second.stdout
+  again = [json.loads(line) for line in lines.read_text().splitlines()]
+  same = lambda row: {k: v for k, v in row.items() if k in trial.KEPT}
+  assert same(again[-1]) == same(rows[0])
+
+  # Nothing is added to lines that something else made.
+  before = lines.read_text()
+  text = (folder / 'study.py').read_text()
+  (folder / 'study.py').write_text(text.replace('D=16', 'D=32'))
+  third = _command(data, '--seeds=3')
+  assert third.returncode == 1 and lines.read_text() == before
+  assert 'was made with config' in third.stderr
+  assert len(third.stderr.strip().splitlines()) == 1
+
+
+def test_mistakes_are_one_line(fake):
+  _, data = fake
+  (data / 'a.txt').unlink()
+  told = _command(data)
+  assert told.returncode == 1 and 'FAILED' in told.stdout
+  last = told.stderr.strip().splitlines()
+  assert len(last) == 1 and 'a.txt' in last[0]
+
+
+def test_missing_data_are_named(tmp_path):
+  (tmp_path / 'gsm8k').mkdir()
+  (tmp_path / 'gsm8k/train.jsonl').write_text('{}')
+  with pytest.raises(
+    ValueError, match=r'gsm8k lacks test.jsonl: .*MIT'
+  ) as told:
+    sources.digests(tmp_path, ['gsm8k'])
+  assert '\n' not in str(told.value)
+  (tmp_path / 'gsm8k/test.jsonl').write_text('{}')
+  one = sources.digests(tmp_path, ['gsm8k'])
+  (tmp_path / 'gsm8k/test.jsonl').write_text('{"a": 1}')
+  assert one != sources.digests(tmp_path, ['gsm8k'])
+
+
+def test_other_code_and_packages_are_refused():
+  now = {'a': {'code': 'x', 'versions': {'jax': '1', 'numpy': '2'}}}
+  row = {'arm': 'a', 'seed': 0, 'code': 'x', 'versions': now['a']['versions']}
+  results.check([row], now, 'here')
+  with pytest.raises(ValueError, match=r'here: a of seed 0 .*code y.*be x'):
+    results.check([{**row, 'code': 'y'}], now, 'here')
+  other = {**row, 'versions': {'jax': '0', 'numpy': '2'}}
+  with pytest.raises(ValueError, match=r"versions \{'jax': '0'\}") as told:
+    results.check([other], now, 'here')
+  assert 'numpy' not in str(told.value)
+  with pytest.raises(ValueError, match=r'an arm that study\.py lacks'):
+    results.check([{**row, 'arm': 'b'}], now, 'here')
+
+
+def test_a_router_that_no_arm_names_changes_no_code(monkeypatch, tmp_path):
+  """So that a board can grow: one file more leaves its lines valid."""
+  package = tmp_path / 'moe_jax/routers'
+  package.mkdir(parents=True)
+  (tmp_path / 'experiments').mkdir()
+  (tmp_path / 'experiments/trial.py').write_text('')
+  for name in ('__init__', 'topk'):
+    (package / f'{name}.py').write_text(name)
+  monkeypatch.setattr(results, 'ROOT', tmp_path)
+  values = {'model': {'router': {'name': 'topk'}}}
+  before = results._code(claims, values)
+  (package / 'new.py').write_text('new')
+  assert results._code(claims, values) == before
+  for name in ('__init__', 'topk'):
+    (package / f'{name}.py').write_text('changed')
+    after = results._code(claims, values)
+    assert after != before
+    before = after
+
+
+def test_all_arms_of_a_seed_come_before_the_next(monkeypatch):
+  monkeypatch.setattr(results, 'read', lambda _: [{'arm': 'b', 'seed': 0}])
+  left = run.left_of(None, ['a', 'b'], 2)
+  assert left == [('a', 0), ('a', 1), ('b', 1)]
