@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 import jax
 from absl import app, flags, logging
 
+from experiments import pages
 from experiments.faults import cost, fuzz, injected, runs
 
 _SHORT = flags.DEFINE_bool('short', False, 'A few trials, no files.')
@@ -27,7 +28,6 @@ FUZZ, COST = 'random inputs', 'cost'  # titles of two groups
 HERE = pathlib.Path(__file__).parent
 TRIALS = HERE / 'trials.jsonl'
 TABLES = HERE / 'README.md', runs.ROOT / 'README.md'
-BEGIN, END = '<!-- by python -m experiments.faults -->\n', '<!-- end -->\n'
 
 
 def groups(short: bool) -> dict[str, Callable[..., Iterator[dict]]]:
@@ -124,9 +124,7 @@ def main(argv: list[str]) -> None:
       with TRIALS.open('a') as file:
         file.writelines(json.dumps(line) + '\n' for line in lines)
       for path in TABLES:
-        before, rest = path.read_text().split(BEGIN)
-        after = rest.split(END, 1)[1]
-        path.write_text(before + BEGIN + table(read()) + END + after)
+        pages.put(path, 'python -m experiments.faults', table(read()))
   print(f'{lost} trials lost')
   sys.exit(lost > 0)
 

@@ -28,6 +28,7 @@ if metadata.version('jaxlib').startswith('0.10.'):
   # The emitters that later versions have not got compile twice as fast.
   os.environ['XLA_FLAGS'] += ' --xla_cpu_use_fusion_emitters=false'
 
+from experiments import pages
 from experiments.mesh import cells
 from moe_jax import parallel
 
@@ -36,7 +37,6 @@ _WORKERS = flags.DEFINE_integer('workers', 2, 'Processes.', lower_bound=1)
 HERE = pathlib.Path(__file__).parent
 DONE = HERE / 'cells.jsonl'
 README = HERE / 'README.md'
-MARK = '<!-- below: written by the command -->\n'
 SYSTEMS = [name for name in cells.SYSTEMS if name != 'decoding THOR']
 
 
@@ -116,10 +116,8 @@ def main(argv: list[str]) -> None:
       print(
         f'{i} of {len(left)}: {cell} {line["seconds"]} s {verdict}', flush=True
       )
-  text = README.read_text()
-  above = text[: text.index(MARK) + len(MARK)]
   lines = [line for cell, line in done().items() if cell in everything]
-  README.write_text(above + '\n' + table(lines, len(everything)))
+  pages.put(README, 'python -m experiments.mesh', table(lines, len(everything)))
 
 
 if __name__ == '__main__':

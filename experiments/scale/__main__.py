@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from absl import app, flags
 
+from experiments import pages
 from moe_jax import compiled, config, planner
 
 _WORKERS = flags.DEFINE_integer('workers', 2, 'Processes.', lower_bound=1)
@@ -25,7 +26,6 @@ HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parent.parent
 DONE = HERE / 'cells.jsonl'
 TABLES = HERE / 'README.md', ROOT / 'README.md'
-BEGIN, END = '<!-- by python -m experiments.scale -->\n', '<!-- end -->\n'
 H100 = ROOT / 'tests/h100.txtpb'
 NAMES = {'deepseek_v3': 'DeepSeek-V3', 'qwen3_30b': 'Qwen3-30B-A3B'}
 KINDS = {
@@ -145,9 +145,7 @@ def table() -> str:
 def write() -> None:
   """The table of what is done, into both READMEs."""
   for path in TABLES:
-    text = path.read_text()
-    above = text[: text.index(BEGIN) + len(BEGIN)]
-    path.write_text(above + '\n' + table() + '\n' + text[text.index(END) :])
+    pages.put(path, 'python -m experiments.scale', table())
 
 
 def main(argv: list[str]) -> None:
