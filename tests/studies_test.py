@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments import claims, pages, results, run, sources, tables, trial
+from experiments import claims, pages, results, runner, sources, tables, trial
 from experiments.claims import Claim
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -270,5 +270,5 @@ def test_a_router_that_no_arm_names_changes_no_code(monkeypatch, tmp_path):
 
 def test_all_arms_of_a_seed_come_before_the_next(monkeypatch):
   monkeypatch.setattr(results, 'read', lambda _: [{'arm': 'b', 'seed': 0}])
-  left = run.left_of(None, ['a', 'b'], 2)
+  left = runner.left_of(None, ['a', 'b'], 2)
   assert left == [('a', 0), ('a', 1), ('b', 1)]
