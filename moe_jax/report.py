@@ -179,8 +179,16 @@ def _load_maps(lines, config):
 PER_LAYER = {  # key of a line: title, hint, options of the chart
   'entropy': ('Router entropy', '1 = all experts equally likely', {}),
   'dropped': ('Dropped', 'share of the assignments', {'zero': True}),
+  'lost': ('Lost', 'rows without a place on another device', {'zero': True}),
   'balance': ('Balance loss', '1 = perfect balance', {}),
   'z': ('Router z-loss', '', {}),
+}
+
+
+# What is said where a count is 0 throughout.
+NOTHING = {
+  'dropped': 'No assignment was dropped.',
+  'lost': 'No row was lost on its way.',
 }
 
 
@@ -212,8 +220,8 @@ def _router(lines, config):
     title, hint, options = PER_LAYER.get(key, (key, '', {}))
     count = max(len(x[key]) for x in lines if isinstance(x.get(key), list))
     curves = [_points(lines, key, i) for i in range(count)]
-    if key == 'dropped' and not any(y for curve in curves for _, y in curve):
-      out.append('<p class="note">No assignment was dropped.</p>')
+    if key in NOTHING and not any(y for curve in curves for _, y in curve):
+      out.append(f'<p class="note">{NOTHING[key]}</p>')
       continue
     out.append(
       figures.layers(
