@@ -114,7 +114,7 @@ def run(
   """
   study = results.study(name)
   rows, arms = results.read(study), study.arms(data)
-  now = {arm: results.made_with(study, c, data) for arm, c in arms.items()}
+  now = results.made_with(study, arms, data)
   results.check(rows, now, results.folder(study) / results.FILE)
   left = left_of(study, arms, seeds)
   began, metric = time.monotonic(), next(iter(study.COLUMNS))
@@ -136,6 +136,7 @@ def write(name: str) -> None:
   study = results.study(name)
   folder, rows = results.folder(study), results.read(study)
   text = tables.arms(study, rows) + '\n' + tables.claims_of(study, rows)
+  text += f'\n![What is claimed, and found]({name}.png)\n'
   pages.put(folder / 'README.md', f'python -m experiments.run {name}', text)
   runpy.run_path(str(folder / 'plot.py'))['draw'](rows, folder)
   verdicts = collections.Counter(tables.verdicts(study, rows))
