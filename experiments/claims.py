@@ -29,6 +29,7 @@ class Claim(NamedTuple):
 
   Attributes:
     untestable: why nothing here can test it; the other fields are not read.
+    headline: it stands in README.md too, by `python -m experiments.variants`.
   """
 
   text: str
@@ -38,6 +39,7 @@ class Claim(NamedTuple):
   low: float = -math.inf
   high: float = 0.0
   untestable: str = ''
+  headline: bool = False
 
 
 class Finding(NamedTuple):

@@ -26,17 +26,21 @@ FILE, MEASURE = 'results.jsonl', 'measure.py'
 BY_NAME = ('routers', 'attention', 'models')
 
 
+def names() -> list[str]:
+  """Of the studies that there are."""
+  places = map(pathlib.Path, experiments.__path__)
+  found = (p for place in places for p in place.glob('*/study.py'))
+  return sorted(p.parent.name for p in found)
+
+
 def study(name: str) -> ModuleType:
   """experiments/<name>/study.py; ValueError lists those there are.
 
   It has DATA (names of sources.py), `arms(data)` from the data's folder to a
   config an arm, CLAIMS (claims.py) and COLUMNS (of its table: {metric: title}).
   """
-  places = map(pathlib.Path, experiments.__path__)
-  found = (p for place in places for p in place.glob('*/study.py'))
-  there = sorted(p.parent.name for p in found)
-  if name not in there:
-    raise ValueError(f'no study {name!r}; there are {", ".join(there)}')
+  if name not in names():
+    raise ValueError(f'no study {name!r}; there are {", ".join(names())}')
   return importlib.import_module(f'experiments.{name}.study')
 
 

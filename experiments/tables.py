@@ -36,23 +36,26 @@ def arms(study: ModuleType, rows: list[dict]) -> str:
 def claims_of(study: ModuleType, rows: list[dict]) -> str:
   """Each claim, the paired difference with its interval, and the verdict."""
   heads = ['claim', 'difference', 'of', 'is', 'seeds', 'verdict']
-  body = []
-  for claim in study.CLAIMS:
-    finding = claims.find(claim, rows)
-    said = claims.verdict(claim, finding)
-    if claim.untestable:
-      body.append([claim.text, '', '', '', '', f'{said}: {claim.untestable}'])
-      continue
-    which = f'{claim.arm} - {claim.against}'
-    what = study.COLUMNS.get(claim.metric, claim.metric)
-    if finding is None:
-      body.append([claim.text, which, what, '', '', said])
-      continue
-    if said == claims.NOT_RESOLVED:
-      said += f'; {finding.resolvable:.3g} would have been'
-    found = f'{finding.mean:+.3g} +- {finding.half:.2g}'
-    body.append([claim.text, which, what, found, str(finding.n), said])
+  body = [finding(study, claim, rows) for claim in study.CLAIMS]
   return pages.table(heads, body)
+
+
+def finding(
+  study: ModuleType, claim: claims.Claim, rows: list[dict]
+) -> list[str]:
+  """A claim's line: text, difference, of what, how much, seeds, verdict."""
+  found = claims.find(claim, rows)
+  said = claims.verdict(claim, found)
+  if claim.untestable:
+    return [claim.text, '', '', '', '', f'{said}: {claim.untestable}']
+  which = f'{claim.arm} - {claim.against}'
+  what = study.COLUMNS.get(claim.metric, claim.metric)
+  if found is None:
+    return [claim.text, which, what, '', '', said]
+  if said == claims.NOT_RESOLVED:
+    said += f'; {found.resolvable:.3g} would have been'
+  much = f'{found.mean:+.3g} +- {found.half:.2g}'
+  return [claim.text, which, what, much, str(found.n), said]
 
 
 def verdicts(study: ModuleType, rows: list[dict]) -> list[str]:

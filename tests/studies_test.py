@@ -12,11 +12,20 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments import claims, pages, results, runner, sources, tables, trial
+from experiments import (
+  claims,
+  pages,
+  results,
+  runner,
+  sources,
+  tables,
+  trial,
+  variants,
+)
 from experiments.claims import Claim
 
 ROOT = pathlib.Path(__file__).parents[1]
-STUDIES = sorted(p.parent.name for p in ROOT.glob('experiments/*/study.py'))
+STUDIES = results.names()
 
 
 def test_paired_differences_are_students():
@@ -104,6 +113,10 @@ def test_a_study_is_whole(name):
     for part in (tables.arms(study, rows), tables.claims_of(study, rows)):
       assert part in text
     assert (folder / f'{name}.png').exists()
+
+
+def test_the_table_of_variants_is_that_of_the_lines():
+  assert variants.table() in (ROOT / 'README.md').read_text()
 
 
 def test_no_other_file_is_called_as_results_are():

@@ -74,16 +74,16 @@ NO_WORSE = 0.02  # nats
 CLAIMS = [
   Claim(
     'CoE-2(4) is better than MoE(8), of as many parameters and FLOPs',
-    'CoE-2 4/32', 'MoE 8/32',
+    'CoE-2 4/32', 'MoE 8/32', headline=True,
   ),
   Claim(
     'and so it is in a standard pre-norm block (a control the paper lacks)',
-    'pre CoE-2 4/32', 'pre MoE 8/32',
+    'pre CoE-2 4/32', 'pre MoE 8/32', headline=True,
   ),
   Claim('and so it is on novels', 'novels CoE-2 4/32', 'novels MoE 8/32'),
   Claim(
     'and on novels in a pre-norm block',
-    'novels pre CoE-2 4/32', 'novels pre MoE 8/32',
+    'novels pre CoE-2 4/32', 'novels pre MoE 8/32', headline=True,
   ),
   Claim(
     'two passes are better than twice the experts',
@@ -91,7 +91,7 @@ CLAIMS = [
   ),
   Claim(
     'and so they are in a pre-norm block',
-    'pre CoE-2 8/32', 'pre MoE 16/32',
+    'pre CoE-2 8/32', 'pre MoE 16/32', headline=True,
   ),
   Claim(
     f'a quarter of the experts less costs CoE-2(4) no more than {NO_WORSE}'
@@ -104,7 +104,7 @@ CLAIMS = [
   ),
   Claim(
     'and so it is in a pre-norm block',
-    'pre CoE-2 8/32', 'pre MoE 8/32, 4 layers', high=NO_WORSE,
+    'pre CoE-2 8/32', 'pre MoE 8/32, 4 layers', high=NO_WORSE, headline=True,
   ),
   Claim(
     'a gate an iteration is better than one gate for both',

@@ -74,11 +74,12 @@ def _arm(data, losses=None, **model):
 
 
 CONTROLS = {
-  'dense': Claim('experts help', BASE, 'dense'),
-  'random 2 of 8': Claim('routing helps', BASE, 'random 2 of 8'),
+  'dense': Claim('experts help', BASE, 'dense', headline=True),
+  'random 2 of 8': Claim('routing helps', BASE, 'random 2 of 8', headline=True),
 }
 CLAIMS = [
-  CONTROLS.get(name) or Claim(f'{name} is better than {BASE}', name, BASE)
+  CONTROLS.get(name)
+  or Claim(f'{name} is better than {BASE}', name, BASE, headline=True)
   for name in IDEAS
   if name != BASE
 ]

@@ -89,17 +89,17 @@ def _vision(data, block, rule, **options):
 
 
 CLAIMS = [
-  Claim('momentum lowers the loss', 'Momentum', 'SMoE'),
-  Claim('Adam lowers it', 'Adam', 'SMoE'),
+  Claim('momentum lowers the loss', 'Momentum', 'SMoE', headline=True),
+  Claim('Adam lowers it', 'Adam', 'SMoE', headline=True),
   Claim('Adam is better than momentum', 'Adam', 'Momentum'),
-  Claim('robust momentum lowers it', 'Robust', 'SMoE'),
+  Claim('robust momentum lowers it', 'Robust', 'SMoE', headline=True),
   Claim(
     'momentum lowers it in a clean pre-norm block (a control)',
-    'pre Momentum', 'pre SMoE',
+    'pre Momentum', 'pre SMoE', headline=True,
   ),
   Claim(
     'momentum lowers the loss of text with words swapped',
-    'Momentum', 'SMoE', 'swapped_loss',
+    'Momentum', 'SMoE', 'swapped_loss', headline=True,
   ),
   Claim('Adam lowers that', 'Adam', 'SMoE', 'swapped_loss'),
   Claim('robust momentum lowers that', 'Robust', 'SMoE', 'swapped_loss'),
@@ -113,7 +113,7 @@ CLAIMS = [
   ),
   Claim(
     'and fewer than its own architecture without it (a control)',
-    'V-MoE Momentum', 'V-MoE, norms matched', 'error',
+    'V-MoE Momentum', 'V-MoE, norms matched', 'error', headline=True,
   ),
   *(
     Claim(

@@ -53,8 +53,14 @@ CLAIMS = [
     'r=4', 'r=1', low=-NEARLY, high=NEARLY,
   ),
   Claim('reuse of two layers with PSR lowers the loss', 'r=2, linear', 'r=1'),
-  Claim('reuse of four layers with PSR lowers the loss', 'r=4, linear', 'r=1'),
-  Claim('PSR is what makes reuse of four work', 'r=4, linear', 'r=4'),
+  Claim(
+    'reuse of four layers with PSR lowers the loss',
+    'r=4, linear', 'r=1', headline=True,
+  ),
+  Claim(
+    'PSR is what makes reuse of four work',
+    'r=4, linear', 'r=4', headline=True,
+  ),
   Claim(
     f'linear PSR is no worse than stepwise (by {NEARLY} nats)',
     'r=4, linear', 'r=4, stepwise', high=NEARLY,
@@ -62,7 +68,7 @@ CLAIMS = [
   Claim(
     'it is reuse, not the mask: the same mask within a layer is worse (a'
     ' control that the paper lacks)',
-    'r=4, linear', 'r=1, masked from 1/4',
+    'r=4, linear', 'r=1, masked from 1/4', headline=True,
   ),
   Claim(
     f'nor is the mask alone better than none (by {NEARLY} nats; a control)',
@@ -74,7 +80,7 @@ CLAIMS = [
   ),
   Claim(
     f'it reaches four times the experts of its own (to {NEARLY} nats)',
-    'r=4, linear', 'r=1 of 32 experts', high=NEARLY,
+    'r=4, linear', 'r=1 of 32 experts', high=NEARLY, headline=True,
   ),
   Claim(
     'more experts are dead in a larger pool',
