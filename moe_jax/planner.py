@@ -346,7 +346,7 @@ class _Attention(NamedTuple):
 
 def _attention(m, s):
   options, H = m['attention'], m['H']
-  S = s.D // H
+  S = options.get('size') or s.D // H
   q, k, v, y = H * S, H * S, H * S, H * S
   if options['name'] == 'rotary':
     k = v = (options['J'] or H) * S

@@ -5,8 +5,10 @@ A file here defines one class `Attention(attention.Attention)`; `{'name':
 rngs=rngs, J=2)`. Nothing else has to be edited.
 """
 
+import dataclasses
 import functools
 import importlib
+import math
 import pkgutil
 from typing import Any
 
@@ -88,6 +90,7 @@ def attend(
   v_BxMxJxU: jax.Array,
   view: View,
   scale: float | None = None,
+  window: int | None = None,
 ) -> jax.Array:
   """y_BxLxHxU: softmax(q k * scale) v over the keys that each query sees.
 
@@ -97,6 +100,8 @@ def attend(
 
   Args:
     scale: S**-0.5 if None.
+    window: a causal query sees so many keys at most, the last of them its own
+      token's; None: all.
   """
   L, S = q_BxLxHxS.shape[1], q_BxLxHxS.shape[3]
   scale = S**-0.5 if scale is None else scale
@@ -106,7 +111,7 @@ def attend(
   answers = []
   for first in range(0, L, size):
     piece = functools.partial(
-      _piece, first, size, causal=view.causal, scale=scale
+      _piece, first, size, causal=view.causal, scale=scale, window=window
     )
     whole = q_BxLxHxS, k_BxMxJxS, v_BxMxJxU, view.query_BxL, view.key_BxL
     answers.append(jax.checkpoint(piece)(*whole))
@@ -129,22 +134,26 @@ def _piece(
   *,
   causal,
   scale,
+  window,
 ):
   """The answers to `size` queries; cut here, so that no piece is kept."""
-  last = first + size if causal else None
+  begin, last = 0, first + size if causal else None
+  if causal and window is not None:
+    begin = max(first + 1 - window, 0)
   return _attend(
     q_BxLxHxS[:, first : first + size],
-    k_BxMxJxS[:, :last],
-    v_BxMxJxU[:, :last],
+    k_BxMxJxS[:, begin:last],
+    v_BxMxJxU[:, begin:last],
     query_BxL[:, first : first + size],
-    key_BxM[:, :last],
-    first=first if causal else None,
+    key_BxM[:, begin:last],
+    first=first - begin if causal else None,
     scale=scale,
+    window=window,
   )
 
 
 def _attend(
-  q_BxQxHxS, k_BxMxJxS, v_BxMxJxU, query_BxQ, key_BxM, *, first, scale
+  q_BxQxHxS, k_BxMxJxS, v_BxMxJxU, query_BxQ, key_BxM, *, first, scale, window
 ):
   """Query i is token `first` + i of the keys; it sees all if that is None."""
   (B, Q, H, S), (M, J) = q_BxQxHxS.shape, k_BxMxJxS.shape[1:3]
@@ -156,7 +165,10 @@ def _attend(
   )
   seen_BxQxM = query_BxQ[:, :, None] == key_BxM[:, None, :]
   if first is not None:
-    seen_BxQxM &= jnp.tri(Q, M, first, dtype=bool)[None]
+    seen_QxM = jnp.tri(Q, M, first, dtype=bool)
+    if window is not None:
+      seen_QxM &= ~jnp.tri(Q, M, first - window, dtype=bool)
+    seen_BxQxM &= seen_QxM[None]
   # Not -inf, of which a softmax over nothing else is NaN, and its gradient.
   score_BxJxGxQxM = jnp.where(
     seen_BxQxM[:, None, None], score_BxJxGxQxM * scale, jnp.finfo(wide).min
@@ -195,3 +207,39 @@ def rotate(x_BxLxHxS: jax.Array, frequency_P: jax.Array) -> jax.Array:
   a, b = jnp.split(x_BxLxHxS.astype(wide), 2, axis=-1)
   rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
   return rotated.astype(x_BxLxHxS.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Yarn:
+  """Rotary frequencies for a context that was extended (arXiv 2309.00071).
+
+  Attributes:
+    factor: by how much `length` tokens are extended; 0 is not at all.
+    beta_fast: pairs that turn more often in `length` keep their frequency.
+    beta_slow: those that turn less often are slowed by the factor.
+    length: of the context before.
+  """
+
+  factor: float
+  beta_fast: float
+  beta_slow: float
+  length: int
+
+  def frequency(self, theta: float, P: int) -> np.ndarray:
+    """float64 [P/2], radians per token."""
+    frequency = theta ** (-np.arange(0, P, 2) / P)
+    if not self.factor:
+      return frequency
+    # The pair, as a real number, that turns so many times in the length.
+    pair = lambda turns: (
+      P * math.log(self.length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+    )
+    low = max(math.floor(pair(self.beta_fast)), 0)
+    high = min(math.ceil(pair(self.beta_slow)), P - 1)
+    width = max(high - low, 1e-3)
+    slowed = np.clip((np.arange(P // 2) - low) / width, 0, 1)
+    return frequency * (1 - slowed + slowed / self.factor)
+
+  def amplitude(self, mscale: float = 1.0) -> float:
+    """1 + mscale ln(factor) / 10."""
+    return 1 + 0.1 * mscale * math.log(max(self.factor, 1))
