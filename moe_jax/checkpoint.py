@@ -83,11 +83,14 @@ class Checkpoints:
         ),
       )
 
-  def restore(self, like: Any, before: int | None = None) -> Restored | None:
+  def restore(
+    self, like: Any, before: int | None = None, part: bool = False
+  ) -> Restored | None:
     """The newest whole checkpoint, or None if there is none at all.
 
     Args:
       like: the state has the shapes, types and shardings of this one.
+      part: of the state only that is read, what else there is is not.
       before: only checkpoints of earlier steps.
 
     Raises:
@@ -98,7 +101,7 @@ class Checkpoints:
     for step in sorted(self._manager.all_steps(), reverse=True):
       if before is not None and step >= before:
         continue
-      found = self._read(step, like)
+      found = self._read(step, like, part)
       if not isinstance(found, str):
         return Restored(step, *found, damaged)
       damaged[step] = found
@@ -160,18 +163,17 @@ class Checkpoints:
         what = 'differs from its checksum' if name in found else 'is missing'
         raise ValueError(f'{name} {what}')
 
-  def _read(self, step, like):
+  def _read(self, step, like, part):
     """(state, data), or a line that says what is wrong with them."""
     saved, kept, wrong = {}, {}, ''
     try:
       if jax.process_index() == 0:
         self._check_digests(step)
+      shapes = jax.tree.map(ocp.tree.to_shape_dtype_struct, like)
       saved = self._manager.restore(
         step,
         args=ocp.args.Composite(
-          state=ocp.args.StandardRestore(
-            jax.tree.map(ocp.tree.to_shape_dtype_struct, like)
-          ),
+          state=_some_of(shapes) if part else ocp.args.StandardRestore(shapes),
           data=ocp.args.JsonRestore(),
         ),
       )
@@ -203,6 +205,15 @@ class Checkpoints:
         f'{self._folder}: cannot save: {told}; checkpoints of steps'
         f' {whole} are there'
       ) from error
+
+
+def _some_of(shapes):
+  """What restores these leaves of a state and no others."""
+  return ocp.args.PyTreeRestore(
+    shapes,
+    restore_args=ocp.checkpoint_utils.construct_restore_args(shapes),
+    partial_restore=True,
+  )
 
 
 def _digests(folder):

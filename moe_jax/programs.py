@@ -27,6 +27,14 @@ class TrainState(NamedTuple):
   guard: guard.State  # of bad steps
 
 
+class Weights(NamedTuple):
+  """The part of a TrainState that a trained model is."""
+
+  step: jax.Array
+  params: Any
+  router_state: Any
+
+
 def initial_state(job: Job) -> TrainState:
   """The state before the first step, laid out on the mesh."""
   init, where = _state(job)
@@ -43,6 +51,12 @@ def abstract_state(job: Job) -> TrainState:
     jax.eval_shape(init),
     where,
   )
+
+
+def abstract_weights(job: Job) -> Weights:
+  """The same of what a trained model is."""
+  state = abstract_state(job)
+  return Weights(state.step, state.params, state.router_state)
 
 
 def _state(job):

@@ -70,11 +70,9 @@ def _job(folder, c):
     raise ValueError(
       f'{folder} holds a {name}; routing is recorded of a {MODEL} alone'
     )
-  tok = tokenizer.load(
-    folder / 'tokenizer.json', c['data'].get('separator', '')
-  )
+  tok, V = _vocabulary(folder, c)
   module = models.get(name)
-  model_config = module.Config(**values, V=tok.vocab_size)
+  model_config = module.Config(**values, V=V)
   build = lambda: module.build(
     model_config, parallel.Layout(), rngs=nnx.Rngs(c['seed'])
   )
@@ -98,10 +96,22 @@ def _job(folder, c):
   )
 
 
+def _vocabulary(folder, c):
+  """The tokenizer, and how many ids the model has.
+
+  Published weights may have more than their tokenizer, and come without one.
+  """
+  path, published = folder / 'tokenizer.json', not c['corpus_sha256']
+  if published and not path.exists():
+    return None, c['data']['vocab_size']
+  tok = tokenizer.load(path, c['data'].get('separator', ''))
+  return tok, c['data']['vocab_size'] if published else tok.vocab_size
+
+
 class _Unread(NamedTuple):
   """What a run's data tells when they are not read."""
 
-  tokenizer: tokenizer.Tokenizer
+  tokenizer: tokenizer.Tokenizer | None
   streams: bool
 
 
@@ -114,8 +124,8 @@ def checkpoints(job: Job) -> list[int]:
   return steps
 
 
-def restore(job: Job, step: int) -> programs.TrainState:
-  """The state of a checkpoint, which is checked as a run's own.
+def restore(job: Job, step: int) -> programs.Weights:
+  """The weights of a checkpoint, which is checked as a run's own.
 
   Raises:
     OSError: it is damaged.
@@ -128,7 +138,7 @@ def restore(job: Job, step: int) -> programs.TrainState:
     link.symlink_to(saved, target_is_directory=True)
     try:
       with checkpoint.Checkpoints(pathlib.Path(folder), keep=1) as opened:
-        found = opened.restore(programs.abstract_state(job))
+        found = opened.restore(programs.abstract_weights(job), part=True)
     except OSError as error:
       told = str(error).replace(folder, str(job.workdir))
       raise OSError(told) from error
@@ -147,6 +157,8 @@ def streams(job: Job, given: list[str]) -> dict[str, np.ndarray]:
   Raises:
     ValueError: a text cannot be read or has the name of another one.
   """
+  if job.dataset.tokenizer is None:
+    raise ValueError(f'{job.workdir} has no tokenizer.json to read texts with')
   if not given:
     return {HELD_OUT: _held_out(job)}
   tok, found = job.dataset.tokenizer, {}
@@ -170,6 +182,11 @@ def _parsed(argument):
 
 def _held_out(job):
   c = job.config
+  if not c['corpus_sha256']:
+    raise ValueError(
+      f'{job.workdir} holds published weights, no run that held out a text;'
+      ' name one with --data'
+    )
   source = dataset.source(c['data']['source'])
   found = source.load(source.Config(**c['data']), c['seq_len'])
   if found.sha256 != c['corpus_sha256']:
@@ -249,7 +266,7 @@ def recorder(job: Job) -> Callable[..., dict[str, Any]]:
 
 def record(
   run: Callable[..., dict[str, Any]],
-  state: programs.TrainState,
+  state: programs.Weights,
   batches: list[dict[str, np.ndarray]],
 ) -> analysis.Routing:
   """The routing of all tokens of the batches, by a `recorder`."""
