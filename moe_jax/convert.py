@@ -567,25 +567,22 @@ def expressed(
     H, D = keys['H'], keys['D']
     keys['attention.J'] = keys['attention.J'] or H
     keys['attention.size'] = keys['attention.size'] or D // H
-  wanted, nearest = _meaning(keys), None
+  wanted, others = _meaning(keys), []
   for family in families.FAMILIES.values():
     try:
       values = families.theirs(family, keys)
       back, V = model_config(families.ours(values)[1])
-    except (KeyError, ValueError):  # it lacks the options of another kind
-      found = {**wanted, **family.values}
-    else:
       found = _meaning({**config.flat(back['model']), 'V': V})
-      if found == wanted:
-        return family, values
+    except (KeyError, ValueError):  # options of another attention or router
+      found = {**wanted, **family.values}
+    if found == wanted:
+      return family, values
     differ = [
-      f'model.{k}={wanted.get(k)!r}'
-      for k in sorted({*wanted, *found})
-      if wanted.get(k) != found.get(k)
+      f'model.{k}={v!r}' for k, v in sorted(wanted.items()) if found.get(k) != v
     ]
-    if nearest is None or len(differ) < len(nearest[1]):
-      nearest = family.model_type, differ
-  family, differ = nearest
+    of_its_kind = keys['attention.name'] == family.values['attention.name']
+    others.append((not of_its_kind, len(differ), family.model_type, differ))
+  *_, family, differ = min(others)
   raise ValueError(
     f'no family can express this model; {family}, the nearest, has not'
     f' {", ".join(differ)}'

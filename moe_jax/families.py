@@ -284,9 +284,10 @@ def _which_are_dense(theirs):
   for period in range(1, N + 1):
     for first in range(N - period + 1):
       pattern = kinds[first : first + period]
-      one = pattern.count('m') == 1 and 'm' not in kinds[:first]
-      again = pattern * (N // period + 1)
-      if one and again.startswith(kinds[first:]):
+      cut = pattern[: (N - first) % period]  # is not of dense layers alone
+      one = pattern.count('m') == 1 and (not cut or 'm' in cut)
+      same_again = pattern * ((N - first) // period) + cut == kinds[first:]
+      if one and same_again and 'm' not in kinds[:first]:
         return {'pattern': pattern, 'first_dense': first}
   raise ValueError(
     f'mlp_only_layers={listed} with decoder_sparse_step={every} is no pattern'

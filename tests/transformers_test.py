@@ -43,6 +43,7 @@ LATENT = dict(
   v_head_dim=6,
   num_experts_per_tok=2,
   first_k_dense_replace=1,
+  num_key_value_heads=4,
 )
 CASES = {
   'mixtral-plain': (
@@ -69,6 +70,7 @@ CASES = {
       num_local_experts=3,
       num_experts_per_tok=1,
       tie_word_embeddings=True,
+      head_dim=4,
       rope_scaling=YARN,
     ),
   ),
