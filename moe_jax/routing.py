@@ -5,6 +5,7 @@ A work directory is only read, whether its run has ended or not.
 
 import dataclasses
 import json
+import math
 import pathlib
 import re
 import tempfile
@@ -39,12 +40,15 @@ HELD_OUT = 'held out'  # the name of the run's own text
 MODEL = 'decoder'  # what reads text
 
 
-def load(workdir: str) -> Job:
-  """The run in a work directory, on one device, without its training data.
+def load(workdir: str, sizes: dict[str, int] | None = None) -> Job:
+  """The decoder in a work directory, without its training data.
+
+  Args:
+    sizes: of the mesh; None is one device.
 
   Raises:
-    ValueError, OSError: one line; there is no run, or none with routers that
-      read text.
+    ValueError, OSError: one line; there is no run, or none of a decoder, or it
+      does not fit the mesh.
   """
   folder = pathlib.Path(workdir).absolute()
   try:
@@ -56,14 +60,24 @@ def load(workdir: str) -> Job:
   except ValueError as error:
     raise ValueError(f'{folder}/config.json is no JSON: {error}') from None
   try:
-    return _job(folder, c)
+    return _job(folder, c, sizes or {})
   except (KeyError, TypeError) as error:
     raise ValueError(
       f'{folder}/config.json is not of this version: {error!r}'
     ) from error
 
 
-def _job(folder, c):
+def routed(workdir: str) -> Job:
+  """The same on one device; ValueError if no layer has a router."""
+  job = load(workdir)
+  if not job.model.trunk.segments():
+    raise ValueError(
+      f'{job.workdir} holds a dense model: no layer has a router'
+    )
+  return job
+
+
+def _job(folder, c, sizes):
   values = {**c['model'], 'gmm': ops.choose_gmm(None)}
   name = values.pop('name')
   if name != MODEL:
@@ -73,25 +87,33 @@ def _job(folder, c):
   tok, V = _vocabulary(folder, c)
   module = models.get(name)
   model_config = module.Config(**values, V=V)
-  build = lambda: module.build(
-    model_config, parallel.Layout(), rngs=nnx.Rngs(c['seed'])
-  )
-  model = nnx.eval_shape(build)
-  if not model.trunk.segments():
-    raise ValueError(f'{folder} holds a dense model: no layer has a router')
+  sizes = {**dict.fromkeys(parallel.AXES, 1), **sizes}
+  one = math.prod(sizes.values()) == 1
+  mesh = parallel.mesh(sizes, jax.devices()[:1] if one else None)
+  layout, said = parallel.Layout(), 'local'
+  if not one:
+    parallel.check(
+      sizes,
+      batch_size=mesh.size,
+      accumulate=1,
+      E=model_config.E,
+      F=model_config.expert_F,
+    )
+    k = c['model']['router'].get('k', 1)
+    layout, said = parallel.layout(mesh, k, strategy='auto', factor=None)
+  build = lambda: module.build(model_config, layout, rngs=nnx.Rngs(c['seed']))
   settings = optimizer.Config(**c['optimizer'])
-  sizes = dict.fromkeys(c['mesh'], 1)
   return Job(
     config=c,
     workdir=folder,
     changed=[],
-    model=model,
+    model=nnx.eval_shape(build),
     init=build,
     objective=objective.get(**c['objective']),
     optimizer=optimizer.make(settings, c['steps']),
     schedule=optimizer.schedule(settings, c['steps']),
-    mesh=parallel.mesh(sizes, jax.devices()[:1]),
-    implementation={},
+    mesh=mesh,
+    implementation={'strategy': said},
     dataset=_Unread(tok, c['data']['order'] == 'stream'),
   )
 
@@ -384,7 +406,7 @@ def write(workdir: str, given: list[str], limit: int, out: str) -> pathlib.Path:
   Raises:
     ValueError, OSError: one line; nothing was written.
   """
-  job, folder = load(workdir), pathlib.Path(out).absolute()
+  job, folder = routed(workdir), pathlib.Path(out).absolute()
   _check_place(folder)
   saved = checkpoints(job)
   tokens, batches = read(job, streams(job, given), limit)

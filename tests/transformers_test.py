@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import convert, models, parallel, routers, routing
+from moe_jax import convert, generate, models, parallel, routers, routing
 
 missing = 'transformers and torch are not installed: pip install moe_jax[torch]'
 torch = pytest.importorskip('torch', reason=missing)
@@ -275,6 +275,25 @@ def test_an_export_of_an_import_is_the_same_bits(case, tmp_path):
     np.testing.assert_array_equal(a, new[name], err_msg=name)
   opened = type(model).from_pretrained(tmp_path / 'again').eval()
   np.testing.assert_array_equal(theirs(opened)[0], theirs(model)[0])
+
+
+def test_greedy_generation_is_that_of_transformers(case):
+  """Of prompts of other lengths, which transformers gets one by one."""
+  model, folder = case
+  job, weights = generate.newest(str(folder / 'run'))
+  prompts = [row[: 9 - 4 * i].tolist() for i, row in enumerate(ids())]
+  found = generate.write(job, weights, prompts, 32)
+  for prompt, own in zip(prompts, found.ids, strict=True):
+    made = model.generate(
+      torch.tensor([prompt]),
+      attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+      do_sample=False,
+      max_new_tokens=32,
+      min_new_tokens=32,
+      eos_token_id=None,
+      pad_token_id=0,
+    )
+    assert made[0, len(prompt) :].tolist() == own
 
 
 def test_fused_tensors_are_read_too(case, tmp_path):

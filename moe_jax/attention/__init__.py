@@ -33,6 +33,10 @@ class View:
   causal: bool = flax.struct.field(pytree_node=False)  # no later key is seen
   shared: Any = None  # what `Attention.shared` made for all layers
   cache_BxCxD: jax.Array | None = None  # inputs before the first of these
+  # Of a text that is being written: the place of each query in its row, and
+  # `entries` of the tokens up to it by their places, [B, M, ...].
+  place_BxL: jax.Array | None = None
+  kept: Any = None
 
 
 class Attention(nnx.Module):
@@ -70,6 +74,28 @@ class Attention(nnx.Module):
   def __call__(self, x_BxLxD: jax.Array, view: View) -> jax.Array:
     """y_BxLxD, in the dtype of x."""
     raise NotImplementedError
+
+  def entries(
+    self, x_BxLxD: jax.Array, place_BxL: jax.Array | None
+  ) -> dict[str, jax.Array]:
+    """What later queries need of these tokens, [B, L, ...].
+
+    Args:
+      place_BxL: int32, in their rows; 0 to L - 1 if None.
+
+    Raises:
+      ValueError: this kind does not write texts.
+    """
+    kind = type(self).__module__.rpartition('.')[2]
+    raise ValueError(f'attention {kind!r} keeps no keys, and writes no texts')
+
+  def keep(
+    self, kept: Any, x_BxLxD: jax.Array, place_BxL: jax.Array
+  ) -> dict[str, jax.Array]:
+    """`kept` with the entries of these tokens at their places."""
+    row_Bx1 = jnp.arange(len(x_BxLxD), dtype=jnp.int32)[:, None]
+    put = lambda old, new: old.at[row_Bx1, place_BxL].set(new, mode='drop')
+    return jax.tree.map(put, kept, self.entries(x_BxLxD, place_BxL))
 
 
 def names() -> list[str]:
@@ -118,6 +144,24 @@ def attend(
   return jnp.concatenate(answers, axis=1)
 
 
+def attend_kept(
+  q_BxLxHxS: jax.Array,
+  k_BxMxJxS: jax.Array,
+  v_BxMxJxU: jax.Array,
+  place_BxL: jax.Array,
+  scale: float | None = None,
+  window: int | None = None,
+) -> jax.Array:
+  """The same over keys by their places, up to that of each query."""
+  scale = q_BxLxHxS.shape[3] ** -0.5 if scale is None else scale
+  key_1x1xM = jnp.arange(k_BxMxJxS.shape[1], dtype=jnp.int32)[None, None]
+  ahead_BxLxM = place_BxL[:, :, None] - key_1x1xM
+  seen_BxLxM = ahead_BxLxM >= 0
+  if window is not None:
+    seen_BxLxM &= ahead_BxLxM < window
+  return _attend(q_BxLxHxS, k_BxMxJxS, v_BxMxJxU, seen_BxLxM, scale)
+
+
 def block(L: int) -> int:
   """How many of L causal queries meet their keys at once."""
   return max(_BLOCK, -(-L // _BLOCKS))
@@ -140,35 +184,28 @@ def _piece(
   begin, last = 0, first + size if causal else None
   if causal and window is not None:
     begin = max(first + 1 - window, 0)
-  return _attend(
-    q_BxLxHxS[:, first : first + size],
-    k_BxMxJxS[:, begin:last],
-    v_BxMxJxU[:, begin:last],
-    query_BxL[:, first : first + size],
-    key_BxM[:, begin:last],
-    first=first - begin if causal else None,
-    scale=scale,
-    window=window,
-  )
+  q_BxQxHxS = q_BxLxHxS[:, first : first + size]
+  k_BxMxJxS, v_BxMxJxU = k_BxMxJxS[:, begin:last], v_BxMxJxU[:, begin:last]
+  query_BxQ = query_BxL[:, first : first + size]
+  seen_BxQxM = query_BxQ[:, :, None] == key_BxM[:, None, begin:last]
+  if causal:
+    # Query i is token `first` + i, the keys begin with token `begin`.
+    Q, M = seen_BxQxM.shape[1:]
+    seen_QxM = jnp.tri(Q, M, first - begin, dtype=bool)
+    if window is not None:
+      seen_QxM &= ~jnp.tri(Q, M, first - begin - window, dtype=bool)
+    seen_BxQxM &= seen_QxM[None]
+  return _attend(q_BxQxHxS, k_BxMxJxS, v_BxMxJxU, seen_BxQxM, scale)
 
 
-def _attend(
-  q_BxQxHxS, k_BxMxJxS, v_BxMxJxU, query_BxQ, key_BxM, *, first, scale, window
-):
-  """Query i is token `first` + i of the keys; it sees all if that is None."""
-  (B, Q, H, S), (M, J) = q_BxQxHxS.shape, k_BxMxJxS.shape[1:3]
+def _attend(q_BxQxHxS, k_BxMxJxS, v_BxMxJxU, seen_BxQxM, scale):
+  (B, Q, H, S), J = q_BxQxHxS.shape, k_BxMxJxS.shape[2]
   dtype = q_BxQxHxS.dtype
   wide = np.promote_types(dtype, jnp.float32)
   q_BxQxJxGxS = q_BxQxHxS.reshape(B, Q, J, H // J, S)
   score_BxJxGxQxM = jnp.einsum(
     'bqjgs,bmjs->bjgqm', q_BxQxJxGxS, k_BxMxJxS, preferred_element_type=wide
   )
-  seen_BxQxM = query_BxQ[:, :, None] == key_BxM[:, None, :]
-  if first is not None:
-    seen_QxM = jnp.tri(Q, M, first, dtype=bool)
-    if window is not None:
-      seen_QxM &= ~jnp.tri(Q, M, first - window, dtype=bool)
-    seen_BxQxM &= seen_QxM[None]
   # Not -inf, of which a softmax over nothing else is NaN, and its gradient.
   score_BxJxGxQxM = jnp.where(
     seen_BxQxM[:, None, None], score_BxJxGxQxM * scale, jnp.finfo(wide).min
@@ -197,13 +234,21 @@ def join(y_BxLxHxS: jax.Array, w_HxSxD: jax.Array) -> jax.Array:
   return jnp.einsum('blhs,hsd->bld', y_BxLxHxS, w_HxSxD.astype(y_BxLxHxS.dtype))
 
 
-def rotate(x_BxLxHxS: jax.Array, frequency_P: jax.Array) -> jax.Array:
-  """Rotates the pairs (i, i + S/2) of each head by place * frequency_P[i]."""
-  L = x_BxLxHxS.shape[1]
+def rotate(
+  x_BxLxHxS: jax.Array,
+  frequency_P: jax.Array,
+  place_BxL: jax.Array | None = None,
+) -> jax.Array:
+  """Rotates the pairs (i, i + S/2) of each head by place * frequency_P[i].
+
+  Places are 0 to L - 1 if None.
+  """
   wide = frequency_P.dtype
-  angle_LxP = jnp.arange(L, dtype=wide)[:, None] * frequency_P[None]
-  cos = jnp.cos(angle_LxP)[None, :, None]
-  sin = jnp.sin(angle_LxP)[None, :, None]
+  if place_BxL is None:
+    place_BxL = jnp.arange(x_BxLxHxS.shape[1], dtype=wide)[None]
+  angle_BxLxP = place_BxL.astype(wide)[..., None] * frequency_P[None, None]
+  cos = jnp.cos(angle_BxLxP)[:, :, None]
+  sin = jnp.sin(angle_BxLxP)[:, :, None]
   a, b = jnp.split(x_BxLxHxS.astype(wide), 2, axis=-1)
   rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
   return rotated.astype(x_BxLxHxS.dtype)

@@ -90,26 +90,56 @@ class Attention(attention.Attention):
     self.out_HxUxD = nnx.Param(out_HxUxD * out_scale)
 
   def __call__(self, x_BxLxD: jax.Array, view: attention.View) -> jax.Array:
+    q_BxLxHxS = self._query(x_BxLxD)
+    q_BxLxHxW, q_BxLxHxP = jnp.split(q_BxLxHxS, [self.nope], axis=-1)
+    q_BxLxHxP = self._rotate(q_BxLxHxP, view.place_BxL)
+    if view.kept is None:
+      y_BxLxHxU = self._attend(q_BxLxHxW, q_BxLxHxP, x_BxLxD, view)
+    else:
+      y_BxLxHxU = self._attend_kept(q_BxLxHxW, q_BxLxHxP, view)
+    return attention.join(y_BxLxHxU, self.out_HxUxD[...])
+
+  def entries(self, x_BxLxD, place_BxL):
+    """The latent, and the part of a key that has a position."""
     dtype = x_BxLxD.dtype
     latent_BxLxZ = self.norm_latent(
       x_BxLxD @ self.latent_DxZ[...].astype(dtype)
     )
     key_BxLxP = x_BxLxD @ self.key_DxP[...].astype(dtype)
-    k_BxLxHxW = attention.heads(latent_BxLxZ, self.key_ZxHxW[...])
-    v_BxLxHxU = attention.heads(latent_BxLxZ, self.value_ZxHxU[...])
-    q_BxLxHxS = self._query(x_BxLxD)
-    q_BxLxHxW, q_BxLxHxP = jnp.split(q_BxLxHxS, [self.nope], axis=-1)
-    k_BxLxHxP = jnp.broadcast_to(
-      self._rotate(key_BxLxP[:, :, None]), q_BxLxHxP.shape
-    )
-    y_BxLxHxU = attention.attend(
-      jnp.concatenate([q_BxLxHxW, self._rotate(q_BxLxHxP)], axis=-1),
+    key_BxLxP = self._rotate(key_BxLxP[:, :, None], place_BxL)[:, :, 0]
+    return {'latent_BxLxZ': latent_BxLxZ, 'key_BxLxP': key_BxLxP}
+
+  def _attend(self, q_BxLxHxW, q_BxLxHxP, x_BxLxD, view):
+    of = self.entries(x_BxLxD, None)
+    k_BxLxHxW = attention.heads(of['latent_BxLxZ'], self.key_ZxHxW[...])
+    v_BxLxHxU = attention.heads(of['latent_BxLxZ'], self.value_ZxHxU[...])
+    k_BxLxHxP = jnp.broadcast_to(of['key_BxLxP'][:, :, None], q_BxLxHxP.shape)
+    return attention.attend(
+      jnp.concatenate([q_BxLxHxW, q_BxLxHxP], axis=-1),
       jnp.concatenate([k_BxLxHxW, k_BxLxHxP], axis=-1),
       v_BxLxHxU,
       view,
       self.scale,
     )
-    return attention.join(y_BxLxHxU, self.out_HxUxD[...])
+
+  def _attend_kept(self, q_BxLxHxW, q_BxLxHxP, view):
+    """The same among latents: one key and one value for all heads."""
+    dtype = q_BxLxHxW.dtype
+    latent_BxMxZ, key_BxMxP = (
+      view.kept[name] for name in ('latent_BxLxZ', 'key_BxLxP')
+    )
+    q_BxLxHxZ = jnp.einsum(
+      'blhw,zhw->blhz', q_BxLxHxW, self.key_ZxHxW[...].astype(dtype)
+    )
+    y_BxLxHxZ = attention.attend_kept(
+      jnp.concatenate([q_BxLxHxZ, q_BxLxHxP], axis=-1),
+      jnp.concatenate([latent_BxMxZ, key_BxMxP], axis=-1)[:, :, None],
+      latent_BxMxZ[:, :, None],
+      view.place_BxL,
+      self.scale,
+    )
+    value_ZxHxU = self.value_ZxHxU[...].astype(dtype)
+    return jnp.einsum('blhz,zhu->blhu', y_BxLxHxZ, value_ZxHxU)
 
   def _query(self, x_BxLxD):
     if not self.compressed:
@@ -117,11 +147,11 @@ class Attention(attention.Attention):
     query_BxLxY = x_BxLxD @ self.query_DxY[...].astype(x_BxLxD.dtype)
     return attention.heads(self.norm_query(query_BxLxY), self.query_YxHxS[...])
 
-  def _rotate(self, x_BxLxHxP):
+  def _rotate(self, x_BxLxHxP, place_BxL):
     wide = np.promote_types(x_BxLxHxP.dtype, jnp.float32)
     if self.interleaved:
       x_BxLxHxP = jnp.concatenate(
         [x_BxLxHxP[..., 0::2], x_BxLxHxP[..., 1::2]], axis=-1
       )
     frequency_P = jnp.asarray(self.frequency_P, wide)
-    return attention.rotate(x_BxLxHxP, frequency_P) * self.amplitude
+    return attention.rotate(x_BxLxHxP, frequency_P, place_BxL) * self.amplitude

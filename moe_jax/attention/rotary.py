@@ -86,22 +86,37 @@ class Attention(attention.Attention):
 
   def __call__(self, x_BxLxD: jax.Array, view: attention.View) -> jax.Array:
     q_BxLxHxS = self._heads(x_BxLxD, 'query_DxHxS', 'bias_query_HxS')
-    k_BxLxJxS = self._heads(x_BxLxD, 'key_DxJxS', 'bias_key_JxS')
-    v_BxLxJxS = self._heads(x_BxLxD, 'value_DxJxS', 'bias_value_JxS')
     if self.qk_norm != 'none':
       q_BxLxHxS = self._normed(q_BxLxHxS, self.norm_query)
-      k_BxLxJxS = self._normed(k_BxLxJxS, self.norm_key)
-    y_BxLxHxS = attention.attend(
-      self._rotate(q_BxLxHxS),
-      self._rotate(k_BxLxJxS),
-      v_BxLxJxS,
-      view,
-      window=self.window,
-    )
+    q_BxLxHxS = self._rotate(q_BxLxHxS, view.place_BxL)
+    if view.kept is None:
+      of = self.entries(x_BxLxD, None)
+      y_BxLxHxS = attention.attend(
+        q_BxLxHxS, of['k_BxLxJxS'], of['v_BxLxJxS'], view, window=self.window
+      )
+    else:
+      of = view.kept
+      y_BxLxHxS = attention.attend_kept(
+        q_BxLxHxS,
+        of['k_BxLxJxS'],
+        of['v_BxLxJxS'],
+        view.place_BxL,
+        window=self.window,
+      )
     y_BxLxD = attention.join(y_BxLxHxS, self.out_HxSxD[...])
     if self.bias:
       y_BxLxD += self.bias_out_D[...].astype(y_BxLxD.dtype)[None, None]
     return y_BxLxD
+
+  def entries(self, x_BxLxD, place_BxL):
+    """Keys, turned, and values."""
+    k_BxLxJxS = self._heads(x_BxLxD, 'key_DxJxS', 'bias_key_JxS')
+    if self.qk_norm != 'none':
+      k_BxLxJxS = self._normed(k_BxLxJxS, self.norm_key)
+    return {
+      'k_BxLxJxS': self._rotate(k_BxLxJxS, place_BxL),
+      'v_BxLxJxS': self._heads(x_BxLxD, 'value_DxJxS', 'bias_value_JxS'),
+    }
 
   def _heads(self, x_BxLxD, weight, bias):
     y_BxLxHxS = attention.heads(x_BxLxD, getattr(self, weight)[...])
@@ -116,10 +131,10 @@ class Attention(attention.Attention):
     B, L, H, S = x_BxLxHxS.shape
     return norm(x_BxLxHxS.reshape(B, L, H * S)).reshape(B, L, H, S)
 
-  def _rotate(self, x_BxLxHxS):
+  def _rotate(self, x_BxLxHxS, place_BxL):
     wide = np.promote_types(x_BxLxHxS.dtype, jnp.float32)
     frequency_P = jnp.asarray(self.frequency_P, wide)
-    return attention.rotate(x_BxLxHxS, frequency_P) * self.amplitude
+    return attention.rotate(x_BxLxHxS, frequency_P, place_BxL) * self.amplitude
 
 
 def _check(D, H, J, S, window, qk_norm):

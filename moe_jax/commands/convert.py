@@ -29,7 +29,7 @@ _SHARD = flags.DEFINE_integer(
 
 def main(argv: list[str]) -> None:
   # Imported here, so that a mistyped flag is reported at once.
-  from moe_jax import convert  # pylint: disable=g-import-not-at-top
+  from moe_jax import convert, parallel  # pylint: disable=g-import-not-at-top
 
   del argv
   if not flags.FLAGS['verbosity'].present:
@@ -38,7 +38,8 @@ def main(argv: list[str]) -> None:
     if _is_run(_FROM.value):
       told = convert.give(_FROM.value, _TO.value, _SHARD.value)
     else:
-      told = convert.take(_FROM.value, _TO.value, _mesh(_MESH.value))
+      mesh = parallel.mesh(commands.mesh_sizes(_MESH.value))
+      told = convert.take(_FROM.value, _TO.value, mesh)
     print('\n'.join(told))
   except (ValueError, TypeError, OSError) as error:
     commands.stop('moe-convert', error)
@@ -51,20 +52,6 @@ def _is_run(folder):
     return 'model' in json.loads(text)
   except (OSError, ValueError, TypeError):
     return False  # the import says what is wrong
-
-
-def _mesh(given):
-  from moe_jax import parallel  # pylint: disable=g-import-not-at-top
-
-  sizes = dict.fromkeys(parallel.AXES, 1)
-  for text in given:
-    axis, _, size = text.partition('=')
-    if axis not in sizes or not size.isdecimal() or int(size) < 1:
-      raise ValueError(
-        f'--mesh={text} is not AXIS=DEVICES; axes are {", ".join(sizes)}'
-      )
-    sizes[axis] = int(size)
-  return parallel.mesh(sizes)
 
 
 def console() -> None:
