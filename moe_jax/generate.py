@@ -7,6 +7,7 @@ padding: what stands behind a prompt is seen by no token of it.
 
 import functools
 import pathlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -23,75 +24,78 @@ class Written(NamedTuple):
   Attributes:
     ids: of each prompt, the new ids.
     routes: of each segment int32 [G, R, I, B, M, K], the experts of the token
-      at each place of a row, prompt included; what `write` replays.
+      at each place of a row, prompt included; what a writer replays.
   """
 
   ids: list[list[int]]
   routes: list[np.ndarray]
 
 
-def write(
+def writer(
   job: Job,
-  weights: programs.Weights,
-  prompts: list[list[int]],
   new: int,
   *,
   temperature: float = 0.0,
   top_p: float = 1.0,
-  seed: int = 0,
   stop: int | None = None,
-  routes: list[np.ndarray] | None = None,
-) -> Written:
-  """Continues prompts by `new` ids each, or until `stop`, which is one of them.
+) -> Callable[..., Written]:
+  """What continues prompts by `new` ids each, or until `stop`, one of them.
 
-  Draws of a row depend on the seed, its number and the place alone.
+  Returns (weights, prompts, seed=0, routes=None) -> Written. It compiles once
+  for each number and largest length of prompts. Draws of a row depend on the
+  seed, the row's number and the place alone.
 
   Args:
-    job: of routing.load; weights lie on its mesh.
+    job: of `newest`; weights lie on its mesh.
     temperature: of the softmax; 0 takes the best id.
     top_p: drawn from are the best ids that together have this probability.
-    routes: of an earlier run of as many rows and places, which is followed
-      instead of the routers' choices; their gates are their own.
 
   Raises:
-    ValueError: one line; an empty prompt, an id that the model lacks, options
-      or routes that do not fit, a model that cannot write.
+    ValueError: one line; a model that cannot write, options out of range. When
+      called: an empty prompt, an id that the model lacks, routes that do not
+      fit.
   """
-  _check(job, prompts, new, temperature, top_p)
-  rows = -len(prompts) % job.mesh.size + len(prompts)
-  lengths_B = np.array([len(p) for p in prompts] + [1] * (rows - len(prompts)))
-  L = int(lengths_B.max())
-  ids_BxL = np.zeros((rows, L), np.int32)
-  for row, prompt in zip(ids_BxL, prompts, strict=False):
-    row[: len(prompt)] = prompt
-  if routes is not None:
-    routes = _fitting(job, routes, (len(prompts), L + new), rows)
+  _check(job, new, temperature, top_p)
+  sample = functools.partial(_sample, temperature=temperature, top_p=top_p)
+  end = -1 if stop is None else stop
   run = jax.jit(
-    functools.partial(
-      _write,
-      job,
-      new=new,
-      sample=functools.partial(_sample, temperature=temperature, top_p=top_p),
-      stop=-1 if stop is None else stop,
-    )
-  )
-  with programs.precision(job):
-    new_BxN, routes = jax.device_get(
-      run(
-        weights,
-        parallel.put_batch({'ids_BxL': ids_BxL}, job.mesh, rows)['ids_BxL'],
-        jnp.asarray(lengths_B, jnp.int32),
-        jnp.uint32(seed),
-        routes,
-      )
-    )
-  return Written(
-    [_until(row.tolist(), stop) for row in new_BxN[: len(prompts)]],
-    [route[:, :, :, : len(prompts)] for route in routes],
+    functools.partial(_write, job, new=new, sample=sample, stop=end)
   )
 
+  def write(
+    weights: programs.Weights,
+    prompts: list[list[int]],
+    seed: int = 0,
+    routes: list[np.ndarray] | None = None,
+  ) -> Written:
+    """`routes` of an earlier run of as many rows and places are followed.
 
-def _write(job, weights, ids_BxL, length_B, seed, forced, *, new, sample, stop):
+    They stand for the routers' choices; gates are the routers' own.
+    """
+    _check_prompts(job, prompts)
+    rows = -len(prompts) % job.mesh.size + len(prompts)
+    length_B = np.ones(rows, np.int32)
+    length_B[: len(prompts)] = [len(prompt) for prompt in prompts]
+    ids_BxL = np.zeros((rows, length_B.max()), np.int32)
+    for row, prompt in zip(ids_BxL, prompts, strict=False):
+      row[: len(prompt)] = prompt
+    if routes is not None:
+      routes = _fitting(job, routes, len(prompts), ids_BxL.shape[1] + new, rows)
+    batch = parallel.put_batch(
+      {'ids_BxL': ids_BxL, 'length_B': length_B}, job.mesh, rows
+    )
+    with programs.precision(job):
+      found = run(weights, **batch, seed=jnp.uint32(seed), forced=routes)
+      new_BxN, made = jax.device_get(found)
+    return Written(
+      [_until(row.tolist(), stop) for row in new_BxN[: len(prompts)]],
+      [route[:, :, :, : len(prompts)] for route in made],
+    )
+
+  return write
+
+
+def _write(job, weights, *, ids_BxL, length_B, seed, forced, new, sample, stop):
   """new_BxN, and the routes of all places."""
   B, L = ids_BxL.shape
   model = models.bind(job.model, weights.params, weights.router_state)
@@ -187,15 +191,7 @@ def _until(ids, stop):
   return ids[: ids.index(stop) + 1] if stop in ids else ids
 
 
-def _check(job, prompts, new, temperature, top_p):
-  if not prompts:
-    raise ValueError('there is no prompt')
-  for prompt in prompts:
-    if not prompt:
-      raise ValueError('a prompt has no id')
-    for i in prompt:
-      if not 0 <= i < job.model.c.V:
-        raise ValueError(f'the id {i} is not one of 0 .. {job.model.c.V - 1}')
+def _check(job, new, temperature, top_p):
   if new < 1:
     raise ValueError(f'max_new_tokens={new} is < 1')
   if temperature < 0:
@@ -208,11 +204,22 @@ def _check(job, prompts, new, temperature, top_p):
         f'the router {job.config["model"]["router"]["name"]!r} looks at later'
         ' tokens, and cannot write'
       )
+  job.model.room(1, 1)  # does attention keep anything?
 
 
-def _fitting(job, routes, have, rows):
+def _check_prompts(job, prompts):
+  if not prompts:
+    raise ValueError('there is no prompt')
+  for prompt in prompts:
+    if not prompt:
+      raise ValueError('a prompt has no id')
+    for i in prompt:
+      if not 0 <= i < job.model.c.V:
+        raise ValueError(f'the id {i} is not one of 0 .. {job.model.c.V - 1}')
+
+
+def _fitting(job, routes, B, M, rows):
   """Recorded routes with rows for padding; ValueError if they do not fit."""
-  B, M = have
   like = jax.eval_shape(lambda: _blank_routes(job.model, B, M))
   if [np.shape(a) for a in routes] != [a.shape for a in like]:
     raise ValueError(

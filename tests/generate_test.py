@@ -1,5 +1,6 @@
 """Texts that are written: what is kept changes nothing; routes are followed."""
 
+import functools
 import json
 import pathlib
 import subprocess
@@ -23,6 +24,13 @@ CASES = {
   'normed': values('qwen3_moe'),
   'latent': values('deepseek_v3'),
 }
+
+
+@functools.cache
+def opened(workdir, **sizes):
+  """The job, its weights and what continues prompts, greedily."""
+  job, weights = generate.newest(workdir, sizes)
+  return job, weights, generate.writer(job, NEW)
 
 
 @pytest.fixture(scope='module', params=CASES)
@@ -64,80 +72,78 @@ def greedy(job, weights, prompts, new):
 
 
 def test_what_is_kept_changes_nothing(folder):
-  job, weights = generate.newest(folder)
-  found = generate.write(job, weights, PROMPTS, NEW)
+  job, weights, write = opened(folder)
+  found = write(weights, PROMPTS)
   assert found.ids == greedy(job, weights, PROMPTS, NEW)
   assert len({tuple(ids) for ids in found.ids}) == 3
 
 
-def test_every_mesh_writes_the_same(folder):
-  job, weights = generate.newest(folder)
-  alone = generate.write(job, weights, PROMPTS, NEW)
-  for sizes in ({'data': 2, 'fsdp': 2}, {'tensor': 2, 'data': 4}):
-    job, weights = generate.newest(folder, sizes)
-    found = generate.write(job, weights, PROMPTS, NEW)
-    assert found.ids == alone.ids
-    for a, b in zip(found.routes, alone.routes, strict=True):
-      written = [
-        (a[:, :, :, i, : len(p) + NEW - 1], b[:, :, :, i, : len(p) + NEW - 1])
-        for i, p in enumerate(PROMPTS)
-      ]
-      for own, other in written:
-        np.testing.assert_array_equal(np.sort(own), np.sort(other))
+def written(routes, i):
+  """Those of a prompt and of what was written but for its last id, as sets."""
+  upto = len(PROMPTS[i]) + NEW - 1
+  return [np.sort(a[:, :, :, i, :upto]) for a in routes]
 
 
-def test_experts_on_other_devices_write_the_same(tmp_path):
-  theirs = values('olmoe', torch_dtype='float32')
+@pytest.mark.parametrize(
+  'sizes',
+  [{'data': 2, 'fsdp': 2}, {'tensor': 2, 'data': 2, 'expert': 2}],
+  ids=str,
+)
+def test_every_mesh_writes_the_same(sizes, tmp_path):
+  theirs = values('deepseek_v2', torch_dtype='float32')
   source = publish(tmp_path / 'source', theirs)
   convert.take(str(source), str(tmp_path / 'run'))
-  found = [
-    generate.write(*generate.newest(str(tmp_path / 'run'), s), PROMPTS, NEW)
-    for s in (None, {'expert': 4, 'data': 2})
-  ]
-  assert found[0].ids == found[1].ids
+  (_, *alone), (_, *many) = (
+    opened(str(tmp_path / 'run'), **s) for s in ({}, sizes)
+  )
+  own, other = (write(weights, PROMPTS) for weights, write in (many, alone))
+  assert own.ids == other.ids
+  for i in range(len(PROMPTS)):
+    a, b = written(own.routes, i), written(other.routes, i)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 def test_routes_are_followed(folder):
-  """Those of other weights, by every token from the first."""
-  job, weights = generate.newest(folder)
-  own = generate.write(job, weights, PROMPTS, NEW)
-  again = generate.write(job, weights, PROMPTS, NEW, routes=own.routes)
-  assert again.ids == own.ids
+  """Those that nobody chose, by every token from the first."""
+  job, weights, write = opened(folder)
+  own = write(weights, PROMPTS)
+  assert write(weights, PROMPTS, routes=own.routes).ids == own.ids
   draw = np.random.default_rng(0)
+  some = lambda a: draw.permutation(job.model.c.E)[: a.shape[-1]]
   other = [
-    np.stack(
-      [
-        draw.permutation(job.model.c.E)[: a.shape[-1]]
-        for _ in range(a[..., 0].size)
-      ]
-    ).reshape(a.shape)
+    np.reshape([some(a) for _ in range(a[..., 0].size)], a.shape)
     for a in own.routes
   ]
-  forced = generate.write(job, weights, PROMPTS, NEW, routes=other)
+  forced = write(weights, PROMPTS, routes=other)
   assert forced.ids != own.ids
-  for a, b in zip(forced.routes, other, strict=True):
-    for i, prompt in enumerate(PROMPTS):
-      upto = len(prompt) + NEW - 1
-      np.testing.assert_array_equal(a[:, :, :, i, :upto], b[:, :, :, i, :upto])
+  for i in range(len(PROMPTS)):
+    a, b = written(forced.routes, i), written(other, i)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def test_draws_follow_the_seed_and_the_row_alone(folder):
-  job, weights = generate.newest(folder)
-  draw = lambda prompts, **more: (
-    generate.write(job, weights, prompts, NEW, temperature=1.0, **more).ids
-  )
-  three, two = draw(PROMPTS), draw(PROMPTS[:2])
-  assert three[:2] == two
-  assert draw(PROMPTS, seed=1) != three
-  best = generate.write(job, weights, PROMPTS, NEW).ids
-  assert draw(PROMPTS, top_p=1e-6) == best != three
+@pytest.fixture(scope='module')
+def latent(tmp_path_factory):
+  place = tmp_path_factory.mktemp('one')
+  source = publish(place / 'source', CASES['latent'])
+  convert.take(str(source), str(place / 'run'))
+  return str(place / 'run')
 
 
-def test_a_row_ends_with_what_stops_it(folder):
-  job, weights = generate.newest(folder)
-  whole = generate.write(job, weights, PROMPTS, NEW).ids
+def test_draws_follow_the_seed_and_the_row_alone(latent):
+  job, weights, write = opened(latent)
+  drawing = generate.writer(job, NEW, temperature=1.0)
+  three = drawing(weights, PROMPTS).ids
+  assert drawing(weights, PROMPTS[:2]).ids == three[:2]
+  assert drawing(weights, PROMPTS, seed=1).ids != three
+  nearly = generate.writer(job, NEW, temperature=1.0, top_p=1e-6)
+  assert nearly(weights, PROMPTS).ids == write(weights, PROMPTS).ids != three
+
+
+def test_a_row_ends_with_what_stops_it(latent):
+  job, weights, write = opened(latent)
+  whole = write(weights, PROMPTS).ids
   stop = whole[0][2]
-  found = generate.write(job, weights, PROMPTS, NEW, stop=stop).ids
+  found = generate.writer(job, NEW, stop=stop)(weights, PROMPTS).ids
   for own, all_ids in zip(found, whole, strict=True):
     upto = all_ids.index(stop) + 1 if stop in all_ids else NEW
     assert own == all_ids[:upto]
@@ -161,58 +167,48 @@ def test_top_p_and_temperature_are_what_they_say():
   near(share(temperature=0.0, top_p=1.0), [0, 1, 0, 0])
 
 
-@pytest.fixture(scope='module')
-def trained(corpus, tmp_path_factory):
-  """The work directory of a run, by its changes."""
+@pytest.mark.parametrize(
+  'new, options, message',
+  [
+    (0, {}, 'max_new_tokens=0'),
+    (1, {'temperature': -1.0}, 'temperature=-1.0'),
+    (1, {'top_p': 0.0}, 'top_p=0.0'),
+  ],
+)
+def test_options_out_of_range(latent, new, options, message):
+  with pytest.raises(ValueError, match=message):
+    generate.writer(opened(latent)[0], new, **options)
 
-  def make(**changes):
-    workdir = tmp_path_factory.mktemp('trained') / 'run'
-    c = small_config(corpus, steps=1, log_every=0, **changes)
-    train.run(jobs.prepare(c, str(workdir)))
-    return workdir
 
-  return make
+def test_prompts_and_routes_that_do_not_fit(latent):
+  _, weights, write = opened(latent)
+  routes = write(weights, PROMPTS).routes
+  for prompts, given, message in (
+    ([], None, 'no prompt'),
+    ([[1], []], None, 'has no id'),
+    ([[1, 20]], None, 'the id 20 is not one of 0 .. 19'),
+    ([[1]], routes, r'shapes \[\(2, 1, 1, 3, 11, 2\)\], .*1, 1, 7, 2\)'),
+    (PROMPTS, [a + 5 for a in routes], 'an expert that is not one of 0 .. 4'),
+    (PROMPTS, [a + 0.5 for a in routes], 'an expert that is not one of'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      write(weights, prompts, routes=given)
 
 
 @pytest.mark.parametrize(
-  'prompts, new, options, message',
+  'section, name, message',
   [
-    ([], 1, {}, 'no prompt'),
-    ([[1], []], 1, {}, 'has no id'),
-    ([[1, 20]], 1, {}, 'the id 20 is not one of 0 .. 19'),
-    ([[1]], 0, {}, 'max_new_tokens=0'),
-    ([[1]], 1, {'temperature': -1.0}, 'temperature=-1.0'),
-    ([[1]], 1, {'top_p': 0.0}, 'top_p=0.0'),
-    ([[1]], 1, {'routes': [np.zeros((1, 1))]}, r'shapes \[\(1, 1\)\]'),
+    ('router', 'expert_choice', "'expert_choice' looks at later"),
+    ('attention', 'span', "attention 'span' keeps no keys"),
   ],
 )
-def test_what_cannot_be_written(folder, prompts, new, options, message):
-  job, weights = generate.newest(folder)
+def test_models_that_cannot_write(section, name, message, latent, tmp_path):
+  c = json.loads((pathlib.Path(latent) / 'config.json').read_text())
+  c['model'][section] = config.choice(section, name).to_dict()
+  (tmp_path / 'config.json').write_text(json.dumps(c))
+  job = routing.load(str(tmp_path))
   with pytest.raises(ValueError, match=message):
-    generate.write(job, weights, prompts, new, **options)
-
-
-def test_routes_of_experts_that_are_not_there(folder):
-  job, weights = generate.newest(folder)
-  routes = generate.write(job, weights, PROMPTS, 2).routes
-  bad = [a + 100 for a in routes]
-  with pytest.raises(ValueError, match='an expert that is not one of'):
-    generate.write(job, weights, PROMPTS, 2, routes=bad)
-
-
-@pytest.mark.parametrize(
-  'part, message',
-  [
-    (('router', 'expert_choice'), "'expert_choice' looks at later"),
-    (('attention', 'span'), "attention 'span' keeps no keys"),
-  ],
-)
-def test_models_that_cannot_write_are_refused(part, message, trained):
-  section, name = part
-  made = {'router': config.router, 'attention': config.attend}[section](name)
-  workdir = trained(**{f'model__{section}': made})
-  with pytest.raises(ValueError, match=message):
-    generate.write(*generate.newest(str(workdir)), [[1]], 2)
+    generate.writer(job, 1)
 
 
 def run(*arguments):
@@ -225,10 +221,12 @@ def run(*arguments):
   )
 
 
-def test_the_command(trained, tmp_path):
+def test_the_command(corpus, tmp_path):
   """A dense layer first, two iterations, texts; and the routes of one run."""
-  workdir = trained(model__first_dense=1, model__N=3, model__iterations=2)
-  routes = tmp_path / 'routes.npz'
+  changes = dict(model__first_dense=1, model__N=3, model__iterations=2)
+  c = small_config(corpus, steps=1, log_every=0, **changes)
+  workdir, routes = tmp_path / 'run', tmp_path / 'routes.npz'
+  train.run(jobs.prepare(c, str(workdir)))
   common = f'--workdir={workdir}', '--prompt=4 squared', '--max_new_tokens=5'
   first = run(*common, '--json', f'--record={routes}')
   assert first.returncode == 0, first.stderr
@@ -239,7 +237,6 @@ def test_the_command(trained, tmp_path):
   assert generate.load_routes(routes)[0].shape == (2, 1, 2, 1, 14, 2)
   again = run(*common, '--json', f'--replay={routes}')
   assert json.loads(again.stdout) == told, again.stderr
-  assert routing.load(str(workdir)).model.c.iterations == 2
   wrong = run(*common, '--prompt_ids=1,2')
   assert wrong.returncode == 2
   assert wrong.stderr == 'moe-generate: give either --prompt or --prompt_ids\n'

@@ -282,7 +282,7 @@ def test_greedy_generation_is_that_of_transformers(case):
   model, folder = case
   job, weights = generate.newest(str(folder / 'run'))
   prompts = [row[: 9 - 4 * i].tolist() for i, row in enumerate(ids())]
-  found = generate.write(job, weights, prompts, 32)
+  found = generate.writer(job, 32)(weights, prompts)
   for prompt, own in zip(prompts, found.ids, strict=True):
     made = model.generate(
       torch.tensor([prompt]),

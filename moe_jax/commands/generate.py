@@ -56,17 +56,15 @@ def _run(generate):
   prompts = [generate.prompt_ids(job, text) for text in _PROMPT.value]
   prompts += [_ids(text) for text in _PROMPT_IDS.value]
   tok = job.dataset.tokenizer
-  found = generate.write(
+  write = generate.writer(
     job,
-    weights,
-    prompts,
     _NEW.value,
     temperature=_TEMPERATURE.value,
     top_p=_TOP_P.value,
-    seed=_SEED.value,
     stop=None if tok is None else tok.separator,
-    routes=generate.load_routes(_REPLAY.value) if _REPLAY.value else None,
   )
+  routes = generate.load_routes(_REPLAY.value) if _REPLAY.value else None
+  found = write(weights, prompts, _SEED.value, routes)
   if _RECORD.value:
     generate.save_routes(_RECORD.value, found.routes)
   for prompt, ids in zip(prompts, found.ids, strict=True):

@@ -95,15 +95,16 @@ class Decoder(nnx.Module):
       ValueError: the attention writes no texts.
     """
     c = self.c
-    layer = self.trunk.first if c.first else block.at(self.trunk.body.moe, 0)
+    stacked = self.trunk.first if c.first else self.trunk.body.moe
+    graph, state = nnx.split(stacked.attention)
 
-    def entries():
+    def entries(state):
+      one = jax.tree.map(lambda a: a[0] if c.first else a[0, 0], state)
       x_BxMxD = jnp.zeros((B, M, c.D), c.dtype)
-      return block.at(layer, 0).attention.entries(x_BxMxD, None)
+      return nnx.merge(graph, one).entries(x_BxMxD, None)
 
-    return jax.tree.map(
-      lambda a: jnp.zeros((c.N, *a.shape), a.dtype), jax.eval_shape(entries)
-    )
+    shapes = jax.eval_shape(entries, state)
+    return jax.tree.map(lambda a: jnp.zeros((c.N, *a.shape), a.dtype), shapes)
 
   def _run(self, batch, ctx, view, cache):
     c, layout = self.c, self.trunk.wiring.layout
