@@ -516,8 +516,7 @@ def give(workdir: str, target: str, shard: int = SHARD) -> list[str]:
     ValueError, OSError: one line; nothing is left in `target`. A variant that
       no family can express is refused with the keys that none has.
   """
-  source, folder = pathlib.Path(workdir), pathlib.Path(target).absolute()
-  job = routing.load(workdir)
+  job, folder = routing.load(workdir), pathlib.Path(target).absolute()
   family, values = expressed(job.config, job.model.c.V)
   state = routing.restore(job, routing.checkpoints(job)[-1])
   leaves = {
@@ -535,22 +534,29 @@ def give(workdir: str, target: str, shard: int = SHARD) -> list[str]:
       )
   dtype = np.dtype(values['torch_dtype'])
   with aside(folder) as part:
-    _carry(source / ASIDE, part)
-    old = _json(source / ASIDE / 'config.json')
-    kept = {k: v for k, v in old.items() if k in family.kept}
-    values = {
-      'max_position_embeddings': job.config['seq_len'],
-      **kept,
-      **values,
-    }
-    _write(part / 'config.json', values)
-    if (
-      not (part / 'tokenizer.json').exists()
-      and (source / 'tokenizer.json').exists()
-    ):
-      shutil.copyfile(source / 'tokenizer.json', part / 'tokenizer.json')
+    kept = _beside(job, part)
+    kept = {k: v for k, v in kept.items() if k in family.kept}
+    _write(part / 'config.json', {**kept, **values})
     count = write(own, leaves, dtype, part, shard)
   return [f'{family.model_type}, {len(own)} tensors in {count} files: {folder}']
+
+
+def _beside(job, part):
+  """Writes what stands beside weights; returns other fields of config.json."""
+  old = job.workdir / ASIDE
+  if old.exists():
+    _carry(old, part)
+    return json.loads((old / 'config.json').read_text(encoding='utf-8'))
+  tok = job.dataset.tokenizer
+  if not isinstance(tok, tokenizer.Bytes):  # which is no file of the library's
+    tok.save(part / 'tokenizer.json')
+    named = {'tokenizer_class': 'PreTrainedTokenizerFast'}
+    _write(part / 'tokenizer_config.json', named)
+  return {
+    'max_position_embeddings': job.config['seq_len'],
+    'bos_token_id': None,
+    'eos_token_id': tok.separator,
+  }
 
 
 def expressed(
@@ -716,10 +722,6 @@ def _carry(source, target):
   for name in SMALL:
     if (source / name).is_file():
       shutil.copyfile(source / name, target / name)
-
-
-def _json(path):
-  return json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
 
 
 def _write(path, values):

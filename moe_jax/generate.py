@@ -256,6 +256,8 @@ def prompt_ids(job: Job, text: str) -> list[int]:
     raise ValueError(
       f'{job.workdir} has no tokenizer.json: give --prompt_ids, not --prompt'
     )
+  if routing.published(job.config):
+    return tok.prompt(text)
   return tok.encode([text])[0].tolist()
 
 

@@ -118,16 +118,21 @@ def _job(folder, c, sizes):
   )
 
 
+def published(c: dict[str, Any]) -> bool:
+  """Whether the weights in a work directory were imported."""
+  return not c['corpus_sha256']
+
+
 def _vocabulary(folder, c):
   """The tokenizer, and how many ids the model has.
 
   Published weights may have more than their tokenizer, and come without one.
   """
-  path, published = folder / 'tokenizer.json', not c['corpus_sha256']
-  if published and not path.exists():
+  path = folder / 'tokenizer.json'
+  if published(c) and not path.exists():
     return None, c['data']['vocab_size']
   tok = tokenizer.load(path, c['data'].get('separator', ''))
-  return tok, c['data']['vocab_size'] if published else tok.vocab_size
+  return tok, c['data']['vocab_size'] if published(c) else tok.vocab_size
 
 
 class _Unread(NamedTuple):
@@ -204,7 +209,7 @@ def _parsed(argument):
 
 def _held_out(job):
   c = job.config
-  if not c['corpus_sha256']:
+  if published(c):
     raise ValueError(
       f'{job.workdir} holds published weights, no run that held out a text;'
       ' name one with --data'

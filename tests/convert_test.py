@@ -10,10 +10,19 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import tokenizers
 from safetensors.numpy import load_file, save_file
 from small import small_config
 
-from moe_jax import config, convert, families, parallel, routing, train
+from moe_jax import (
+  config,
+  convert,
+  families,
+  generate,
+  parallel,
+  routing,
+  train,
+)
 from moe_jax import job as jobs
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -310,8 +319,6 @@ def _no_index(folder):
 
 
 def _large_tokenizer(folder):
-  import tokenizers
-
   words = {f'w{i}': i for i in range(V)} | {'</s>': V}
   made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, 'w0'))
   made.add_special_tokens(['</s>'])
@@ -396,19 +403,55 @@ def test_a_variant_that_no_format_has_is_refused(changes, message):
     convert.expressed(keys_of(**changes), V)
 
 
-def test_a_run_that_was_trained_is_exported(corpus, tmp_path):
+def test_a_run_that_was_trained_goes_out_and_comes_back(corpus, tmp_path):
+  """With its tokenizer; what its routers do with a text is the same."""
   c = small_config(corpus, steps=2, log_every=0)
+  c.data.update(tokenizer='bpe', vocab_size=300)
   train.run(jobs.prepare(c, str(tmp_path / 'run')))
   convert.give(str(tmp_path / 'run'), str(tmp_path / 'out'))
   tensors = load_file(tmp_path / 'out' / 'model.safetensors')
   job = routing.load(str(tmp_path / 'run'))
-  params = jax.device_get(routing.restore(job, 2).params)
+  weights = routing.restore(job, 2)
   np.testing.assert_array_equal(
     tensors['model.layers.1.block_sparse_moe.experts.3.w1.weight'],
-    params['trunk']['body']['pools']['gate_ExDxF'][1, 3].T,
+    jax.device_get(weights.params)['trunk']['body']['pools']['gate_ExDxF'][
+      1, 3
+    ].T,
   )
-  again = imported(tmp_path / 'out')
-  np.testing.assert_array_equal(again['embed_VxD'], params['embed_VxD'])
+  convert.take(str(tmp_path / 'out'), str(tmp_path / 'again'))
+  found = []
+  for name in ('run', 'again'):
+    folder = tmp_path / name
+    page = routing.write(
+      str(folder), [f'text={corpus}'], 128, str(folder / 'a')
+    )
+    numbers = json.loads((page.parent / routing.NUMBERS).read_text())
+    assert numbers.pop('checkpoint') == (2 if name == 'run' else 0)
+    arrays = np.load(page.parent / routing.ARRAYS)
+    found.append((numbers['steps'], arrays['expert_SxTxK'].tolist()))
+  assert found[0] == found[1]
+  job, weights = generate.newest(str(tmp_path / 'again'))
+  prompt = generate.prompt_ids(job, '7 squared is')
+  assert job.dataset.tokenizer.decode(prompt) == '7 squared is'
+
+
+def test_an_imported_model_holds_no_text_and_is_not_trained_further(tmp_path):
+  source = publish(tmp_path / 'source', values())
+  convert.take(str(source), str(tmp_path / 'run'))
+  with pytest.raises(ValueError, match=r'has no tokenizer\.json to read'):
+    routing.write(str(tmp_path / 'run'), [], 100, str(tmp_path / 'out'))
+  words = {f'w{i}': i for i in range(V - 1)}
+  made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, 'w0'))
+  made.add_special_tokens(['</s>'])
+  made.save(str(source / 'tokenizer.json'))
+  (source / 'config.json').write_text(
+    json.dumps(values(eos_token_id=[99, V - 1]))
+  )
+  convert.take(str(source), str(tmp_path / 'named'))
+  job = routing.load(str(tmp_path / 'named'))
+  assert job.dataset.tokenizer.separator == V - 1
+  with pytest.raises(ValueError, match='holds published weights'):
+    routing.write(str(tmp_path / 'named'), [], 100, str(tmp_path / 'out'))
 
 
 # The command, and memory.
