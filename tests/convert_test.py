@@ -1,6 +1,7 @@
 """moe-convert without transformers: tables, refusals, folders, memory."""
 
 import json
+import math
 import pathlib
 import re
 import subprocess
@@ -223,6 +224,199 @@ def test_all_patterns_of_dense_layers_are_found():
   for found in (given(5, 2, [0]), given(5, 1, [0, 1])):
     back = rule.theirs({**found, 'N': 5})
     assert given(5, *back.values()) == found
+
+
+# As their config.json are on the Hub, but for what says nothing of the model.
+PUBLISHED = {
+  'Mixtral-8x7B': (
+    46_702_792_704,
+    {
+      'model_type': 'mixtral',
+      'hidden_act': 'silu',
+      'hidden_size': 4096,
+      'intermediate_size': 14336,
+      'max_position_embeddings': 32768,
+      'num_attention_heads': 32,
+      'num_experts_per_tok': 2,
+      'num_hidden_layers': 32,
+      'num_key_value_heads': 8,
+      'num_local_experts': 8,
+      'rms_norm_eps': 1e-05,
+      'rope_theta': 1000000.0,
+      'sliding_window': None,
+      'tie_word_embeddings': False,
+      'torch_dtype': 'bfloat16',
+      'vocab_size': 32000,
+    },
+  ),
+  'OLMoE-1B-7B': (
+    6_919_161_856,
+    {
+      'model_type': 'olmoe',
+      'attention_bias': False,
+      'clip_qkv': None,
+      'hidden_act': 'silu',
+      'hidden_size': 2048,
+      'intermediate_size': 1024,
+      'max_position_embeddings': 4096,
+      'norm_topk_prob': False,
+      'num_attention_heads': 16,
+      'num_experts': 64,
+      'num_experts_per_tok': 8,
+      'num_hidden_layers': 16,
+      'num_key_value_heads': 16,
+      'rms_norm_eps': 1e-05,
+      'rope_scaling': None,
+      'rope_theta': 10000.0,
+      'tie_word_embeddings': False,
+      'torch_dtype': 'bfloat16',
+      'vocab_size': 50304,
+    },
+  ),
+  'Qwen3-30B-A3B': (
+    30_532_122_624,
+    {
+      'model_type': 'qwen3_moe',
+      'attention_bias': False,
+      'decoder_sparse_step': 1,
+      'head_dim': 128,
+      'hidden_act': 'silu',
+      'hidden_size': 2048,
+      'intermediate_size': 6144,
+      'max_position_embeddings': 40960,
+      'max_window_layers': 48,
+      'mlp_only_layers': [],
+      'moe_intermediate_size': 768,
+      'norm_topk_prob': True,
+      'num_attention_heads': 32,
+      'num_experts': 128,
+      'num_experts_per_tok': 8,
+      'num_hidden_layers': 48,
+      'num_key_value_heads': 4,
+      'rms_norm_eps': 1e-06,
+      'rope_scaling': None,
+      'rope_theta': 1000000.0,
+      'sliding_window': None,
+      'tie_word_embeddings': False,
+      'torch_dtype': 'bfloat16',
+      'use_sliding_window': False,
+      'vocab_size': 151936,
+    },
+  ),
+  'DeepSeek-V2-Lite': (
+    15_706_484_224,
+    {
+      'model_type': 'deepseek_v2',
+      'attention_bias': False,
+      'first_k_dense_replace': 1,
+      'hidden_act': 'silu',
+      'hidden_size': 2048,
+      'intermediate_size': 10944,
+      'kv_lora_rank': 512,
+      'max_position_embeddings': 163840,
+      'moe_intermediate_size': 1408,
+      'moe_layer_freq': 1,
+      'n_group': 1,
+      'n_routed_experts': 64,
+      'n_shared_experts': 2,
+      'norm_topk_prob': False,
+      'num_attention_heads': 16,
+      'num_experts_per_tok': 6,
+      'num_hidden_layers': 27,
+      'num_key_value_heads': 16,
+      'q_lora_rank': None,
+      'qk_nope_head_dim': 128,
+      'qk_rope_head_dim': 64,
+      'rms_norm_eps': 1e-06,
+      'rope_scaling': {
+        'beta_fast': 32,
+        'beta_slow': 1,
+        'factor': 40,
+        'mscale': 0.707,
+        'mscale_all_dim': 0.707,
+        'original_max_position_embeddings': 4096,
+        'type': 'yarn',
+      },
+      'rope_theta': 10000,
+      'routed_scaling_factor': 1.0,
+      'scoring_func': 'softmax',
+      'tie_word_embeddings': False,
+      'topk_group': 1,
+      'topk_method': 'greedy',
+      'torch_dtype': 'bfloat16',
+      'v_head_dim': 128,
+      'vocab_size': 102400,
+    },
+  ),
+  # Without its layer of multi-token prediction.
+  'DeepSeek-V3': (
+    671_026_419_200,
+    {
+      'model_type': 'deepseek_v3',
+      'attention_bias': False,
+      'first_k_dense_replace': 3,
+      'hidden_act': 'silu',
+      'hidden_size': 7168,
+      'intermediate_size': 18432,
+      'kv_lora_rank': 512,
+      'max_position_embeddings': 163840,
+      'moe_intermediate_size': 2048,
+      'moe_layer_freq': 1,
+      'n_group': 8,
+      'n_routed_experts': 256,
+      'n_shared_experts': 1,
+      'norm_topk_prob': True,
+      'num_attention_heads': 128,
+      'num_experts_per_tok': 8,
+      'num_hidden_layers': 61,
+      'num_key_value_heads': 128,
+      'num_nextn_predict_layers': 1,
+      'q_lora_rank': 1536,
+      'qk_nope_head_dim': 128,
+      'qk_rope_head_dim': 64,
+      'rms_norm_eps': 1e-06,
+      'rope_scaling': {
+        'beta_fast': 32,
+        'beta_slow': 1,
+        'factor': 40,
+        'mscale': 1.0,
+        'mscale_all_dim': 1.0,
+        'original_max_position_embeddings': 4096,
+        'type': 'yarn',
+      },
+      'rope_theta': 10000,
+      'routed_scaling_factor': 2.5,
+      'scoring_func': 'sigmoid',
+      'tie_word_embeddings': False,
+      'topk_group': 4,
+      'topk_method': 'noaux_tc',
+      'torch_dtype': 'bfloat16',
+      'v_head_dim': 128,
+      'vocab_size': 129280,
+    },
+  ),
+}
+
+
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_published_models_have_their_published_size(name):
+  """As shapes: tensors and leaves; the config goes there and back."""
+  count, theirs = PUBLISHED[name]
+  family, model, tree = abstract(theirs)
+  own = convert.pieces(family.layouts[0], model.c, tree)
+  assert sum(math.prod(piece.shape) for piece in own) == count
+  assert sum(math.prod(a.shape) for a in tree.values()) == count
+  c, size = convert.model_config(families.ours(theirs)[1])
+  found, again = convert.expressed(c, size)
+  assert found is family
+  for key, value in theirs.items():
+    if key in again and key != 'rope_scaling' and value is not None:
+      left_out = key in ('num_nextn_predict_layers', 'topk_method', 'n_group')
+      assert again[key] == value or left_out, key
+  old, new = theirs.get('rope_scaling'), again['rope_scaling']
+  if old:
+    new['type'] = new.pop('rope_type')
+  assert old == new
 
 
 # What is refused.
