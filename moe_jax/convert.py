@@ -267,7 +267,7 @@ def take(
     )
     state, skipped = load(folder, family, c, mesh)
     if skipped:
-      told.append(f'left out {len(skipped)} tensors, {skipped[0]} and others')
+      told.append(f'left out {len(skipped)} tensors, of them {skipped[0]}')
     if (folder / 'tokenizer.json').exists():
       shutil.copyfile(folder / 'tokenizer.json', part / 'tokenizer.json')
     text = json.dumps(c, indent=1) + '\n'
@@ -409,19 +409,23 @@ def _chosen(family, c, tree, names):
     raise ValueError(
       f'{len(missing[best])} tensors are missing, of them {missing[best][0]}'
     )
-  beyond = f'(?:{"|".join(str(c.N + i) for i in range(8))})'
-  skipped = [r'.*\.rotary_emb\.inv_freq', *family.skipped]
-  if c.tied:
-    skipped.append(r'lm_head\.weight')
-  skipped = re.compile('|'.join(s.replace('{beyond}', beyond) for s in skipped))
   more = sorted(names - {p.name for p in found[best]})
   for name in more:
-    if not skipped.fullmatch(name):
+    layer = _layer_of(name)
+    beyond = family.beyond and layer is not None and layer >= c.N
+    tied = c.tied and name == 'lm_head.weight'  # saved twice
+    if not (beyond or tied or name.endswith('.rotary_emb.inv_freq')):
       raise ValueError(
         f'the tensor {name} is of no use to a {family.model_type} of this'
-        f' config.json'
+        ' config.json'
       )
   return found[best], more
+
+
+def _layer_of(name):
+  """The number of the layer that a tensor belongs to, or None."""
+  found = re.search(r'\.layers\.(\d+)\.', name)
+  return int(found[1]) if found else None
 
 
 def _fill(shards, path, like, units, mesh):
@@ -437,12 +441,6 @@ def _fill(shards, path, like, units, mesh):
   def read(index, where):
     return _read_unit(shards, units[index], where)
 
-  if not ahead:
-    (index,) = units
-    made = jax.make_array_from_callback(
-      shape, one, functools.partial(read, index)
-    )
-    return jax.jit(lambda a: a.astype(like.dtype), out_shardings=whole)(made)
   filled = jax.jit(
     lambda: jnp.zeros(like.shape, like.dtype), out_shardings=whole
   )()
@@ -524,8 +522,7 @@ def give(workdir: str, target: str, shard: int = SHARD) -> list[str]:
     for tree in (state.params, state.router_state)
     for path, a in jax.tree_util.tree_leaves_with_path(tree)
   }
-  own = pieces(family.layouts[0], job.model.c, leaves)
-  own = [p for layer in _by_layer(own) for p in layer]
+  own = _by_layer(pieces(family.layouts[0], job.model.c, leaves))
   covered = {leaf.path for piece in own for leaf in piece.leaves}
   for path in leaves:
     if path not in covered:
@@ -628,12 +625,9 @@ def _meaning(keys):
 
 
 def _by_layer(own):
-  """Pieces in the order of layers, the model's own first and last."""
-  by = collections.defaultdict(list)
-  for piece in own:
-    found = re.search(r'\.layers\.(\d+)\.', piece.name)
-    by[int(found[1]) if found else -1].append(piece)
-  return [by[k] for k in sorted(by)]
+  """Pieces in the order of layers, the model's own first."""
+  layer = lambda piece: -1 if (n := _layer_of(piece.name)) is None else n
+  return sorted(own, key=layer)
 
 
 def write(

@@ -36,7 +36,8 @@ class Rule:
   """How some fields of config.json and some of our keys stand for each other.
 
   Attributes:
-    fields: name -> what a config.json without it means; REQUIRED is an error.
+    fields: name -> what a config.json without it means; REQUIRED where the
+      Hub's always have it, for defaults differ between families and versions.
     ours: fields' values -> our keys' values, 'E' and 'router.k', of a model.
     theirs: all our keys -> fields' values.
 
@@ -59,7 +60,7 @@ class Family:
     values: our keys that are the same in the whole family.
     kept: fields of config.json that say nothing of the outputs.
     aliases: other names of fields, of other versions of transformers.
-    skipped: patterns of tensors that are not part of the model.
+    beyond: there may be layers behind the model's, which are left out.
   """
 
   model_type: str
@@ -68,7 +69,7 @@ class Family:
   rules: tuple[Rule, ...]
   values: Mapping[str, Any]
   kept: frozenset[str] = frozenset()
-  skipped: tuple[str, ...] = ()
+  beyond: bool = False
   aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -139,7 +140,7 @@ def _grouped(default_theta):
     }
 
   return (
-    same('num_key_value_heads', 'attention.J', None),
+    same('num_key_value_heads', 'attention.J'),
     same('rope.rope_theta', 'attention.theta', default_theta),
     Rule({**_YARN, 'rope.attention_factor': None}, yarn, back),
   )
@@ -212,11 +213,11 @@ def _latent():
     return {}
 
   return (
-    same('qk_nope_head_dim', 'attention.nope', 128),
-    same('qk_rope_head_dim', 'attention.rope', 64),
-    same('v_head_dim', 'attention.value', 128),
-    same('kv_lora_rank', 'attention.rank', 512),
-    same('q_lora_rank', 'attention.query_rank', 1536),
+    same('qk_nope_head_dim', 'attention.nope'),
+    same('qk_rope_head_dim', 'attention.rope'),
+    same('v_head_dim', 'attention.value'),
+    same('kv_lora_rank', 'attention.rank'),
+    same('q_lora_rank', 'attention.query_rank'),
     same('rope.rope_theta', 'attention.theta', 10_000.0),
     must('attention_bias', False),
     Rule(
@@ -236,8 +237,8 @@ def _deepseek():
     same('intermediate_size', 'F'),
     same('moe_intermediate_size', 'expert_F'),
     same('n_routed_experts', 'E'),
-    same('first_k_dense_replace', 'first_dense', 0),
-    same('routed_scaling_factor', 'router.scale', 1.0),
+    same('first_k_dense_replace', 'first_dense'),
+    same('routed_scaling_factor', 'router.scale'),
     must('moe_layer_freq', 1),
     Rule(
       {'n_shared_experts': REQUIRED, 'moe_intermediate_size': REQUIRED},
@@ -497,7 +498,7 @@ FAMILIES = {
         same('head_dim', 'attention.size', None),
         same('sliding_window', 'attention.window', None),
         same('intermediate_size', 'expert_F'),
-        same('num_local_experts', 'E', 8),
+        same('num_local_experts', 'E'),
       ),
       {**_TOPK, 'attention.name': 'rotary'},
       _KEPT,
@@ -511,8 +512,8 @@ FAMILIES = {
         *_grouped(10_000.0),
         same('attention_bias', 'attention.bias', False),
         same('intermediate_size', 'expert_F'),
-        same('num_experts', 'E', 64),
-        same('norm_topk_prob', 'router.renormalise', False),
+        same('num_experts', 'E'),
+        same('norm_topk_prob', 'router.renormalise'),
         same('rms_norm_eps', 'attention.eps'),
         must('clip_qkv', None),
       ),
@@ -531,8 +532,8 @@ FAMILIES = {
         same('attention_bias', 'attention.bias', False),
         same('intermediate_size', 'F'),
         same('moe_intermediate_size', 'expert_F'),
-        same('num_experts', 'E', 128),
-        same('norm_topk_prob', 'router.renormalise', False),
+        same('num_experts', 'E'),
+        same('norm_topk_prob', 'router.renormalise'),
         same('rms_norm_eps', 'attention.eps'),
         Rule(
           {'use_sliding_window': False, 'sliding_window': None},
@@ -582,9 +583,9 @@ FAMILIES = {
         *_SHAPE,
         *_latent(),
         *_deepseek(),
-        same('n_group', 'router.expert_groups', 8),
-        same('topk_group', 'router.groups_kept', 4),
-        same('norm_topk_prob', 'router.renormalise', True),
+        same('n_group', 'router.expert_groups'),
+        same('topk_group', 'router.groups_kept'),
+        same('norm_topk_prob', 'router.renormalise'),
         same('rope_interleave', 'attention.interleaved', True),
         must('topk_method', 'noaux_tc'),
         Rule(  # layers of multi-token prediction are left out
@@ -602,8 +603,7 @@ FAMILIES = {
         'router.bias_rate': 0.001,  # as DeepSeek-V3 was trained
       },
       _KEPT | {'head_dim', 'qk_head_dim'},
-      # The layers of multi-token prediction, behind the model's.
-      (r'model\.layers\.{beyond}\..*',),
+      beyond=True,  # of multi-token prediction
       aliases={'num_local_experts': 'n_routed_experts'},
     ),
   )

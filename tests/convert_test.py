@@ -38,10 +38,11 @@ LATENT = dict(
   n_shared_experts=2,
   moe_intermediate_size=6,
   first_k_dense_replace=1,
+  routed_scaling_factor=2.0,
 )
 OPTIONS = {
   'mixtral': dict(num_key_value_heads=1, num_local_experts=3),
-  'olmoe': dict(num_key_value_heads=2, num_experts=4),
+  'olmoe': dict(num_key_value_heads=2, num_experts=4, norm_topk_prob=False),
   'qwen3_moe': dict(
     num_key_value_heads=1,
     num_experts=4,
@@ -49,9 +50,10 @@ OPTIONS = {
     moe_intermediate_size=6,
     mlp_only_layers=[0],
     attention_bias=True,
+    norm_topk_prob=True,
   ),
   'deepseek_v2': LATENT,
-  'deepseek_v3': dict(n_group=2, topk_group=1, **LATENT),
+  'deepseek_v3': dict(n_group=2, topk_group=1, norm_topk_prob=True, **LATENT),
 }
 V = 20
 
@@ -542,6 +544,24 @@ def test_damage_is_one_line_and_leaves_nothing(damage, message, tmp_path):
     convert.take(str(source), str(tmp_path / 'out' / 'run'))
   assert '\n' not in str(caught.value)
   assert not list((tmp_path / 'out').rglob('*'))
+
+
+def test_what_is_known_to_be_of_no_use_is_left_out(tmp_path):
+  """Layers of multi-token prediction, a tied head that was saved twice."""
+  theirs = values('deepseek_v3', tie_word_embeddings=True)
+  tensors = drawn(theirs)
+  tensors['lm_head.weight'] = tensors['model.embed_tokens.weight']
+  tensors['model.layers.3.enorm.weight'] = tensors['model.norm.weight']
+  tensors['model.layers.0.self_attn.rotary_emb.inv_freq'] = np.zeros(4, 'f')
+  source = publish(tmp_path / 'source', theirs, tensors)
+  told = convert.take(str(source), str(tmp_path / 'run'))
+  assert any('left out 3 tensors' in line for line in told)
+  tensors['model.layers.2.enorm.weight'] = tensors['model.norm.weight']
+  publish(source, theirs, tensors)
+  with pytest.raises(
+    ValueError, match=r'layers\.2\.enorm\.weight is of no use'
+  ):
+    convert.take(str(source), str(tmp_path / 'other'))
 
 
 def test_what_is_there_is_not_overwritten(tmp_path):
