@@ -89,8 +89,11 @@ def drawn(theirs, layout=0):
   family, model, tree = abstract(theirs)
   draw = np.random.default_rng(0)
   wide = lambda piece: np.float32 if piece.wide else ml_dtypes.bfloat16
+  value = lambda piece: (
+    0.3 * draw.normal(size=piece.shape) + ('norm' in piece.name)
+  )
   return {
-    piece.name: draw.normal(size=piece.shape).astype(wide(piece))
+    piece.name: value(piece).astype(wide(piece))
     for piece in convert.pieces(family.layouts[layout], model.c, tree)
   }
 
