@@ -309,7 +309,7 @@ def model_config(keys: dict[str, Any]) -> tuple[dict[str, Any], int]:
   c.model.router = config.router(router.pop('name'), **router)
   c.model.attention = config.attend(attention.pop('name'), **attention)
   c.model.update({k: v for k, v in keys.items() if '.' not in k})
-  c.data = config.source('text', vocab_size=V)
+  c.data = config.source('text', vocab_size=V, padded_size=V)
   return config.resolve(c), V
 
 
@@ -327,6 +327,7 @@ def _run_config(folder, target, keys, values):
   if size > V:
     raise ValueError(f'{path} has {size} ids, config.json vocab_size={V}')
   c['data'] |= {
+    'vocab_size': size,
     'tokenizer': str(target / 'tokenizer.json'),
     'separator': separator,
   }
@@ -384,7 +385,7 @@ def abstract(c: dict[str, Any]) -> tuple[Any, dict[tuple[str, ...], Any]]:
   """A run's model, of shapes alone, and its leaves by their paths."""
   values = {**c['model'], 'gmm': ops.choose_gmm(None)}
   module = models.get(values.pop('name'))
-  settings = module.Config(**values, V=c['data']['vocab_size'])
+  settings = module.Config(**values, V=c['data']['padded_size'])
   build = lambda: module.build(settings, parallel.Layout(), rngs=nnx.Rngs(0))
   model = nnx.eval_shape(build)
   leaves = [

@@ -128,11 +128,11 @@ def _vocabulary(folder, c):
 
   Published weights may have more than their tokenizer, and come without one.
   """
-  path = folder / 'tokenizer.json'
+  path, padded_size = folder / 'tokenizer.json', c['data']['padded_size']
   if published(c) and not path.exists():
-    return None, c['data']['vocab_size']
-  tok = tokenizer.load(path, c['data'].get('separator', ''))
-  return tok, c['data']['vocab_size'] if published(c) else tok.vocab_size
+    return None, padded_size
+  tok = tokenizer.load(path, c['data']['separator'])
+  return tok, padded_size or tok.vocab_size
 
 
 class _Unread(NamedTuple):
@@ -144,8 +144,7 @@ class _Unread(NamedTuple):
 
 def checkpoints(job: Job) -> list[int]:
   """The steps of its checkpoints; ValueError if there is none."""
-  folder = job.workdir / 'checkpoints'
-  steps = sorted(int(p.name) for p in folder.glob('*') if p.name.isdigit())
+  steps = checkpoint.steps(job.workdir)
   if not steps:
     raise ValueError(f'{job.workdir} has no checkpoint')
   return steps
@@ -155,23 +154,9 @@ def restore(job: Job, step: int) -> programs.Weights:
   """The weights of a checkpoint, which is checked as a run's own.
 
   Raises:
-    OSError: it is damaged.
+    OSError: it is gone or damaged.
   """
-  saved = job.workdir / 'checkpoints' / str(step)
-  # Opened where it stands, orbax would clear away what a run is just saving.
-  with tempfile.TemporaryDirectory() as folder:
-    link = pathlib.Path(folder) / 'checkpoints' / str(step)
-    link.parent.mkdir()
-    link.symlink_to(saved, target_is_directory=True)
-    try:
-      with checkpoint.Checkpoints(pathlib.Path(folder), keep=1) as opened:
-        found = opened.restore(programs.abstract_weights(job), part=True)
-    except OSError as error:
-      told = str(error).replace(folder, str(job.workdir))
-      raise OSError(told) from error
-  if found is None:  # the run has deleted it in the meantime
-    raise OSError(f'{saved} is gone')
-  return found.state
+  return checkpoint.read(job.workdir, step, programs.abstract_weights(job))
 
 
 def streams(job: Job, given: list[str]) -> dict[str, np.ndarray]:
@@ -276,7 +261,7 @@ def recorder(job: Job) -> Callable[..., dict[str, Any]]:
     model = models.bind(job.model, state.params, state.router_state)
     ctx = routers.context(
       batch,
-      jax.random.key(state.seed),
+      jax.random.key(jnp.uint32(job.config['seed'])),
       state.step,
       train=False,
       microbatch=index,
