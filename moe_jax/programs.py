@@ -4,6 +4,7 @@ import collections
 import contextlib
 import functools
 import math
+import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,7 +12,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from moe_jax import guard, models, nonfinite, parallel, routers
+from moe_jax import (
+  checkpoint,
+  guard,
+  models,
+  nonfinite,
+  parallel,
+  processes,
+  routers,
+)
 from moe_jax.job import Job
 
 
@@ -36,9 +45,19 @@ class Weights(NamedTuple):
 
 
 def initial_state(job: Job) -> TrainState:
-  """The state before the first step, laid out on the mesh."""
+  """The state before the first step, laid out on the mesh.
+
+  Raises:
+    OSError: the weights of init_from are gone or damaged.
+  """
   init, where = _state(job)
-  return jax.jit(init, out_shardings=where)()
+  if not job.config['init_from']:
+    return jax.jit(init, out_shardings=where)()
+  folder = pathlib.Path(job.config['init_from']).expanduser()
+  found = processes.gather(str(max(checkpoint.steps(folder), default=0)))
+  weights = checkpoint.read(folder, int(found[0]), abstract_weights(job))
+  begin = jax.jit(init, out_shardings=where, donate_argnums=(0, 1))
+  return begin(weights.params, weights.router_state)
 
 
 def abstract_state(job: Job) -> TrainState:
@@ -60,12 +79,16 @@ def abstract_weights(job: Job) -> Weights:
 
 
 def _state(job):
-  """A function that makes the first state, and where states lie."""
+  """A function that makes the first state, and where states lie.
 
-  def init():
-    params, router_state = models.split(job.init())
-    if job.config['model']['dtype'] == 'float64':
-      params = jax.tree.map(lambda a: a.astype(jnp.float64), params)
+  It may be given the weights that are the first.
+  """
+
+  def init(params=None, router_state=None):
+    if params is None:
+      params, router_state = models.split(job.init())
+      if job.config['model']['dtype'] == 'float64':
+        params = jax.tree.map(lambda a: a.astype(jnp.float64), params)
     opt_state = job.optimizer.init(params)
     cache = _blank(job)
     return TrainState(
@@ -278,7 +301,7 @@ def check(job: Job) -> None:
     return
   size = job.config['batch_size']
   with precision(job):
-    state = jax.eval_shape(functools.partial(initial_state, job))
+    state = abstract_state(job)
     batch = {
       name: jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype)
       for name, a in next(job.train_batches()).items()

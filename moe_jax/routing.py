@@ -21,6 +21,7 @@ from moe_jax import (
   analysis,
   analysis_report,
   checkpoint,
+  config,
   data,
   dataset,
   metrics,
@@ -51,14 +52,7 @@ def load(workdir: str, sizes: dict[str, int] | None = None) -> Job:
       does not fit the mesh.
   """
   folder = pathlib.Path(workdir).absolute()
-  try:
-    c = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
-  except FileNotFoundError:
-    raise ValueError(
-      f'{folder} has no config.json: it holds no run of moe-train'
-    ) from None
-  except ValueError as error:
-    raise ValueError(f'{folder}/config.json is no JSON: {error}') from None
+  c = config.saved(folder)
   try:
     return _job(folder, c, sizes or {})
   except (KeyError, TypeError) as error:
