@@ -43,7 +43,7 @@ SMALL = (
   ' special_tokens_map.json tokenizer.model vocab.json merges.txt'
   ' chat_template.jinja'.split()
 )
-DTYPES = {'F32', 'BF16', 'F16'}
+DTYPES = {'F32', 'BF16', 'F16'}  # not those of 8 bits, which need their scales
 
 
 class Leaf(NamedTuple):
@@ -106,10 +106,10 @@ def pieces(
     layers = range(c.N) if '{layer}' in tensor.name else [None]
     experts = range(c.E) if '{expert}' in tensor.name else [None]
     for layer in layers:
-      place = _place(c, layer)
+      where = place(c, layer)
       for expert in experts:
         leaves = [
-          _leaf(name, tensor.axes.split(), place, expert, tree)
+          _leaf(name, tensor.axes.split(), where, expert, tree)
           for name in tensor.leaves
         ]
         if all(leaves):
@@ -119,7 +119,7 @@ def pieces(
   return found
 
 
-class _Place(NamedTuple):
+class Place(NamedTuple):
   """Where a layer lies in our tree, and its pool if it has one."""
 
   path: tuple[str, ...]
@@ -128,11 +128,12 @@ class _Place(NamedTuple):
   pool: tuple[int, ...] = ()
 
 
-def _place(c, layer):
+def place(c: Any, layer: int | None) -> Place:
+  """Of a layer of a decoder with pools of one layer; None is the model."""
   if layer is None:
-    return _Place((), ())
+    return Place((), ())
   if layer < c.first:
-    return _Place(('trunk', 'first'), (layer,))
+    return Place(('trunk', 'first'), (layer,))
   layer -= c.first
   for name, (G, R, pattern) in zip(
     ('body', 'ragged'), c.segments, strict=False
@@ -142,9 +143,9 @@ def _place(c, layer):
       here = ('trunk', name)
       if pattern[at] == 'm':
         stack = *here, 'moe'
-        return _Place(stack, (group, 0), (*here, 'pools'), (group,))
+        return Place(stack, (group, 0), (*here, 'pools'), (group,))
       d = pattern[:at].count('d')
-      return _Place((*here, 'dense'), (group, 0, d))
+      return Place((*here, 'dense'), (group, 0, d))
     layer -= G * R * len(pattern)
   raise ValueError(f'there is no layer {layer}')
 
@@ -257,6 +258,7 @@ def take(
   Raises:
     ValueError, OSError: one line; nothing is left in `workdir`.
   """
+  alone()
   folder, target = pathlib.Path(source), pathlib.Path(workdir).absolute()
   family, keys, values = read_config(folder)
   with aside(target) as part:
@@ -515,6 +517,7 @@ def give(workdir: str, target: str, shard: int = SHARD) -> list[str]:
     ValueError, OSError: one line; nothing is left in `target`. A variant that
       no family can express is refused with the keys that none has.
   """
+  alone()
   job, folder = routing.load(workdir), pathlib.Path(target).absolute()
   family, values = expressed(job.config, job.model.c.V)
   state = routing.restore(job, routing.checkpoints(job)[-1])
@@ -585,6 +588,7 @@ def expressed(
       f'model.{k}={v!r}' for k, v in sorted(wanted.items()) if found.get(k) != v
     ]
     of_its_kind = keys['attention.name'] == family.values['attention.name']
+    of_its_kind &= ('m' in wanted['layers']) == ('pattern' not in family.values)
     others.append((not of_its_kind, len(differ), family.model_type, differ))
   *_, family, differ = min(others)
   raise ValueError(
@@ -597,6 +601,12 @@ def expressed(
 _TRAINING = {
   *('name', 'init', 'embed_std', 'dropout', 'remat', 'gmm', 'ragged_pool'),
   *('router.init', 'router.group'),
+}
+
+# Those that say nothing of a dense model's.
+_ROUTED = {
+  *('E', 'expert_F', 'shared_F', 'layers_per_pool', 'iterations', 'routing'),
+  *('link', 'residual', 'router'),
 }
 
 
@@ -622,6 +632,8 @@ def _meaning(keys):
   keys['layers'] = ('d' * first + pattern * N)[:N]
   if 'd' not in keys['layers']:
     keys.pop('F')
+  if 'm' not in keys['layers']:
+    keys = {k: v for k, v in keys.items() if k.split('.')[0] not in _ROUTED}
   return keys
 
 
@@ -688,6 +700,14 @@ def joined(piece: Piece, parts: list[np.ndarray]) -> np.ndarray:
 
 
 # --- folders ------------------------------------------------------------------
+
+
+def alone() -> None:
+  """ValueError if there are several processes: each would make the folder."""
+  if jax.process_count() > 1:
+    raise ValueError(
+      f'weights are converted by one process, here are {jax.process_count()}'
+    )
 
 
 @contextlib.contextmanager

@@ -100,17 +100,23 @@ def must(field: str, *values: Any, default: Any = REQUIRED) -> Rule:
   return Rule({field: default}, check, lambda ours: {field: values[0]})
 
 
+def _dtype(theirs):
+  # Nothing here computes in float16; float32 has all its numbers.
+  dtype = theirs['dtype']
+  return {'dtype': 'float32' if dtype == 'float16' else dtype}
+
+
 _SHAPE = (
   same('vocab_size', 'V'),
   same('hidden_size', 'D'),
   same('num_hidden_layers', 'N'),
   same('num_attention_heads', 'H'),
   same('rms_norm_eps', 'eps'),
-  same('num_experts_per_tok', 'router.k'),
   same('tie_word_embeddings', 'tied', False),
-  same('dtype', 'dtype', 'float32'),
+  Rule({'dtype': 'float32'}, _dtype, lambda ours: {'dtype': ours['dtype']}),
   must('hidden_act', 'silu'),
 )
+_CHOICE = same('num_experts_per_tok', 'router.k')
 
 
 def _grouped(default_theta):
@@ -303,6 +309,35 @@ def _which_are_dense_back(ours):
   return {'decoder_sparse_step': 1, 'mlp_only_layers': listed}
 
 
+def _layer_windows(theirs):
+  """Qwen3: the same for all layers."""
+  N, listed = theirs['num_hidden_layers'], theirs['layer_types']
+  if not theirs['use_sliding_window']:
+    listed = listed or ['full_attention'] * N
+  elif listed is None:
+    full = min(theirs['max_window_layers'], N)
+    listed = ['full_attention'] * full + ['sliding_attention'] * (N - full)
+  kinds = set(listed)
+  if kinds == {'full_attention'}:
+    return {'attention.window': None}
+  if kinds == {'sliding_attention'} and theirs['use_sliding_window']:
+    return {'attention.window': theirs['sliding_window']}
+  raise ValueError(
+    f'layer_types={listed} with use_sliding_window='
+    f'{theirs["use_sliding_window"]} is not supported, only the same for all'
+  )
+
+
+def _layer_windows_back(ours):
+  window, N = ours['attention.window'], ours['N']
+  kind = 'full_attention' if window is None else 'sliding_attention'
+  return {
+    **_window_back(ours),
+    'max_window_layers': N if window is None else 0,
+    'layer_types': [kind] * N,
+  }
+
+
 def _window(theirs):
   used = theirs['use_sliding_window']
   return {'attention.window': theirs['sliding_window'] if used else None}
@@ -482,10 +517,56 @@ _KEPT = frozenset(
   ' id2label label2id problem_type is_encoder_decoder'.split()
 )
 _TOPK = {'router.name': 'topk', 'router.score': 'softmax'}
+# Of a model without experts; its router is the default one, which nobody asks.
+_DENSE = {'pattern': 'd', 'router.name': 'topk', 'attention.name': 'rotary'}
+_QWEN3 = (
+  same('head_dim', 'attention.size', None),
+  same('attention_bias', 'attention.bias', False),
+  same('intermediate_size', 'F'),
+  same('rms_norm_eps', 'attention.eps'),
+)
 
 FAMILIES = {
   family.model_type: family
   for family in (
+    Family(
+      'llama',
+      'LlamaForCausalLM',
+      ((*_ENDS, *_ROTARY, *_feed('mlp', 'feed')),),
+      (
+        *_SHAPE,
+        *_grouped(10_000.0),
+        same('head_dim', 'attention.size', None),
+        same('attention_bias', 'attention.bias', False),
+        same('intermediate_size', 'F'),
+        must('mlp_bias', False),
+      ),
+      _DENSE,
+      _KEPT,
+    ),
+    Family(
+      'qwen3',
+      'Qwen3ForCausalLM',
+      ((*_ENDS, *_ROTARY, *_feed('mlp', 'feed')),),
+      (
+        *_SHAPE,
+        *_grouped(10_000.0),
+        *_QWEN3,
+        Rule(
+          {
+            'num_hidden_layers': REQUIRED,
+            'use_sliding_window': False,
+            'sliding_window': None,
+            'max_window_layers': 28,
+            'layer_types': None,
+          },
+          _layer_windows,
+          _layer_windows_back,
+        ),
+      ),
+      {**_DENSE, 'attention.qk_norm': 'head'},
+      _KEPT,
+    ),
     Family(
       'mixtral',
       'MixtralForCausalLM',
@@ -494,6 +575,7 @@ FAMILIES = {
       ),
       (
         *_SHAPE,
+        _CHOICE,
         *_grouped(1e6),
         same('head_dim', 'attention.size', None),
         same('sliding_window', 'attention.window', None),
@@ -509,6 +591,7 @@ FAMILIES = {
       _layouts((*_ENDS, *_ROTARY)),
       (
         *_SHAPE,
+        _CHOICE,
         *_grouped(10_000.0),
         same('attention_bias', 'attention.bias', False),
         same('intermediate_size', 'expert_F'),
@@ -527,14 +610,12 @@ FAMILIES = {
       _layouts((*_ENDS, *_ROTARY, *_feed('mlp', 'feed'))),
       (
         *_SHAPE,
+        _CHOICE,
         *_grouped(10_000.0),
-        same('head_dim', 'attention.size', None),
-        same('attention_bias', 'attention.bias', False),
-        same('intermediate_size', 'F'),
+        *_QWEN3,
         same('moe_intermediate_size', 'expert_F'),
         same('num_experts', 'E'),
         same('norm_topk_prob', 'router.renormalise'),
-        same('rms_norm_eps', 'attention.eps'),
         Rule(
           {'use_sliding_window': False, 'sliding_window': None},
           _window,
@@ -560,6 +641,7 @@ FAMILIES = {
       _layouts(_DEEPSEEK),
       (
         *_SHAPE,
+        _CHOICE,
         *_latent(),
         *_deepseek(),
         Rule(
@@ -581,6 +663,7 @@ FAMILIES = {
       _layouts(_DEEPSEEK),
       (
         *_SHAPE,
+        _CHOICE,
         *_latent(),
         *_deepseek(),
         same('n_group', 'router.expert_groups'),

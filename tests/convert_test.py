@@ -41,6 +41,8 @@ LATENT = dict(
   routed_scaling_factor=2.0,
 )
 OPTIONS = {
+  'llama': dict(num_key_value_heads=1, num_experts_per_tok=None),
+  'qwen3': dict(num_key_value_heads=1, num_experts_per_tok=None, head_dim=6),
   'mixtral': dict(num_key_value_heads=1, num_local_experts=3),
   'olmoe': dict(num_key_value_heads=2, num_experts=4, norm_topk_prob=False),
   'qwen3_moe': dict(
@@ -173,7 +175,7 @@ def test_both_layouts_on_any_mesh_and_back_are_the_same_bits(family, tmp_path):
   assert (
     f'{sum(a.size for k, a in whole.items() if "bias_E" not in k):,}' in told[0]
   )
-  convert.give(str(tmp_path / 'run'), str(tmp_path / 'again'), shard=2000)
+  convert.give(str(tmp_path / 'run'), str(tmp_path / 'again'), shard=1000)
   files = sorted((tmp_path / 'again').glob('*.safetensors'))
   assert len(files) > 2
   tensors = drawn(theirs)
@@ -183,7 +185,7 @@ def test_both_layouts_on_any_mesh_and_back_are_the_same_bits(family, tmp_path):
     assert again[name].dtype == a.dtype
     assert again[name].tobytes() == a.tobytes(), name
   # Fused by hand.
-  fused, n = {}, families.ours(theirs)[1]['E']
+  fused, n = {}, families.ours(theirs)[1].get('E')
   rename = lambda name: name.replace('block_sparse_moe', 'mlp')
   of = {'w1': 'gate_proj', 'w2': 'down_proj', 'w3': 'up_proj'}
   experts = {}
@@ -233,6 +235,48 @@ def test_all_patterns_of_dense_layers_are_found():
 
 # As their config.json are on the Hub, but for what says nothing of the model.
 PUBLISHED = {
+  'Llama-2-7B': (
+    6_738_415_616,
+    {
+      'model_type': 'llama',
+      'hidden_act': 'silu',
+      'hidden_size': 4096,
+      'intermediate_size': 11008,
+      'max_position_embeddings': 4096,
+      'num_attention_heads': 32,
+      'num_hidden_layers': 32,
+      'num_key_value_heads': 32,
+      'pretraining_tp': 1,
+      'rms_norm_eps': 1e-05,
+      'rope_scaling': None,
+      'tie_word_embeddings': False,
+      'vocab_size': 32000,
+    },
+  ),
+  'Qwen3-0.6B': (
+    596_049_920,
+    {
+      'model_type': 'qwen3',
+      'attention_bias': False,
+      'head_dim': 128,
+      'hidden_act': 'silu',
+      'hidden_size': 1024,
+      'intermediate_size': 3072,
+      'max_position_embeddings': 40960,
+      'max_window_layers': 28,
+      'num_attention_heads': 16,
+      'num_hidden_layers': 28,
+      'num_key_value_heads': 8,
+      'rms_norm_eps': 1e-06,
+      'rope_scaling': None,
+      'rope_theta': 1000000,
+      'sliding_window': None,
+      'tie_word_embeddings': True,
+      'torch_dtype': 'bfloat16',
+      'use_sliding_window': False,
+      'vocab_size': 151936,
+    },
+  ),
   'Mixtral-8x7B': (
     46_702_792_704,
     {
@@ -430,7 +474,28 @@ def test_published_models_have_their_published_size(name):
 @pytest.mark.parametrize(
   'family, changes, message',
   [
-    ('mixtral', {'model_type': 'llama'}, "model_type='llama'.*mixtral, olmoe"),
+    ('mixtral', {'model_type': 'gpt2'}, "model_type='gpt2'.*mixtral, olmoe"),
+    ('llama', {'mlp_bias': True}, 'mlp_bias=True'),
+    ('llama', {'num_local_experts': 8}, 'num_local_experts=8 is not supp'),
+    (
+      'llama',
+      {'rope_scaling': {'rope_type': 'llama3', 'factor': 8.0}},
+      "rope_type='llama3'",
+    ),
+    (
+      'qwen3',
+      {'layer_types': ['full_attention'] * 2 + ['sliding_attention']},
+      "'sliding_attention'.* is not supported, only the same for all",
+    ),
+    (
+      'qwen3',
+      {
+        'use_sliding_window': True,
+        'sliding_window': 4,
+        'max_window_layers': 2,
+      },
+      'use_sliding_window=True is not supported, only the same for all',
+    ),
     ('mixtral', {'hidden_act': 'gelu'}, "hidden_act='gelu'.*only 'silu'"),
     ('mixtral', {'new_thing': 3}, 'new_thing=3 is not supported'),
     (
@@ -438,7 +503,7 @@ def test_published_models_have_their_published_size(name):
       {'rope_scaling': {'type': 'linear', 'factor': 2.0}},
       "rope_type='linear'",
     ),
-    ('mixtral', {'torch_dtype': 'float16'}, "dtype='float16'"),
+    ('mixtral', {'torch_dtype': 'float8'}, "dtype='float8'"),
     ('mixtral', {'quantization_config': {'bits': 4}}, 'quantization_config='),
     ('olmoe', {'clip_qkv': 8.0}, 'clip_qkv=8.0'),
     ('qwen3_moe', {'hidden_size': 'wide'}, 'hidden_size|wide'),
@@ -501,6 +566,12 @@ def _integers(folder):
   publish(folder, values(), tensors)
 
 
+def _eight_bits(folder):
+  tensors = drawn(values())
+  tensors['model.norm.weight'] = np.zeros(8, ml_dtypes.float8_e4m3fn)
+  publish(folder, values(), tensors)
+
+
 def _outside(folder):
   index = json.loads((folder / convert.INDEX).read_text())
   index['weight_map']['model.norm.weight'] = '../model-1.safetensors'
@@ -533,6 +604,7 @@ def _large_tokenizer(folder):
     (_missing_tensor, '1 tensors are missing.*experts.2.w3'),
     (_more, r'layers\.1\.extra\.weight is of no use'),
     (_integers, 'model.norm.weight is of I8'),
+    (_eight_bits, 'model.norm.weight is of F8_E4M3, .* only BF16, F16, F32'),
     (_outside, 'is no name of a file'),
     (_wrong_index, 'model-1.safetensors has no tensor other'),
     (_no_index, 'neither model.safetensors.index.json nor model.safetensors'),
@@ -567,6 +639,33 @@ def test_what_is_known_to_be_of_no_use_is_left_out(tmp_path):
     convert.take(str(source), str(tmp_path / 'other'))
 
 
+def test_float16_is_read_into_float32(tmp_path):
+  """Every number of it, the smallest and the largest too."""
+  theirs = values(torch_dtype='float16')
+  tensors = {k: a.astype(np.float16) for k, a in drawn(theirs).items()}
+  ends = np.float16([65504, -65504, 6e-8, 0, 1, -1, 0.1, 3])
+  tensors['model.norm.weight'] = ends
+  source = publish(tmp_path / 'source', theirs, tensors)
+  convert.take(str(source), str(tmp_path / 'run'))
+  convert.give(str(tmp_path / 'run'), str(tmp_path / 'again'))
+  again = load_file(tmp_path / 'again' / 'model.safetensors')
+  written = json.loads((tmp_path / 'again' / 'config.json').read_text())
+  assert written['torch_dtype'] == 'float32'
+  assert again.keys() == tensors.keys()
+  for name, a in tensors.items():
+    assert again[name].dtype == np.float32
+    np.testing.assert_array_equal(again[name], np.float32(a), err_msg=name)
+
+
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+  source = publish(tmp_path / 'source', values())
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  for act in (convert.take, convert.give):
+    with pytest.raises(ValueError, match='by one process, here are 2'):
+      act(str(source), str(tmp_path / 'run'))
+  assert not (tmp_path / 'run').exists()
+
+
 def test_what_is_there_is_not_overwritten(tmp_path):
   source = publish(tmp_path / 'source', values())
   (tmp_path / 'run').mkdir()
@@ -590,6 +689,8 @@ def keys_of(**changes):
   'changes, family',
   [
     ({}, 'mixtral'),
+    ({'pattern': 'd', 'E': 1, 'iterations': 3, 'router__scale': 2.0}, 'llama'),
+    ({'first_dense': 2, 'attention__qk_norm': 'head'}, 'qwen3'),
     ({'attention__size': 4, 'attention__window': 3}, 'mixtral'),
     ({'attention__qk_norm': 'all'}, 'olmoe'),
     ({'attention__qk_norm': 'head', 'first_dense': 1}, 'qwen3_moe'),
@@ -607,6 +708,10 @@ def test_a_model_trained_here_finds_its_family(changes, family):
   'changes, message',
   [
     ({'iterations': 2}, 'mixtral, the nearest, has not model.iterations=2'),
+    (
+      {'pattern': 'd', 'attention__window': 3, 'eps': 0.5},
+      'llama, the nearest, has not model.attention.window=3$',
+    ),
     ({'router__capacity': 1.0}, r'has not model.router.capacity=1.0'),
     ({'residual': {'name': 'heavy_ball'}}, "model.residual.name='heavy_ball'"),
     ({'router': {'name': 'switch'}}, "model.router.name='switch'"),

@@ -44,6 +44,59 @@ LATENT = dict(
   num_key_value_heads=4,
 )
 CASES = {
+  'llama-plain': (
+    'Llama',
+    dict(intermediate_size=24, num_key_value_heads=2),
+  ),
+  'llama-bias': (
+    'Llama',
+    dict(
+      intermediate_size=20,
+      num_key_value_heads=4,
+      attention_bias=True,
+      head_dim=6,
+      rope_theta=500.0,
+      rms_norm_eps=0.01,
+    ),
+  ),
+  'llama-tied': (
+    'Llama',
+    dict(
+      intermediate_size=12,
+      num_key_value_heads=1,
+      num_hidden_layers=3,
+      tie_word_embeddings=True,
+      rope_scaling=YARN,
+    ),
+  ),
+  'qwen3-plain': (
+    'Qwen3',
+    dict(intermediate_size=24, num_key_value_heads=2, head_dim=8),
+  ),
+  'qwen3-window': (
+    'Qwen3',
+    dict(
+      intermediate_size=20,
+      num_key_value_heads=4,
+      head_dim=4,
+      use_sliding_window=True,
+      sliding_window=5,
+      max_window_layers=0,
+      attention_bias=True,
+    ),
+  ),
+  'qwen3-tied': (
+    'Qwen3',
+    dict(
+      intermediate_size=12,
+      num_key_value_heads=1,
+      head_dim=6,
+      num_hidden_layers=3,
+      tie_word_embeddings=True,
+      rms_norm_eps=0.01,
+      rope_scaling={**YARN, 'attention_factor': 1.3},
+    ),
+  ),
   'mixtral-plain': (
     'Mixtral',
     dict(intermediate_size=24, num_key_value_heads=2),
@@ -97,11 +150,11 @@ CASES = {
       num_hidden_layers=3,
     ),
   ),
-  'qwen3-plain': (
+  'qwen3moe-plain': (
     'Qwen3Moe',
     dict(num_experts=8, num_experts_per_tok=3, num_key_value_heads=2, **QWEN3),
   ),
-  'qwen3-dense': (
+  'qwen3moe-dense': (
     'Qwen3Moe',
     dict(
       num_experts=4,
@@ -115,7 +168,7 @@ CASES = {
       **QWEN3,
     ),
   ),
-  'qwen3-window': (
+  'qwen3moe-window': (
     'Qwen3Moe',
     dict(
       num_experts=6,
@@ -187,6 +240,7 @@ CASES = {
     ),
   ),
 }
+ROUTED = [n for n, (kind, _) in CASES.items() if kind not in ('Llama', 'Qwen3')]
 NEW = 32  # tokens
 
 
@@ -281,7 +335,10 @@ def ids():
 
 
 def ours(workdir):
-  """logits_BxLxV and the experts of each MoE layer, [T, K], in float32."""
+  """logits_BxLxV and the experts of each MoE layer, [T, K], in float32.
+
+  Those of a dense model are an empty array.
+  """
   job = routing.load(str(workdir))
   state = routing.restore(job, 0)
   model = models.bind(job.model, state.params, state.router_state)
@@ -294,10 +351,14 @@ def ours(workdir):
   }
   ctx = routers.context(batch, jax.random.key(0), jnp.int32(0), train=False)
   logits_BxLxV, aux = jax.jit(lambda: model(batch, ctx))()
-  routes = [
-    np.asarray(route).reshape(-1, *route.shape[-2:])
-    for route in (found['route'] for found in aux)
-  ]
+  routes = (
+    [np.zeros((0, B * L, 1), np.int32)]
+    if not aux
+    else [
+      np.asarray(route).reshape(-1, *route.shape[-2:])
+      for route in (found['route'] for found in aux)
+    ]
+  )
   return np.asarray(logits_BxLxV), np.concatenate(routes)
 
 
@@ -312,7 +373,8 @@ def theirs(model):
     logits = model(torch.tensor(ids())).logits.numpy()
   for hook in hooks:
     hook.remove()
-  return logits, np.stack(found)
+  none = np.zeros((0, B * L, 1), np.int32)
+  return logits, np.stack(found) if found else none
 
 
 def tensors(folder):
