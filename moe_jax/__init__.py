@@ -34,8 +34,8 @@ of the last two lines; nothing else knows of devices.
 Who may import whom (left imports right only; tests/imports_test.py checks, and
 lists the few imports within a level):
 
-  {main, commands} -> {compiled, train, routing, convert, generate} ->
-  programs -> job ->
+  {main, commands} ->
+  {compiled, train, routing, convert, upcycle, generate} -> programs -> job ->
   {objective, dataset, data, pairs, images, rows, tokenizer, hub, corpus, cache,
   optimizer, metrics, figures, report, analysis, analysis_report, checkpoint,
   models, config, malloc, beam, translate, planner, processes, guard, nonfinite,

@@ -16,7 +16,7 @@ SOURCES = [
 # Left imports right only. A new module has to be given its place here.
 LEVELS = (
   {'main', 'commands'},
-  {'compiled', 'train', 'routing', 'convert', 'generate'},
+  {'compiled', 'train', 'routing', 'convert', 'upcycle', 'generate'},
   {'programs'},
   {'job'},
   {'objective', 'dataset', 'data', 'pairs', 'images', 'rows', 'tokenizer'}
@@ -32,6 +32,7 @@ LEVELS = (
 BESIDE = {
   'main': {'commands'},
   'convert': {'routing'},
+  'upcycle': {'convert', 'routing'},
   'generate': {'routing'},
   'config': {'dataset', 'objective'},
   'dataset': {'data', 'pairs', 'images', 'tokenizer', 'hub', 'corpus'},
