@@ -34,12 +34,14 @@ of the last two lines; nothing else knows of devices.
 Who may import whom (left imports right only; tests/imports_test.py checks, and
 lists the few imports within a level):
 
-  {main, commands} -> {compiled, train, routing} -> programs -> job ->
+  {main, commands} ->
+  {compiled, train, routing, convert, upcycle, generate} -> programs -> job ->
   {objective, dataset, data, pairs, images, rows, tokenizer, hub, corpus, cache,
   optimizer, metrics, figures, report, analysis, analysis_report, checkpoint,
   models, config, malloc, beam, translate, planner, processes, guard, nonfinite,
-  health, preemption} -> trunk -> {block, routers, experts, residual, attention,
-  parallel} -> {plan, balance, ops, norm, init} -> pallas_kernels -> jax
+  health, preemption, families} -> trunk -> {block, routers, experts, residual,
+  attention, parallel} -> {plan, balance, ops, norm, init} -> pallas_kernels ->
+  jax
 
 Two words that are never mixed: *memory* lives over depth inside one forward
 pass; *state* lives over training steps.

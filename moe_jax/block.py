@@ -138,6 +138,10 @@ class Block(nnx.Module):
   ) -> tuple[jax.Array, Memory, dict[str, Any] | None]:
     raise NotImplementedError
 
+  def reads(self, x_BxLxD: jax.Array) -> jax.Array:
+    """What attention sees of the layer's input."""
+    return x_BxLxD if self.raw else self.norm_attention(x_BxLxD)
+
   def _attend(self, x_BxLxD, wiring, ctx, view):
     return _drop(self.attention(x_BxLxD, view), wiring, ctx, 0)
 

@@ -98,7 +98,7 @@ class Checkpoints:
     for step in sorted(self._manager.all_steps(), reverse=True):
       if before is not None and step >= before:
         continue
-      found = self._read(step, like)
+      found = _read(self._folder / str(step), like, part=False)
       if not isinstance(found, str):
         return Restored(step, *found, damaged)
       damaged[step] = found
@@ -152,43 +152,6 @@ class Checkpoints:
       text = json.dumps(_digests(folder))
       (folder / DIGESTS).write_text(text, encoding='utf-8')
 
-  def _check_digests(self, step):
-    folder = self._folder / str(step)
-    found = _digests(folder)
-    for name, digest in json.loads((folder / DIGESTS).read_text()).items():
-      if found.get(name) != digest:
-        what = 'differs from its checksum' if name in found else 'is missing'
-        raise ValueError(f'{name} {what}')
-
-  def _read(self, step, like):
-    """(state, data), or a line that says what is wrong with them."""
-    saved, kept, wrong = {}, {}, ''
-    try:
-      if jax.process_index() == 0:
-        self._check_digests(step)
-      saved = self._manager.restore(
-        step,
-        args=ocp.args.Composite(
-          state=ocp.args.StandardRestore(
-            jax.tree.map(ocp.tree.to_shape_dtype_struct, like)
-          ),
-          data=ocp.args.JsonRestore(),
-        ),
-      )
-      sealed = saved['data']
-      if _sha256(sealed['text']) != sealed['sha256']:
-        raise ValueError('the data beside the state differ from their checksum')
-      kept = json.loads(sealed['text'])
-    except Exception as error:  # pylint: disable=broad-exception-caught
-      wrong = ' '.join(f'{type(error).__name__}: {error}'.split())[:200]
-    wrong = next(filter(None, processes.gather(wrong)), '')
-    if wrong:
-      return wrong
-    for name, found in _sums(saved['state']).items():
-      if found != kept['sums'].get(name):
-        return f'{name} differs from its checksum'
-    return saved['state'], kept['data']
-
   @contextlib.contextmanager
   def _failing(self):
     """Whatever goes wrong when saving becomes an OSError of one line."""
@@ -203,6 +166,101 @@ class Checkpoints:
         f'{self._folder}: cannot save: {told}; checkpoints of steps'
         f' {whole} are there'
       ) from error
+
+
+def steps(workdir: pathlib.Path) -> list[int]:
+  """Of the checkpoints in a work directory, in order."""
+  folder = workdir / 'checkpoints'
+  return sorted(int(p.name) for p in folder.glob('*') if p.name.isdigit())
+
+
+def shapes(workdir: pathlib.Path, step: int) -> dict[str, Any]:
+  """{name: what has .shape and .dtype} of the leaves of a state.
+
+  Raises:
+    OSError: they cannot be read; one line.
+  """
+  folder = _folder(workdir, step) / 'state'
+  try:
+    tree = ocp.PyTreeCheckpointHandler().metadata(folder).tree
+  except Exception as error:
+    told = ' '.join(f'{type(error).__name__}: {error}'.split())[:200]
+    raise OSError(f'{folder} cannot be read: {told}') from error
+  return {_name(path): a for path, a in jax.tree.leaves_with_path(tree)}
+
+
+def read(workdir: pathlib.Path, step: int, like: Any) -> Any:
+  """The leaves of a state that `like` has, as it has them, and no others.
+
+  The work directory is not changed, and a run that saves there not disturbed.
+
+  Raises:
+    OSError: the checkpoint is gone or damaged; one line.
+  """
+  folder = _folder(workdir, step)
+  if not folder.exists():  # the run has deleted it in the meantime
+    raise OSError(f'{folder} is gone')
+  found = _read(folder, like, part=True)
+  if isinstance(found, str):
+    raise OSError(
+      f'{folder.parent} has no whole checkpoint: step {step}: {found}'
+    )
+  return found[0]
+
+
+def _folder(workdir, step):
+  return workdir.absolute() / 'checkpoints' / str(step)
+
+
+def _read(folder, like, part):
+  """(state, data), or a line that says what is wrong with them.
+
+  Args:
+    part: the state may have more leaves than `like`.
+  """
+  saved, kept, wrong = {}, {}, ''
+  try:
+    if jax.process_index() == 0:
+      _check_digests(folder)
+    like = jax.tree.map(ocp.tree.to_shape_dtype_struct, like)
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+      saved = reader.restore(
+        folder,
+        args=ocp.args.Composite(
+          state=_some_of(like) if part else ocp.args.StandardRestore(like),
+          data=ocp.args.JsonRestore(),
+        ),
+      )
+    sealed = saved['data']
+    if _sha256(sealed['text']) != sealed['sha256']:
+      raise ValueError('the data beside the state differ from their checksum')
+    kept = json.loads(sealed['text'])
+  except Exception as error:  # pylint: disable=broad-exception-caught
+    wrong = ' '.join(f'{type(error).__name__}: {error}'.split())[:200]
+  wrong = next(filter(None, processes.gather(wrong)), '')
+  if wrong:
+    return wrong
+  for name, found in _sums(saved['state']).items():
+    if found != kept['sums'].get(name):
+      return f'{name} differs from its checksum'
+  return saved['state'], kept['data']
+
+
+def _check_digests(folder):
+  found = _digests(folder)
+  for name, digest in json.loads((folder / DIGESTS).read_text()).items():
+    if found.get(name) != digest:
+      what = 'differs from its checksum' if name in found else 'is missing'
+      raise ValueError(f'{name} {what}')
+
+
+def _some_of(shapes):
+  """What restores these leaves of a state and no others."""
+  return ocp.args.PyTreeRestore(
+    shapes,
+    restore_args=ocp.checkpoint_utils.construct_restore_args(shapes),
+    partial_restore=True,
+  )
 
 
 def _digests(folder):
@@ -225,10 +283,12 @@ def _sums(state):
   whole = jax.NamedSharding(leaves[0][1].sharding.mesh, jax.P())
   arrays = [a for _, a in leaves]
   found = jax.jit(_add_up, out_shardings=whole)(arrays)
-  names = (
-    jax.tree_util.keystr(path, simple=True, separator='.') for path, _ in leaves
-  )
+  names = (_name(path) for path, _ in leaves)
   return dict(zip(names, jax.device_get(found).tolist(), strict=True))
+
+
+def _name(path):
+  return jax.tree_util.keystr(path, simple=True, separator='.')
 
 
 def _add_up(arrays):

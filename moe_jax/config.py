@@ -6,7 +6,9 @@ returns it. On a command line `--config.model.E=16` changes one value.
 
 import difflib
 import inspect
+import json
 import math
+import pathlib
 import typing
 from typing import Any
 
@@ -33,11 +35,19 @@ FREE = (
   'parallel.',
 )
 
+# Of a model: may differ from one that has the same parameters, and means the
+# same by them.
+TRAINING = (
+  *('init', 'embed_std', 'dropout', 'dtype', 'remat', 'gmm'),
+  *('router.init', 'router.capacity', 'router.group', 'router.bias_rate'),
+)
+
 
 def default() -> ml_collections.ConfigDict:
   """The config that all others start from."""
   c = ml_collections.ConfigDict()
   c.description = ''  # one line for the report
+  c.init_from = ''  # a work directory, whose newest weights are the first here
 
   c.steps = 1000  # optimiser steps
   c.batch_size = 32  # sequences per step, over all devices
@@ -150,6 +160,43 @@ def model(name: str, **changes) -> ml_collections.ConfigDict:
   for key, value in {**own, 'attention': c.attention, **changes}.items():
     c[key] = value
   return c
+
+
+def begin(workdir: str) -> ml_collections.ConfigDict:
+  """The config of a run that goes on from the weights in a work directory.
+
+  The model, tokenizer, data and objective are those that are there; of
+  published weights the data have no path yet.
+
+  Raises:
+    ValueError: there is no config that can be read.
+  """
+  folder = pathlib.Path(workdir).expanduser().absolute()
+  old = saved(folder)
+  c = default()
+  c.init_from, c.seq_len = str(folder), old['seq_len']
+  sections = 'router', 'attention', 'residual'
+  parts = {key: choice(key, **old['model'][key]) for key in sections}
+  c.model = model(**{**old['model'], **parts})
+  c.objective = choice('objective', **old['objective'])
+  data = {k: v for k, v in old['data'].items() if k != 'source'}
+  if data.get('tokenizer', 'bytes') != 'bytes':
+    data['tokenizer'] = str(folder / 'tokenizer.json')
+  c.data = source(old['data']['source'], **data)
+  return c
+
+
+def saved(folder: pathlib.Path) -> dict[str, Any]:
+  """The config.json of a work directory; ValueError if it has none."""
+  path = folder / 'config.json'
+  try:
+    return json.loads(path.read_text(encoding='utf-8'))
+  except FileNotFoundError:
+    raise ValueError(
+      f'{folder} has no config.json: it holds no run of moe-train'
+    ) from None
+  except ValueError as error:
+    raise ValueError(f'{path} is no JSON: {error}') from None
 
 
 def attend(name: str, **options) -> ml_collections.ConfigDict:
@@ -322,11 +369,21 @@ def differences(
   """
   old, new = flat(old), flat(new)
   mathematics, rest = [], []
-  for key in sorted({*old, *new}):
-    if old.get(key) == new.get(key):
-      continue
-    text = f'{key}: {old.get(key)!r} -> {new.get(key)!r}'
+  for key, text in _changes(old, new):
     more = key == 'steps' and new[key] > old[key]
     free = more or key.startswith(FREE)
     (rest if free else mathematics).append(text)
   return mathematics, rest
+
+
+def another_model(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+  """What keeps one model from having the other's parameters, of two configs."""
+  changes = _changes(flat(old['model']), flat(new['model']))
+  return [f'model.{text}' for key, text in changes if key not in TRAINING]
+
+
+def _changes(old, new):
+  """(key, 'key: old -> new') of two flat configs."""
+  for key in sorted({*old, *new}):
+    if old.get(key) != new.get(key):
+      yield key, f'{key}: {old.get(key)!r} -> {new.get(key)!r}'

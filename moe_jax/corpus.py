@@ -46,6 +46,8 @@ class TextConfig:
       '' takes the first of tokenizer.SEPARATORS that it has.
     vocab_size: ids of the 'bpe', or of the file, which must have as many;
       'bytes' has 257 whatever stands here.
+    padded_size: ids of the model where they are more than the tokenizer's, as
+      published models have them; 0: as many.
     cache_dir: where the 'bpe' and the tokens are kept; '' is the user's cache.
     eval_bytes: held-out text of a periodic evaluation; 0 is all.
     order: 'shuffled' rows, or a 'stream' that goes on from batch to batch.
@@ -58,6 +60,7 @@ class TextConfig:
   tokenizer: str = 'bpe'
   separator: str = ''
   vocab_size: int = 4096
+  padded_size: int = 0
   cache_dir: str = ''
   eval_bytes: int = 0
   order: str = 'shuffled'

@@ -60,6 +60,7 @@ class Text:
 
   corpus: Corpus
   tokenizer: tokenizer.Tokenizer
+  padded_size: int
   train_N: np.ndarray
   eval_N: np.ndarray
   sha256: str
@@ -74,7 +75,7 @@ class Text:
 
   @property
   def sizes(self) -> dict[str, Any]:
-    return {'V': self.tokenizer.vocab_size}
+    return {'V': self.padded_size or self.tokenizer.vocab_size}
 
   def train_batches(
     self, batch_size: int, seed: int, row_B: np.ndarray | None = None
@@ -107,6 +108,11 @@ def _text(
   tokenizer.fixed(config)  # a bad file, before the time that reading takes
   corpus = read(config)
   tok = tokenizer.get(config, corpus)
+  if 0 < config.padded_size < tok.vocab_size:
+    raise DataError(
+      f'data.padded_size is {config.padded_size}, less than the'
+      f' {tok.vocab_size} ids of the tokenizer'
+    )
   train_N, eval_N = data.streams(config, corpus, tok)
   sha256 = corpus.sha256
   if config.tokenizer not in TOKENIZERS:  # a file's name is not its content
@@ -115,6 +121,7 @@ def _text(
   return Text(
     corpus=corpus,
     tokenizer=tok,
+    padded_size=config.padded_size,
     train_N=train_N,
     eval_N=eval_N,
     sha256=sha256,

@@ -1,6 +1,7 @@
 """What a config asks for, checked before anything is compiled or written."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -8,11 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from flax import nnx
 
-from moe_jax import config as configs
 from moe_jax import (
+  checkpoint,
   dataset,
   guard,
   models,
@@ -20,7 +22,9 @@ from moe_jax import (
   ops,
   optimizer,
   parallel,
+  tokenizer,
 )
+from moe_jax import config as configs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +120,8 @@ def prepare(config: Any, workdir: str) -> Job | None:
       f' model.block={c["model"]["block"]!r} have none; decoder, span and'
       ' authors_lm have one'
     )
+  if c['init_from'] and not checkpoint.steps(workdir):
+    _check_beginning(c, model, found)
   job = Job(
     config=c,
     workdir=workdir,
@@ -147,6 +153,60 @@ def _model(c, gmm, layout, sizes):
 
   nnx.eval_shape(init)
   return init
+
+
+def _check_beginning(c, model, found):
+  """ValueError, one line, if init_from has no weights of this very model."""
+  folder = pathlib.Path(c['init_from']).expanduser().absolute()
+  try:
+    wrong = _wrong_beginning(folder, c, model, found)
+  except (ValueError, OSError) as error:
+    wrong = str(error)
+  if wrong:
+    raise ValueError(f'init_from={c["init_from"]}: {wrong}')
+
+
+def _wrong_beginning(folder, c, model, found):
+  differ = configs.another_model(configs.saved(folder), c)
+  if differ:
+    return f'it holds another model: {", ".join(differ)}'
+  if hasattr(found, 'tokenizer'):
+    path, given = folder / 'tokenizer.json', c['data']
+    theirs = tokenizer.load(path, given.get('separator', ''))
+    if theirs.fingerprint() != found.tokenizer.fingerprint():
+      return (
+        f'data.tokenizer={given.get("tokenizer", "bpe")!r} has another'
+        f' vocabulary than {path}'
+      )
+  steps = checkpoint.steps(folder)
+  if not steps:
+    return 'it has no checkpoint'
+  there = checkpoint.shapes(folder, steps[-1])
+  there = {
+    name: f'{np.dtype(a.dtype)}{list(a.shape)}'
+    for name, a in there.items()
+    if name.startswith(('params.', 'router_state.'))
+  }
+  here = _shapes(c, model)
+  for name in {**here, **there}:
+    has, needs = (of.get(name, 'nothing') for of in (there, here))
+    if has != needs:
+      return f'{name} is {has} there, and {needs} in this run'
+  return ''
+
+
+def _shapes(c, model):
+  """'float32[8, 2]' of each leaf, by its name in a checkpoint."""
+  params, router_state = models.split(model)
+  if c['model']['dtype'] == 'float64':
+    wide = lambda a: jax.ShapeDtypeStruct(a.shape, np.float64)
+    params = jax.tree.map(wide, params)
+  own = {'params': params, 'router_state': router_state}
+  name = functools.partial(jax.tree_util.keystr, simple=True, separator='.')
+  return {
+    name(path): f'{np.dtype(a.dtype)}{list(a.shape)}'
+    for path, a in jax.tree.leaves_with_path(own)
+  }
 
 
 def _mesh(c):

@@ -117,12 +117,16 @@ def model(
       f'a plan is of a decoder of text, not of model.name='
       f'{c["model"]["name"]!r} and data.source={c["data"]["source"]!r}'
     )
-  values = {**c['model'], 'V': c['data']['vocab_size']}
+  values = {**c['model'], 'V': _ids(c)}
   if values['gmm'] == 'auto':  # on GPUs ragged_dot copies rows for each expert
     values['gmm'] = 'tpu' if platform == 'tpu' else 'cpu'
   module = models.get(values.pop('name'))
   shape = module.Config(**values)
   return lambda: module.build(shape, layout, rngs=nnx.Rngs(0))
+
+
+def _ids(c):
+  return c['data']['padded_size'] or c['data']['vocab_size']
 
 
 def optimizer(c: dict[str, Any]) -> Any:
@@ -272,7 +276,7 @@ def _sizes(c, where, strategy):
     T=T,
     L=c['seq_len'],
     D=m['D'],
-    V=c['data']['vocab_size'],
+    V=_ids(c),
     N=m['N'],
     I=m['iterations'],
     M=M,
@@ -346,7 +350,7 @@ class _Attention(NamedTuple):
 
 def _attention(m, s):
   options, H = m['attention'], m['H']
-  S = s.D // H
+  S = options.get('size') or s.D // H
   q, k, v, y = H * S, H * S, H * S, H * S
   if options['name'] == 'rotary':
     k = v = (options['J'] or H) * S

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import functools
 import math
+import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,7 +12,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from moe_jax import guard, models, nonfinite, parallel, routers
+from moe_jax import (
+  checkpoint,
+  guard,
+  models,
+  nonfinite,
+  parallel,
+  processes,
+  routers,
+)
 from moe_jax.job import Job
 
 
@@ -27,10 +36,28 @@ class TrainState(NamedTuple):
   guard: guard.State  # of bad steps
 
 
+class Weights(NamedTuple):
+  """The part of a TrainState that a trained model is."""
+
+  step: jax.Array
+  params: Any
+  router_state: Any
+
+
 def initial_state(job: Job) -> TrainState:
-  """The state before the first step, laid out on the mesh."""
+  """The state before the first step, laid out on the mesh.
+
+  Raises:
+    OSError: the weights of init_from are gone or damaged.
+  """
   init, where = _state(job)
-  return jax.jit(init, out_shardings=where)()
+  if not job.config['init_from']:
+    return jax.jit(init, out_shardings=where)()
+  folder = pathlib.Path(job.config['init_from']).expanduser()
+  found = processes.gather(str(max(checkpoint.steps(folder), default=0)))
+  weights = checkpoint.read(folder, int(found[0]), abstract_weights(job))
+  begin = jax.jit(init, out_shardings=where, donate_argnums=(0, 1))
+  return begin(weights.params, weights.router_state)
 
 
 def abstract_state(job: Job) -> TrainState:
@@ -45,13 +72,23 @@ def abstract_state(job: Job) -> TrainState:
   )
 
 
-def _state(job):
-  """A function that makes the first state, and where states lie."""
+def abstract_weights(job: Job) -> Weights:
+  """The same of what a trained model is."""
+  state = abstract_state(job)
+  return Weights(state.step, state.params, state.router_state)
 
-  def init():
-    params, router_state = models.split(job.init())
-    if job.config['model']['dtype'] == 'float64':
-      params = jax.tree.map(lambda a: a.astype(jnp.float64), params)
+
+def _state(job):
+  """A function that makes the first state, and where states lie.
+
+  It may be given the weights that are the first.
+  """
+
+  def init(params=None, router_state=None):
+    if params is None:
+      params, router_state = models.split(job.init())
+      if job.config['model']['dtype'] == 'float64':
+        params = jax.tree.map(lambda a: a.astype(jnp.float64), params)
     opt_state = job.optimizer.init(params)
     cache = _blank(job)
     return TrainState(
@@ -264,7 +301,7 @@ def check(job: Job) -> None:
     return
   size = job.config['batch_size']
   with precision(job):
-    state = jax.eval_shape(functools.partial(initial_state, job))
+    state = abstract_state(job)
     batch = {
       name: jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype)
       for name, a in next(job.train_batches()).items()

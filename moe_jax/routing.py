@@ -5,6 +5,7 @@ A work directory is only read, whether its run has ended or not.
 
 import dataclasses
 import json
+import math
 import pathlib
 import re
 import tempfile
@@ -20,6 +21,7 @@ from moe_jax import (
   analysis,
   analysis_report,
   checkpoint,
+  config,
   data,
   dataset,
   metrics,
@@ -39,102 +41,116 @@ HELD_OUT = 'held out'  # the name of the run's own text
 MODEL = 'decoder'  # what reads text
 
 
-def load(workdir: str) -> Job:
-  """The run in a work directory, on one device, without its training data.
+def load(workdir: str, sizes: dict[str, int] | None = None) -> Job:
+  """The decoder in a work directory, without its training data.
+
+  Args:
+    sizes: of the mesh; None is one device.
 
   Raises:
-    ValueError, OSError: one line; there is no run, or none with routers that
-      read text.
+    ValueError, OSError: one line; there is no run, or none of a decoder, or it
+      does not fit the mesh.
   """
   folder = pathlib.Path(workdir).absolute()
+  c = config.saved(folder)
   try:
-    c = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
-  except FileNotFoundError:
-    raise ValueError(
-      f'{folder} has no config.json: it holds no run of moe-train'
-    ) from None
-  except ValueError as error:
-    raise ValueError(f'{folder}/config.json is no JSON: {error}') from None
-  try:
-    return _job(folder, c)
+    return _job(folder, c, sizes or {})
   except (KeyError, TypeError) as error:
     raise ValueError(
       f'{folder}/config.json is not of this version: {error!r}'
     ) from error
 
 
-def _job(folder, c):
+def routed(workdir: str) -> Job:
+  """The same on one device; ValueError if no layer has a router."""
+  job = load(workdir)
+  if not job.model.trunk.segments():
+    raise ValueError(
+      f'{job.workdir} holds a dense model: no layer has a router'
+    )
+  return job
+
+
+def _job(folder, c, sizes):
   values = {**c['model'], 'gmm': ops.choose_gmm(None)}
   name = values.pop('name')
   if name != MODEL:
     raise ValueError(
       f'{folder} holds a {name}; routing is recorded of a {MODEL} alone'
     )
-  tok = tokenizer.load(
-    folder / 'tokenizer.json', c['data'].get('separator', '')
-  )
+  tok, V = _vocabulary(folder, c)
   module = models.get(name)
-  model_config = module.Config(**values, V=tok.vocab_size)
-  build = lambda: module.build(
-    model_config, parallel.Layout(), rngs=nnx.Rngs(c['seed'])
-  )
-  model = nnx.eval_shape(build)
-  if not model.trunk.segments():
-    raise ValueError(f'{folder} holds a dense model: no layer has a router')
+  model_config = module.Config(**values, V=V)
+  sizes = {**dict.fromkeys(parallel.AXES, 1), **sizes}
+  one = math.prod(sizes.values()) == 1
+  mesh = parallel.mesh(sizes, jax.devices()[:1] if one else None)
+  layout, said = parallel.Layout(), 'local'
+  if not one:
+    parallel.check(
+      sizes,
+      batch_size=mesh.size,
+      accumulate=1,
+      E=model_config.E,
+      F=model_config.expert_F,
+    )
+    k = c['model']['router'].get('k', 1)
+    layout, said = parallel.layout(mesh, k, strategy='auto', factor=None)
+  build = lambda: module.build(model_config, layout, rngs=nnx.Rngs(c['seed']))
   settings = optimizer.Config(**c['optimizer'])
-  sizes = dict.fromkeys(c['mesh'], 1)
   return Job(
     config=c,
     workdir=folder,
     changed=[],
-    model=model,
+    model=nnx.eval_shape(build),
     init=build,
     objective=objective.get(**c['objective']),
     optimizer=optimizer.make(settings, c['steps']),
     schedule=optimizer.schedule(settings, c['steps']),
-    mesh=parallel.mesh(sizes, jax.devices()[:1]),
-    implementation={},
+    mesh=mesh,
+    implementation={'strategy': said},
     dataset=_Unread(tok, c['data']['order'] == 'stream'),
   )
+
+
+def published(c: dict[str, Any]) -> bool:
+  """Whether the weights in a work directory were imported."""
+  return not c['corpus_sha256']
+
+
+def _vocabulary(folder, c):
+  """The tokenizer, and how many ids the model has.
+
+  Published weights may have more than their tokenizer, and come without one.
+  """
+  path, padded_size = folder / 'tokenizer.json', c['data']['padded_size']
+  if published(c) and not path.exists():
+    return None, padded_size
+  tok = tokenizer.load(path, c['data']['separator'])
+  return tok, padded_size or tok.vocab_size
 
 
 class _Unread(NamedTuple):
   """What a run's data tells when they are not read."""
 
-  tokenizer: tokenizer.Tokenizer
+  tokenizer: tokenizer.Tokenizer | None
   streams: bool
 
 
 def checkpoints(job: Job) -> list[int]:
   """The steps of its checkpoints; ValueError if there is none."""
-  folder = job.workdir / 'checkpoints'
-  steps = sorted(int(p.name) for p in folder.glob('*') if p.name.isdigit())
+  steps = checkpoint.steps(job.workdir)
   if not steps:
     raise ValueError(f'{job.workdir} has no checkpoint')
   return steps
 
 
-def restore(job: Job, step: int) -> programs.TrainState:
-  """The state of a checkpoint, which is checked as a run's own.
+def restore(job: Job, step: int) -> programs.Weights:
+  """The weights of a checkpoint, which is checked as a run's own.
 
   Raises:
-    OSError: it is damaged.
+    OSError: it is gone or damaged.
   """
-  saved = job.workdir / 'checkpoints' / str(step)
-  # Opened where it stands, orbax would clear away what a run is just saving.
-  with tempfile.TemporaryDirectory() as folder:
-    link = pathlib.Path(folder) / 'checkpoints' / str(step)
-    link.parent.mkdir()
-    link.symlink_to(saved, target_is_directory=True)
-    try:
-      with checkpoint.Checkpoints(pathlib.Path(folder), keep=1) as opened:
-        found = opened.restore(programs.abstract_state(job))
-    except OSError as error:
-      told = str(error).replace(folder, str(job.workdir))
-      raise OSError(told) from error
-  if found is None:  # the run has deleted it in the meantime
-    raise OSError(f'{saved} is gone')
-  return found.state
+  return checkpoint.read(job.workdir, step, programs.abstract_weights(job))
 
 
 def streams(job: Job, given: list[str]) -> dict[str, np.ndarray]:
@@ -147,6 +163,8 @@ def streams(job: Job, given: list[str]) -> dict[str, np.ndarray]:
   Raises:
     ValueError: a text cannot be read or has the name of another one.
   """
+  if job.dataset.tokenizer is None:
+    raise ValueError(f'{job.workdir} has no tokenizer.json to read texts with')
   if not given:
     return {HELD_OUT: _held_out(job)}
   tok, found = job.dataset.tokenizer, {}
@@ -170,6 +188,11 @@ def _parsed(argument):
 
 def _held_out(job):
   c = job.config
+  if published(c):
+    raise ValueError(
+      f'{job.workdir} holds published weights, no run that held out a text;'
+      ' name one with --data'
+    )
   source = dataset.source(c['data']['source'])
   found = source.load(source.Config(**c['data']), c['seq_len'])
   if found.sha256 != c['corpus_sha256']:
@@ -232,7 +255,7 @@ def recorder(job: Job) -> Callable[..., dict[str, Any]]:
     model = models.bind(job.model, state.params, state.router_state)
     ctx = routers.context(
       batch,
-      jax.random.key(state.seed),
+      jax.random.key(jnp.uint32(job.config['seed'])),
       state.step,
       train=False,
       microbatch=index,
@@ -249,7 +272,7 @@ def recorder(job: Job) -> Callable[..., dict[str, Any]]:
 
 def record(
   run: Callable[..., dict[str, Any]],
-  state: programs.TrainState,
+  state: programs.Weights,
   batches: list[dict[str, np.ndarray]],
 ) -> analysis.Routing:
   """The routing of all tokens of the batches, by a `recorder`."""
@@ -367,7 +390,7 @@ def write(workdir: str, given: list[str], limit: int, out: str) -> pathlib.Path:
   Raises:
     ValueError, OSError: one line; nothing was written.
   """
-  job, folder = load(workdir), pathlib.Path(out).absolute()
+  job, folder = routed(workdir), pathlib.Path(out).absolute()
   _check_place(folder)
   saved = checkpoints(job)
   tokens, batches = read(job, streams(job, given), limit)

@@ -65,6 +65,13 @@ class Tokenizer(abc.ABC):
   def encode(self, texts: list[str]) -> list[np.ndarray]:
     """One int32 array of ids for each text; never one that no text gives."""
 
+  def prompt(self, text: str) -> list[int]:
+    """The ids of a text's beginning, with the marks that its file puts there.
+
+    Published models have seen these in training, models of moe-train have not.
+    """
+    return self.encode([text])[0].tolist()
+
   @abc.abstractmethod
   def decode(self, ids: Iterable[int]) -> str:
     """The text of `ids`: exact for what `encode` gave, where nothing was lost.
@@ -223,6 +230,9 @@ class Saved(Tokenizer):
           )
         found.append(ids)
     return found
+
+  def prompt(self, text: str) -> list[int]:
+    return self._library.encode(text, add_special_tokens=True).ids
 
   def decode(self, ids: Iterable[int]) -> str:
     """As the file has it, without separators; other special tokens show."""

@@ -175,7 +175,7 @@ class Segment(nnx.Module):
     """Scans over pools and, inside, over the layers that share one.
 
     Args:
-      cache: [G * R * pattern, B, C, D], or None.
+      cache: arrays [G * R * pattern, B, ...], or None.
       layer, depth: index of the first layer, and of the first MoE layer.
       run: a _Run.
 
@@ -190,8 +190,7 @@ class Segment(nnx.Module):
     )
     period = len(self.pattern)
     order = jnp.arange(G * R, dtype=jnp.int32).reshape(G, R)
-    if cache is not None:
-      cache = cache.reshape(G, R, period, *cache.shape[1:])
+    cache = jax.tree.map(lambda a: a.reshape(G, R, period, *a.shape[1:]), cache)
 
     def one_period(experts, carry, scanned):
       """The layers of one pattern, with the pool that they share."""
@@ -200,16 +199,15 @@ class Segment(nnx.Module):
       caches, d = [], 0
       for j, kind in enumerate(self.pattern):
         here = ctx.at_layer(layer + i * period + j)
-        old = None if cache is None else cache[j]
-        caches.append(_next_cache(old, x))
+        old = jax.tree.map(lambda a, j=j: a[j], cache)
         if kind == 'd':
           module, d = block.at(nnx.merge(graph_dense, dense), d), d + 1
-          x, memory, _ = run.layer(module, x, memory, None, here, old)
+          x, memory, _, new = run.layer(module, x, memory, None, here, old)
         else:
           module = nnx.merge(graph_moe, moe)
-          x, memory, aux = run.layer(module, x, memory, experts, here, old)
-      new = None if cache is None else jnp.stack(caches)
-      return (x, memory), (aux, new)
+          x, memory, aux, new = run.layer(module, x, memory, experts, here, old)
+        caches.append(new)
+      return (x, memory), (aux, jax.tree.map(lambda *a: jnp.stack(a), *caches))
 
     def pool(carry, scanned):
       pool, layers = scanned
@@ -223,8 +221,9 @@ class Segment(nnx.Module):
       (x_BxLxD, memory), (aux, cache) = jax.lax.scan(
         pool, (x_BxLxD, memory), (pools, layers)
       )
-    if cache is not None:
-      cache = cache.reshape(G * R * period, *cache.shape[3:])
+    cache = jax.tree.map(
+      lambda a: a.reshape(G * R * period, *a.shape[3:]), cache
+    )
     return x_BxLxD, memory, aux, cache
 
   def updated_state(self, load_GxRxIxE: jax.Array) -> dict[str, Any]:
@@ -253,12 +252,22 @@ class _Run:
   view: attention.View
   source: block.Source
 
-  def layer(self, module, x_BxLxD, memory, experts, ctx, cache_BxCxD):
-    view = self.view.replace(cache_BxCxD=cache_BxCxD)
+  def layer(self, module, x_BxLxD, memory, experts, ctx, cache):
+    """Returns x, memory, aux and the next cache."""
+    view, cache = self._past(module, x_BxLxD, cache)
     x_BxLxD, memory, aux = module(
       x_BxLxD, memory, experts, self.wiring, ctx, view, self.source
     )
-    return self.wiring.layout.rows(x_BxLxD), memory, aux
+    return self.wiring.layout.rows(x_BxLxD), memory, aux, cache
+
+  def _past(self, module, x_BxLxD, cache):
+    """What the layer sees of the tokens before, and the next cache."""
+    place_BxL = self.view.place_BxL
+    if cache is None or place_BxL is None:
+      view = self.view.replace(cache_BxCxD=cache)
+      return view, _next_cache(cache, x_BxLxD)
+    kept = module.attention.keep(cache, module.reads(x_BxLxD), place_BxL)
+    return self.view.replace(kept=kept), kept
 
 
 class Trunk(nnx.Module):
@@ -315,15 +324,17 @@ class Trunk(nnx.Module):
     ctx: routing.Ctx,
     view: attention.View,
     source: block.Source = None,
-    cache_NxBxCxD: jax.Array | None = None,
-  ) -> tuple[jax.Array, list[dict[str, Any]], jax.Array | None]:
+    cache: Any = None,
+  ) -> tuple[jax.Array, list[dict[str, Any]], Any]:
     """Returns x, aux and the cache of the next block of the same rows.
 
     aux has one dict for each segment, what the routers report with leading
     axes [G, R, I]; it is empty in a dense model. `ctx.forced`, where given, is
     a list of such dicts' 'route'. `ctx.depth` counts the MoE layers of the
-    model below this trunk. The cache is of the layers' inputs and carries no
-    gradient.
+    model below this trunk.
+
+    The cache is of the layers' inputs, [N, B, C, D], and carries no gradient;
+    or, where the view has places, of what attention keeps, [N, B, M, ...].
     """
     c = self.c
     if hasattr(self, 'shared'):
@@ -331,24 +342,21 @@ class Trunk(nnx.Module):
     x_BxLxD = self.wiring.layout.rows(x_BxLxD)
     run = _Run(self.wiring, ctx, view, source)
     memory, aux, caches = self._memory(x_BxLxD), [], []
-    cut = lambda a, n: None if cache_NxBxCxD is None else cache_NxBxCxD[a:][:n]
+    cut = lambda first, n: jax.tree.map(lambda a: a[first:][:n], cache)
     if c.first:
-      x_BxLxD, memory, cache = self._first(
-        x_BxLxD, memory, cut(0, c.first), run
-      )
-      caches.append(cache)
+      x_BxLxD, memory, new = self._first(x_BxLxD, memory, cut(0, c.first), run)
+      caches.append(new)
     layer, depth, routes = c.first, 0, ctx.forced or [None] * len(c.segments)
     for segment, route in zip(self.segments().values(), routes, strict=True):
       layers = segment.G * segment.R * len(segment.pattern)
       here = dataclasses.replace(run, ctx=ctx.replace(forced=route))
-      x_BxLxD, memory, found, cache = segment(
+      x_BxLxD, memory, found, new = segment(
         x_BxLxD, memory, cut(layer, layers), layer, depth, here
       )
       aux.append(found)
-      caches.append(cache)
+      caches.append(new)
       layer, depth = layer + layers, depth + segment.G * segment.R
-    cache = None if cache_NxBxCxD is None else jnp.concatenate(caches)
-    return x_BxLxD, aux, cache
+    return x_BxLxD, aux, jax.tree.map(lambda *a: jnp.concatenate(a), *caches)
 
   def segments(self) -> dict[str, Segment]:
     return {n: getattr(self, n) for n in SEGMENTS if hasattr(self, n)}
@@ -366,8 +374,7 @@ class Trunk(nnx.Module):
     def layer(carry, scanned):
       (x, memory), (i, state, old) = carry, scanned
       module, ctx = nnx.merge(graph, state), run.ctx.at_layer(i)
-      new = _next_cache(old, x)
-      x, memory, _ = run.layer(module, x, memory, None, ctx, old)
+      x, memory, _, new = run.layer(module, x, memory, None, ctx, old)
       return (x, memory), new
 
     order = jnp.arange(self.c.first, dtype=jnp.int32)

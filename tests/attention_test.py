@@ -174,7 +174,9 @@ def test_the_scheme_and_the_output_scale_are_followed(name):
 def test_names_and_options():
   assert {'full', 'latent', 'rotary', 'span'} <= set(attention.names())
   options = lambda name: config.attend(name).to_dict()
-  assert options('rotary') == {'name': 'rotary', 'J': None, 'theta': 10_000.0}
+  assert {'J': None, 'theta': 10_000.0, 'window': None}.items() <= options(
+    'rotary'
+  ).items()
   assert options('full') == {'name': 'full'}
   with pytest.raises(ValueError, match=r"'rotar'.*full.*latent.*rotary.*span"):
     attention.get('rotar')
@@ -190,6 +192,9 @@ def test_names_and_options():
     ('rotary', 24, {'J': 3}, r'J \(3\) does not divide H \(4\)'),
     ('rotary', 12, {}, 'odd size 3'),
     ('rotary', 26, {}, r'H \(4\) does not divide D \(26\)'),
+    ('rotary', 24, {'size': 5}, 'odd size 5'),
+    ('rotary', 24, {'window': 0}, 'window=0'),
+    ('rotary', 24, {'qk_norm': 'rms'}, "qk_norm='rms'; there are none, head"),
     ('full', 26, {}, r'H \(4\) does not divide D \(26\)'),
     ('span', 26, {}, r'H \(4\) does not divide D \(26\)'),
     ('latent', 24, {'rope': 3}, 'rope=3'),
@@ -205,7 +210,7 @@ def test_sizes_that_do_not_fit_are_refused(name, width, options, message):
 # attend.
 
 
-_attend = jax.jit(attention.attend, static_argnames='scale')
+_attend = jax.jit(attention.attend, static_argnames=('scale', 'window'))
 
 
 def _attend_by_mask(q, k, v, seen_BxLxM, scale):
@@ -228,6 +233,17 @@ def test_causal_blocks_are_one_attention(length):
   seen = np.tri(length, dtype=bool) & (segment[:, :, None] == segment[:, None])
   expected = _attend_by_mask(q, k, v, seen, 2**-0.5)
   _close(_attend(q, k, v, _view(segment)), expected)
+
+
+@pytest.mark.parametrize('window', [1, 60, 200])
+def test_blocks_of_a_window_are_one_attention(window):
+  """A block leaves out keys that none of its queries sees."""
+  q, k, v = (_normal((1, 300, 2, 2), seed) for seed in range(3))
+  segment = np.int32(np.arange(300)[None] // 170)
+  seen = np.tri(300, dtype=bool) & ~np.tri(300, k=-window, dtype=bool)
+  seen = seen & (segment[:, :, None] == segment[:, None])
+  expected = _attend_by_mask(q, k, v, seen, 2**-0.5)
+  _close(_attend(q, k, v, _view(segment), window=window), expected)
 
 
 def test_cross_attention_sees_all_but_padding():
@@ -260,17 +276,75 @@ def test_a_query_that_sees_no_key_answers_zero(causal):
 # Rotary.
 
 
-def _rotary_by_hand(w, x_BxLxD, segment_BxL):
+def _rotary_by_hand(
+  w, x_BxLxD, segment_BxL, qk_norm='none', window=L, turn=_turned
+):
   w, J = _wide(w), OPTIONS['rotary']['J']
-  y_BxLxD = np.zeros(x_BxLxD.shape)
+  S = w['query_DxHxS'].shape[2]
+
+  def heads(x_D, name, letter):
+    y_HxS = np.einsum('d,dhs->hs', x_D, w[f'{name}_Dx{letter}xS'])
+    return y_HxS + w.get(f'bias_{name}_{letter}xS', 0)
+
+  def normed(y_HxS, name):
+    if qk_norm == 'none':
+      return y_HxS
+    scale = w[f'norm_{name}']['scale_D']
+    if qk_norm == 'head':
+      return np.stack([_rms(y_S, scale) for y_S in y_HxS])
+    return _rms(y_HxS.reshape(-1), scale).reshape(y_HxS.shape)
+
+  y_BxLxD = np.zeros(x_BxLxD.shape) + w.get('bias_out_D', 0)
   for b, l, h in np.ndindex(B, L, H):
     j = h // (H // J)  # heads share key-value heads in consecutive groups
-    q_S = _turned(x_BxLxD[b, l] @ w['query_DxHxS'][:, h], l)
-    seen = [m for m in range(l + 1) if segment_BxL[b, m] == segment_BxL[b, l]]
-    k = [_turned(x_BxLxD[b, m] @ w['key_DxJxS'][:, j], m) for m in seen]
-    v = [x_BxLxD[b, m] @ w['value_DxJxS'][:, j] for m in seen]
+    q_S = turn(normed(heads(x_BxLxD[b, l], 'query', 'H'), 'query')[h], l)
+    seen = [
+      m
+      for m in range(l + 1)
+      if segment_BxL[b, m] == segment_BxL[b, l] and l - m < window
+    ]
+    keys = [normed(heads(x_BxLxD[b, m], 'key', 'J'), 'key')[j] for m in seen]
+    k = [turn(k_S, m) for k_S, m in zip(keys, seen, strict=True)]
+    v = [heads(x_BxLxD[b, m], 'value', 'J')[j] for m in seen]
     y_BxLxD[b, l] += _attended(q_S, k, v, S**-0.5) @ w['out_HxSxD'][h]
   return y_BxLxD
+
+
+@pytest.mark.parametrize(
+  'options',
+  [
+    {'size': 4},
+    {'window': 3},
+    {'qk_norm': 'head'},
+    {'qk_norm': 'all', 'size': 8, 'bias': True, 'window': 1},
+  ],
+  ids=str,
+)
+def test_the_options_of_published_models_agree_with_the_loops(options):
+  call, weights = _setup('rotary', **options)
+  told = {k: v for k, v in options.items() if k not in ('size', 'bias')}
+  expected = _rotary_by_hand(weights, _x(), SEGMENT_BxL, **told)
+  _close(call(weights, _x(), _view(SEGMENT_BxL)), expected)
+
+
+def test_the_norm_of_queries_has_the_eps_it_is_given():
+  (call, weights), (other, _) = (
+    _setup('rotary', qk_norm='head', eps=eps) for eps in (1e-6, 10.0)
+  )
+  y_BxLxD, far = (f(weights, _x(), _view()) for f in (call, other))
+  assert np.abs(y_BxLxD - far).max() > 0.01
+
+
+@pytest.mark.parametrize('amplitude', [None, 0.6])
+def test_rotary_takes_yarn_too(amplitude):
+  """Heads of 4: the pairs of the latent's test below."""
+  options = {k: YARN[k] for k in YARN if 'mscale' not in k}
+  call, weights = _setup('rotary', size=4, yarn_amplitude=amplitude, **options)
+  frequency = np.array([1, THETA**-0.5 * (0.5 + 0.5 / 8)])
+  factor = 1 + 0.1 * math.log(8) if amplitude is None else amplitude
+  turn = lambda x_S, place: factor * _turned(x_S, place, frequency)
+  expected = _rotary_by_hand(weights, _x(), ONE_BxL, turn=turn)
+  _close(call(weights, _x(), _view()), expected)
 
 
 def test_rotary_agrees_with_the_loops():
@@ -315,13 +389,17 @@ def _rms(x, scale):
   return x / np.sqrt((x**2).mean() + 1e-6) * scale
 
 
-def _latent_by_hand(w, x_BxLxD, frequency, amplitude=1.0, scale=1.0):
-  """Causal, one document; pairs are (2i, 2i + 1)."""
+def _latent_by_hand(
+  w, x_BxLxD, frequency, amplitude=1.0, scale=1.0, interleaved=True
+):
+  """Causal, one document; pairs are (2i, 2i + 1), or as in _turned."""
   w, W = _wide(w), LATENT['nope']
-  turned = lambda x_P, place: (
-    amplitude
-    * _turned(np.concatenate([x_P[0::2], x_P[1::2]]), place, frequency)
-  )
+
+  def turned(x_P, place):
+    if interleaved:
+      x_P = np.concatenate([x_P[0::2], x_P[1::2]])
+    return amplitude * _turned(x_P, place, frequency)
+
   scale *= (W + LATENT['rope']) ** -0.5
   y_BxLxD = np.zeros(x_BxLxD.shape)
   for b, l, h in np.ndindex(B, L, H):
@@ -350,6 +428,13 @@ def test_latent_agrees_with_the_loops(query_rank):
   _close(
     call(weights, _x(), _view()), _latent_by_hand(weights, _x(), frequency)
   )
+
+
+def test_latent_may_have_its_pairs_apart():
+  call, weights = _setup('latent', interleaved=False)
+  frequency = np.array([1, THETA**-0.5])
+  expected = _latent_by_hand(weights, _x(), frequency, interleaved=False)
+  _close(call(weights, _x(), _view()), expected)
 
 
 def test_yarn_slows_the_slow_pairs_and_sharpens_the_scores():

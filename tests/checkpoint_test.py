@@ -180,9 +180,7 @@ def test_no_flipped_bit_changes_a_value(saved, tmp_path, monkeypatch, small):
   """Wherever it is: it is found out, or nothing that is read has changed."""
   monkeypatch.setattr(checkpoint, 'SMALL', small)
   if small < 0:
-    monkeypatch.setattr(
-      checkpoint.Checkpoints, '_check_digests', lambda *_: None
-    )
+    monkeypatch.setattr(checkpoint, '_check_digests', lambda *_: None)
   draw = np.random.default_rng(0)
   names = [p.relative_to(saved) for p in files(saved, 3)]
   found_out = 0

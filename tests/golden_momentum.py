@@ -284,9 +284,7 @@ def _compiled_stack(text):
       view = _view(B, L, causal=True)
       # A trunk's cache is of its layers' inputs.
       zeros_NxBxLxD = jnp.zeros((meta['L'], *x_BxLxD.shape))
-      out_BxLxD, aux, h_NxBxLxD = bound(
-        x_BxLxD, ctx, view, cache_NxBxCxD=zeros_NxBxLxD
-      )
+      out_BxLxD, aux, h_NxBxLxD = bound(x_BxLxD, ctx, view, cache=zeros_NxBxLxD)
       # Theirs divides the probabilities by the choices T k, not by T.
       loss = objective.weighted({'balance': balance / meta['K']}, aux)
       loss = jnp.asarray(loss, out_BxLxD.dtype)  # 0.0 without the balance
@@ -615,7 +613,7 @@ def _compiled_encoder(text):
         # A trunk's cache is of its layers' inputs.
         zeros_NxBxLxD = jnp.zeros((meta['L'], *x_BxLxD.shape))
         last_BxLxD, aux, h_NxBxLxD = layers(
-          x_BxLxD, ctx, view, cache_NxBxCxD=zeros_NxBxLxD
+          x_BxLxD, ctx, view, cache=zeros_NxBxLxD
         )
         outs.extend([*h_NxBxLxD[1:], last_BxLxD])
         return last_BxLxD, aux, None

@@ -16,14 +16,14 @@ SOURCES = [
 # Left imports right only. A new module has to be given its place here.
 LEVELS = (
   {'main', 'commands'},
-  {'compiled', 'train', 'routing'},
+  {'compiled', 'train', 'routing', 'convert', 'upcycle', 'generate'},
   {'programs'},
   {'job'},
   {'objective', 'dataset', 'data', 'pairs', 'images', 'rows', 'tokenizer'}
   | {'hub', 'corpus', 'cache', 'optimizer', 'metrics', 'report', 'figures'}
   | {'checkpoint', 'models', 'config', 'malloc', 'beam', 'translate'}
   | {'planner', 'processes', 'guard', 'nonfinite', 'health', 'preemption'}
-  | {'analysis', 'analysis_report'},
+  | {'analysis', 'analysis_report', 'families'},
   {'trunk'},
   {'block', 'routers', 'experts', 'residual', 'attention', 'parallel'},
   {'plan', 'balance', 'ops', 'norm', 'init'},
@@ -31,6 +31,9 @@ LEVELS = (
 # Within a level.
 BESIDE = {
   'main': {'commands'},
+  'convert': {'routing'},
+  'upcycle': {'convert', 'routing'},
+  'generate': {'routing'},
   'config': {'dataset', 'objective'},
   'dataset': {'data', 'pairs', 'images', 'tokenizer', 'hub', 'corpus'},
   'data': {'rows', 'tokenizer', 'corpus', 'cache'},

@@ -30,6 +30,7 @@ VARIANTS = {
     {'renormalise': False, 'k': 3, 'bias': True},
     {'capacity': 0.5},
     {'capacity': 1.0, 'k': 1, 'group': 6},
+    {'expert_groups': 2, 'score': 'sigmoid', 'bias_rate': 0.1, 'group_best': 2},
   ],
   'switch': [{'capacity': None}, {'jitter': 0.3, 'capacity': 0.5}],
   'expert_choice': [{'k': 1.5, 'group': 6}],
@@ -471,7 +472,8 @@ def test_token_choice_follows_its_papers(case):
     probs_TxE = score_TxE / score_TxE.sum(1, keepdims=True)
   else:
     score_TxE = probs_TxE = oracle.softmax(logits_TxE)
-  expert_TxK = np.array([oracle.best(score_E, k) for score_E in score_TxE])
+  choice_TxE = _of_best_groups(score_TxE, options)
+  expert_TxK = np.array([oracle.best(score_E, k) for score_E in choice_TxE])
   np.testing.assert_array_equal(aux['route'], expert_TxK)
   gate_TxK = np.take_along_axis(score_TxE, expert_TxK, axis=1)
   if name == 'topk' and options.get('renormalise', True):
@@ -495,6 +497,38 @@ def test_token_choice_follows_its_papers(case):
   )
   z = np.mean(np.log(np.exp(logits_TxE).sum(1)) ** 2)
   np.testing.assert_allclose(aux['losses']['z'], z, 1e-5)
+
+
+def _of_best_groups(score_TxE, options):
+  """-inf where a token may not choose."""
+  N, best = options.get('expert_groups', 1), options.get('group_best', 1)
+  kept_TxE = np.full(score_TxE.shape, -np.inf)
+  for score_E, kept_E in zip(score_TxE, kept_TxE, strict=True):
+    groups = np.split(np.arange(E), N)
+    value = np.array([np.sort(score_E[g])[-best:].sum() for g in groups])
+    for n in oracle.best(value, options.get('groups_kept', 1)):
+      kept_E[groups[n]] = score_E[groups[n]]
+  return kept_TxE
+
+
+@pytest.mark.parametrize('best', [1, 2])
+def test_the_bias_has_a_say_in_which_groups_are_kept(best):
+  """Of groups (0, 1) and (2, 3); gates are those of scores without it."""
+  options = dict(expert_groups=2, group_best=best, score='sigmoid')
+  route = _biased(renormalise=False, **options)
+  score_TxE = 1 / (1 + np.exp(-(_x() @ np.asarray(_topk().w_DxE[...]))))
+  for bias_E in np.float32([[0, 0, 0, 0], [0.9, -0.5, 0, 0.3]]):
+    plan, _ = route(bias_E)
+    choice_TxE = _of_best_groups(score_TxE + bias_E, options)
+    expert_T = np.argmax(choice_TxE, axis=1)
+    np.testing.assert_array_equal(plan.expert_TxK[:, 0], expert_T)
+    gate_T = score_TxE[np.arange(T), expert_T]
+    np.testing.assert_allclose(plan.weight_TxK[:, 0], gate_T, 1e-5)
+  one, two = (
+    np.argmax(_of_best_groups(score_TxE, {**options, 'group_best': n}), axis=1)
+    for n in (1, 2)
+  )
+  assert (one != two).any()
 
 
 @pytest.mark.parametrize(
@@ -842,6 +876,10 @@ def test_options_and_their_types():
     ('topk', {'capacity': -1.5}, 'capacity is -1.5'),
     ('topk', {'capacity': 1.0, 'group': 0}, 'group is 0'),
     ('topk', {'score': 'tanh'}, "'tanh'"),
+    ('topk', {'expert_groups': 3}, 'expert_groups=3 does not divide 4'),
+    ('topk', {'expert_groups': 2, 'k': 3}, 'groups_kept=1 of 2 .* k is 3'),
+    ('topk', {'expert_groups': 2, 'groups_kept': 3}, 'groups_kept=3 of 2'),
+    ('topk', {'expert_groups': 2, 'group_best': 3}, 'group_best=3'),
     ('switch', {'capacity': 0.0}, 'capacity is 0'),
     ('switch', {'jitter': 1.0}, 'jitter is 1'),
     ('expert_choice', {'k': 4.5}, 'k is 4.5, .* 4 experts'),

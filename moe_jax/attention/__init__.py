@@ -5,8 +5,10 @@ A file here defines one class `Attention(attention.Attention)`; `{'name':
 rngs=rngs, J=2)`. Nothing else has to be edited.
 """
 
+import dataclasses
 import functools
 import importlib
+import math
 import pkgutil
 from typing import Any
 
@@ -31,6 +33,10 @@ class View:
   causal: bool = flax.struct.field(pytree_node=False)  # no later key is seen
   shared: Any = None  # what `Attention.shared` made for all layers
   cache_BxCxD: jax.Array | None = None  # inputs before the first of these
+  # Of a text that is being written: the place of each query in its row, and
+  # `entries` of the tokens up to it by their places, [B, M, ...].
+  place_BxL: jax.Array | None = None
+  kept: Any = None
 
 
 class Attention(nnx.Module):
@@ -69,6 +75,28 @@ class Attention(nnx.Module):
     """y_BxLxD, in the dtype of x."""
     raise NotImplementedError
 
+  def entries(
+    self, x_BxLxD: jax.Array, place_BxL: jax.Array | None
+  ) -> dict[str, jax.Array]:
+    """What later queries need of these tokens, [B, L, ...].
+
+    Args:
+      place_BxL: int32, in their rows; 0 to L - 1 if None.
+
+    Raises:
+      ValueError: this kind does not write texts.
+    """
+    kind = type(self).__module__.rpartition('.')[2]
+    raise ValueError(f'attention {kind!r} keeps no keys, and writes no texts')
+
+  def keep(
+    self, kept: Any, x_BxLxD: jax.Array, place_BxL: jax.Array
+  ) -> dict[str, jax.Array]:
+    """`kept` with the entries of these tokens at their places."""
+    row_Bx1 = jnp.arange(len(x_BxLxD), dtype=jnp.int32)[:, None]
+    put = lambda old, new: old.at[row_Bx1, place_BxL].set(new, mode='drop')
+    return jax.tree.map(put, kept, self.entries(x_BxLxD, place_BxL))
+
 
 def names() -> list[str]:
   """The kinds of attention that exist."""
@@ -88,6 +116,7 @@ def attend(
   v_BxMxJxU: jax.Array,
   view: View,
   scale: float | None = None,
+  window: int | None = None,
 ) -> jax.Array:
   """y_BxLxHxU: softmax(q k * scale) v over the keys that each query sees.
 
@@ -97,6 +126,8 @@ def attend(
 
   Args:
     scale: S**-0.5 if None.
+    window: a causal query sees so many keys at most, the last of them its own
+      token's; None: all.
   """
   L, S = q_BxLxHxS.shape[1], q_BxLxHxS.shape[3]
   scale = S**-0.5 if scale is None else scale
@@ -106,11 +137,29 @@ def attend(
   answers = []
   for first in range(0, L, size):
     piece = functools.partial(
-      _piece, first, size, causal=view.causal, scale=scale
+      _piece, first, size, causal=view.causal, scale=scale, window=window
     )
     whole = q_BxLxHxS, k_BxMxJxS, v_BxMxJxU, view.query_BxL, view.key_BxL
     answers.append(jax.checkpoint(piece)(*whole))
   return jnp.concatenate(answers, axis=1)
+
+
+def attend_kept(
+  q_BxLxHxS: jax.Array,
+  k_BxMxJxS: jax.Array,
+  v_BxMxJxU: jax.Array,
+  place_BxL: jax.Array,
+  scale: float | None = None,
+  window: int | None = None,
+) -> jax.Array:
+  """The same over keys by their places, up to that of each query."""
+  scale = q_BxLxHxS.shape[3] ** -0.5 if scale is None else scale
+  key_1x1xM = jnp.arange(k_BxMxJxS.shape[1], dtype=jnp.int32)[None, None]
+  ahead_BxLxM = place_BxL[:, :, None] - key_1x1xM
+  seen_BxLxM = ahead_BxLxM >= 0
+  if window is not None:
+    seen_BxLxM &= ahead_BxLxM < window
+  return _attend(q_BxLxHxS, k_BxMxJxS, v_BxMxJxU, seen_BxLxM, scale)
 
 
 def block(L: int) -> int:
@@ -129,34 +178,34 @@ def _piece(
   *,
   causal,
   scale,
+  window,
 ):
   """The answers to `size` queries; cut here, so that no piece is kept."""
-  last = first + size if causal else None
-  return _attend(
-    q_BxLxHxS[:, first : first + size],
-    k_BxMxJxS[:, :last],
-    v_BxMxJxU[:, :last],
-    query_BxL[:, first : first + size],
-    key_BxM[:, :last],
-    first=first if causal else None,
-    scale=scale,
-  )
+  begin, last = 0, first + size if causal else None
+  if causal and window is not None:
+    begin = max(first + 1 - window, 0)
+  q_BxQxHxS = q_BxLxHxS[:, first : first + size]
+  k_BxMxJxS, v_BxMxJxU = k_BxMxJxS[:, begin:last], v_BxMxJxU[:, begin:last]
+  query_BxQ = query_BxL[:, first : first + size]
+  seen_BxQxM = query_BxQ[:, :, None] == key_BxM[:, None, begin:last]
+  if causal:
+    # Query i is token `first` + i, the keys begin with token `begin`.
+    Q, M = seen_BxQxM.shape[1:]
+    seen_QxM = jnp.tri(Q, M, first - begin, dtype=bool)
+    if window is not None:
+      seen_QxM &= ~jnp.tri(Q, M, first - begin - window, dtype=bool)
+    seen_BxQxM &= seen_QxM[None]
+  return _attend(q_BxQxHxS, k_BxMxJxS, v_BxMxJxU, seen_BxQxM, scale)
 
 
-def _attend(
-  q_BxQxHxS, k_BxMxJxS, v_BxMxJxU, query_BxQ, key_BxM, *, first, scale
-):
-  """Query i is token `first` + i of the keys; it sees all if that is None."""
-  (B, Q, H, S), (M, J) = q_BxQxHxS.shape, k_BxMxJxS.shape[1:3]
+def _attend(q_BxQxHxS, k_BxMxJxS, v_BxMxJxU, seen_BxQxM, scale):
+  (B, Q, H, S), J = q_BxQxHxS.shape, k_BxMxJxS.shape[2]
   dtype = q_BxQxHxS.dtype
   wide = np.promote_types(dtype, jnp.float32)
   q_BxQxJxGxS = q_BxQxHxS.reshape(B, Q, J, H // J, S)
   score_BxJxGxQxM = jnp.einsum(
     'bqjgs,bmjs->bjgqm', q_BxQxJxGxS, k_BxMxJxS, preferred_element_type=wide
   )
-  seen_BxQxM = query_BxQ[:, :, None] == key_BxM[:, None, :]
-  if first is not None:
-    seen_BxQxM &= jnp.tri(Q, M, first, dtype=bool)[None]
   # Not -inf, of which a softmax over nothing else is NaN, and its gradient.
   score_BxJxGxQxM = jnp.where(
     seen_BxQxM[:, None, None], score_BxJxGxQxM * scale, jnp.finfo(wide).min
@@ -185,13 +234,57 @@ def join(y_BxLxHxS: jax.Array, w_HxSxD: jax.Array) -> jax.Array:
   return jnp.einsum('blhs,hsd->bld', y_BxLxHxS, w_HxSxD.astype(y_BxLxHxS.dtype))
 
 
-def rotate(x_BxLxHxS: jax.Array, frequency_P: jax.Array) -> jax.Array:
-  """Rotates the pairs (i, i + S/2) of each head by place * frequency_P[i]."""
-  L = x_BxLxHxS.shape[1]
+def rotate(
+  x_BxLxHxS: jax.Array,
+  frequency_P: jax.Array,
+  place_BxL: jax.Array | None = None,
+) -> jax.Array:
+  """Rotates the pairs (i, i + S/2) of each head by place * frequency_P[i].
+
+  Places are 0 to L - 1 if None.
+  """
   wide = frequency_P.dtype
-  angle_LxP = jnp.arange(L, dtype=wide)[:, None] * frequency_P[None]
-  cos = jnp.cos(angle_LxP)[None, :, None]
-  sin = jnp.sin(angle_LxP)[None, :, None]
+  if place_BxL is None:
+    place_BxL = jnp.arange(x_BxLxHxS.shape[1], dtype=wide)[None]
+  angle_BxLxP = place_BxL.astype(wide)[..., None] * frequency_P[None, None]
+  cos = jnp.cos(angle_BxLxP)[:, :, None]
+  sin = jnp.sin(angle_BxLxP)[:, :, None]
   a, b = jnp.split(x_BxLxHxS.astype(wide), 2, axis=-1)
   rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
   return rotated.astype(x_BxLxHxS.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Yarn:
+  """Rotary frequencies for a context that was extended (arXiv 2309.00071).
+
+  Attributes:
+    factor: by how much `length` tokens are extended; 0 is not at all.
+    beta_fast: pairs that turn more often in `length` keep their frequency.
+    beta_slow: those that turn less often are slowed by the factor.
+    length: of the context before.
+  """
+
+  factor: float
+  beta_fast: float
+  beta_slow: float
+  length: int
+
+  def frequency(self, theta: float, P: int) -> np.ndarray:
+    """float64 [P/2], radians per token."""
+    frequency = theta ** (-np.arange(0, P, 2) / P)
+    if not self.factor:
+      return frequency
+    # The pair, as a real number, that turns so many times in the length.
+    pair = lambda turns: (
+      P * math.log(self.length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+    )
+    low = max(math.floor(pair(self.beta_fast)), 0)
+    high = min(math.ceil(pair(self.beta_slow)), P - 1)
+    width = max(high - low, 1e-3)
+    slowed = np.clip((np.arange(P // 2) - low) / width, 0, 1)
+    return frequency * (1 - slowed + slowed / self.factor)
+
+  def amplitude(self, mscale: float = 1.0) -> float:
+    """1 + mscale ln(factor) / 10."""
+    return 1 + 0.1 * mscale * math.log(max(self.factor, 1))

@@ -4,7 +4,6 @@ Axes of this file: S = W + P, the parts of a query or key without and with a
 position; U, size of a value; Z and Y, ranks of the key-value and of the query.
 """
 
-import dataclasses
 import math
 
 import jax
@@ -25,6 +24,8 @@ class Attention(attention.Attention):
     rank: Z. The latent is normalised, by RMS.
     query_rank: Y, likewise; queries are not compressed if None.
     theta: base of the rotary frequencies.
+    interleaved: a rotated pair is (2i, 2i + 1), as in DeepSeek's weights; else
+      (i, i + P/2).
     yarn_factor: by how much the context of `yarn_length` tokens is extended
       (YaRN, arXiv 2309.00071); 0 is not at all. Pairs that turn more than
       `yarn_beta_fast` times in it keep their frequency, those below
@@ -49,6 +50,7 @@ class Attention(attention.Attention):
     rank: int = 512,
     query_rank: int | None = None,
     theta: float = 10_000.0,
+    interleaved: bool = True,
     yarn_factor: float = 0.0,
     yarn_beta_fast: float = 32.0,
     yarn_beta_slow: float = 1.0,
@@ -59,16 +61,15 @@ class Attention(attention.Attention):
   ):
     if rope % 2:
       raise ValueError(f'a rotated part of odd size, rope={rope}, has no pairs')
-    self.nope, self.rope, self.theta = nope, rope, theta
+    self.nope, self.interleaved = nope, interleaved
     self.compressed = query_rank is not None
-    self.yarn = _Yarn(
-      yarn_factor,
-      yarn_beta_fast,
-      yarn_beta_slow,
-      yarn_mscale,
-      yarn_mscale_all_dim,
-      yarn_length,
+    yarn = attention.Yarn(
+      yarn_factor, yarn_beta_fast, yarn_beta_slow, yarn_length
     )
+    self.frequency_P = tuple(yarn.frequency(theta, rope).tolist())
+    all_dim = yarn.amplitude(yarn_mscale_all_dim)
+    self.amplitude = yarn.amplitude(yarn_mscale) / all_dim
+    self.scale = all_dim**2 * (nope + rope) ** -0.5
 
     def weight(*shape):
       fans = shape[0], math.prod(shape[1:])
@@ -89,26 +90,56 @@ class Attention(attention.Attention):
     self.out_HxUxD = nnx.Param(out_HxUxD * out_scale)
 
   def __call__(self, x_BxLxD: jax.Array, view: attention.View) -> jax.Array:
+    q_BxLxHxS = self._query(x_BxLxD)
+    q_BxLxHxW, q_BxLxHxP = jnp.split(q_BxLxHxS, [self.nope], axis=-1)
+    q_BxLxHxP = self._rotate(q_BxLxHxP, view.place_BxL)
+    if view.kept is None:
+      y_BxLxHxU = self._attend(q_BxLxHxW, q_BxLxHxP, x_BxLxD, view)
+    else:
+      y_BxLxHxU = self._attend_kept(q_BxLxHxW, q_BxLxHxP, view)
+    return attention.join(y_BxLxHxU, self.out_HxUxD[...])
+
+  def entries(self, x_BxLxD, place_BxL):
+    """The latent, and the part of a key that has a position."""
     dtype = x_BxLxD.dtype
     latent_BxLxZ = self.norm_latent(
       x_BxLxD @ self.latent_DxZ[...].astype(dtype)
     )
     key_BxLxP = x_BxLxD @ self.key_DxP[...].astype(dtype)
-    k_BxLxHxW = attention.heads(latent_BxLxZ, self.key_ZxHxW[...])
-    v_BxLxHxU = attention.heads(latent_BxLxZ, self.value_ZxHxU[...])
-    q_BxLxHxS = self._query(x_BxLxD)
-    q_BxLxHxW, q_BxLxHxP = jnp.split(q_BxLxHxS, [self.nope], axis=-1)
-    k_BxLxHxP = jnp.broadcast_to(
-      self._rotate(key_BxLxP[:, :, None]), q_BxLxHxP.shape
-    )
-    y_BxLxHxU = attention.attend(
-      jnp.concatenate([q_BxLxHxW, self._rotate(q_BxLxHxP)], axis=-1),
+    key_BxLxP = self._rotate(key_BxLxP[:, :, None], place_BxL)[:, :, 0]
+    return {'latent_BxLxZ': latent_BxLxZ, 'key_BxLxP': key_BxLxP}
+
+  def _attend(self, q_BxLxHxW, q_BxLxHxP, x_BxLxD, view):
+    of = self.entries(x_BxLxD, None)
+    k_BxLxHxW = attention.heads(of['latent_BxLxZ'], self.key_ZxHxW[...])
+    v_BxLxHxU = attention.heads(of['latent_BxLxZ'], self.value_ZxHxU[...])
+    k_BxLxHxP = jnp.broadcast_to(of['key_BxLxP'][:, :, None], q_BxLxHxP.shape)
+    return attention.attend(
+      jnp.concatenate([q_BxLxHxW, q_BxLxHxP], axis=-1),
       jnp.concatenate([k_BxLxHxW, k_BxLxHxP], axis=-1),
       v_BxLxHxU,
       view,
-      self.yarn.scale * (self.nope + self.rope) ** -0.5,
+      self.scale,
     )
-    return attention.join(y_BxLxHxU, self.out_HxUxD[...])
+
+  def _attend_kept(self, q_BxLxHxW, q_BxLxHxP, view):
+    """The same among latents: one key and one value for all heads."""
+    dtype = q_BxLxHxW.dtype
+    latent_BxMxZ, key_BxMxP = (
+      view.kept[name] for name in ('latent_BxLxZ', 'key_BxLxP')
+    )
+    q_BxLxHxZ = jnp.einsum(
+      'blhw,zhw->blhz', q_BxLxHxW, self.key_ZxHxW[...].astype(dtype)
+    )
+    y_BxLxHxZ = attention.attend_kept(
+      jnp.concatenate([q_BxLxHxZ, q_BxLxHxP], axis=-1),
+      jnp.concatenate([latent_BxMxZ, key_BxMxP], axis=-1)[:, :, None],
+      latent_BxMxZ[:, :, None],
+      view.place_BxL,
+      self.scale,
+    )
+    value_ZxHxU = self.value_ZxHxU[...].astype(dtype)
+    return jnp.einsum('blhz,zhu->blhu', y_BxLxHxZ, value_ZxHxU)
 
   def _query(self, x_BxLxD):
     if not self.compressed:
@@ -116,51 +147,11 @@ class Attention(attention.Attention):
     query_BxLxY = x_BxLxD @ self.query_DxY[...].astype(x_BxLxD.dtype)
     return attention.heads(self.norm_query(query_BxLxY), self.query_YxHxS[...])
 
-  def _rotate(self, x_BxLxHxP):
+  def _rotate(self, x_BxLxHxP, place_BxL):
     wide = np.promote_types(x_BxLxHxP.dtype, jnp.float32)
-    frequency = jnp.asarray(self.yarn.frequency(self.theta, self.rope), wide)
-    # A pair is (2i, 2i + 1) in DeepSeek's weights, (i, i + P/2) in `rotate`.
-    x_BxLxHxP = jnp.concatenate(
-      [x_BxLxHxP[..., 0::2], x_BxLxHxP[..., 1::2]], axis=-1
-    )
-    return attention.rotate(x_BxLxHxP, frequency) * self.yarn.amplitude
-
-
-@dataclasses.dataclass(frozen=True)
-class _Yarn:
-  """The options `yarn_*`."""
-
-  factor: float
-  beta_fast: float
-  beta_slow: float
-  mscale: float
-  mscale_all_dim: float
-  length: int
-
-  @property
-  def amplitude(self):
-    """Factor on the rotated parts of queries and keys."""
-    return self._m(self.mscale) / self._m(self.mscale_all_dim)
-
-  @property
-  def scale(self):
-    """Factor on all scores."""
-    return self._m(self.mscale_all_dim) ** 2
-
-  def frequency(self, theta, P):
-    """float64 [P/2], radians per token."""
-    frequency = theta ** (-np.arange(0, P, 2) / P)
-    if not self.factor:
-      return frequency
-    # The pair, as a real number, that turns so many times in the length.
-    pair = lambda turns: (
-      P * math.log(self.length / (turns * 2 * math.pi)) / (2 * math.log(theta))
-    )
-    low = max(math.floor(pair(self.beta_fast)), 0)
-    high = min(math.ceil(pair(self.beta_slow)), P - 1)
-    width = max(high - low, 1e-3)
-    slowed = np.clip((np.arange(P // 2) - low) / width, 0, 1)
-    return frequency * (1 - slowed + slowed / self.factor)
-
-  def _m(self, mscale):
-    return 1 + 0.1 * mscale * math.log(max(self.factor, 1))
+    if self.interleaved:
+      x_BxLxHxP = jnp.concatenate(
+        [x_BxLxHxP[..., 0::2], x_BxLxHxP[..., 1::2]], axis=-1
+      )
+    frequency_P = jnp.asarray(self.frequency_P, wide)
+    return attention.rotate(x_BxLxHxP, frequency_P, place_BxL) * self.amplitude

@@ -51,6 +51,21 @@ def run(
   app.run(main, flags_parser=parse)
 
 
+def mesh_sizes(given: list[str]) -> dict[str, int]:
+  """Devices along each axis, of a flag like --mesh=fsdp=4,expert=2."""
+  from moe_jax import parallel  # pylint: disable=g-import-not-at-top
+
+  sizes = dict.fromkeys(parallel.AXES, 1)
+  for text in given:
+    axis, _, size = text.partition('=')
+    if axis not in sizes or not size.isdecimal() or int(size) < 1:
+      raise ValueError(
+        f'--mesh={text} is not AXIS=DEVICES; axes are {", ".join(sizes)}'
+      )
+    sizes[axis] = int(size)
+  return sizes
+
+
 def stop(program: str, error: Any, code: int = 2) -> NoReturn:
   """Ends the program with one line: 2 is a mistake of whoever started it."""
   line = ' '.join(str(error).split())

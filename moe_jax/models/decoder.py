@@ -72,17 +72,48 @@ class Decoder(nnx.Module):
     cache_NxBxCxD: jax.Array | None,
   ) -> tuple[jax.Array, list[dict[str, Any]], jax.Array | None]:
     """The same for the next block of each row; also returns its cache."""
-    c, layout = self.c, self.trunk.wiring.layout
     segment_BxL = batch['segment_BxL']
+    view = View(segment_BxL, segment_BxL, causal=True)
+    return self._run(batch, ctx, view, cache_NxBxCxD)
+
+  def write(
+    self, batch: dict[str, jax.Array], ctx: routing.Ctx, kept: Any
+  ) -> tuple[jax.Array, list[dict[str, Any]], Any]:
+    """The same for tokens of one text a row, at the places `pos_BxL`.
+
+    A token sees those at places up to its own in `kept`, which `room` made and
+    earlier calls filled. Returns logits_BxLxV, aux and `kept` with these.
+    """
+    zero_BxL = jnp.zeros_like(batch['ids_BxL'])
+    view = View(zero_BxL, zero_BxL, causal=True, place_BxL=batch['pos_BxL'])
+    return self._run(batch, ctx, view, kept)
+
+  def room(self, B: int, M: int) -> dict[str, jax.Array]:
+    """What is kept of M tokens in each of B rows, [N, B, M, ...], empty.
+
+    Raises:
+      ValueError: the attention writes no texts.
+    """
+    c = self.c
+    stacked = self.trunk.first if c.first else self.trunk.body.moe
+    graph, state = nnx.split(stacked.attention)
+
+    def entries(state):
+      one = jax.tree.map(lambda a: a[0] if c.first else a[0, 0], state)
+      x_BxMxD = jnp.zeros((B, M, c.D), c.dtype)
+      return nnx.merge(graph, one).entries(x_BxMxD, None)
+
+    shapes = jax.eval_shape(entries, state)
+    return jax.tree.map(lambda a: jnp.zeros((c.N, *a.shape), a.dtype), shapes)
+
+  def _run(self, batch, ctx, view, cache):
+    c, layout = self.c, self.trunk.wiring.layout
     x_BxLxD = layout.lookup(
       'embed_VxD', self.embed_VxD[...].astype(c.dtype), batch['ids_BxL']
     )
     x_TxD = block.drop(block.flat(x_BxLxD), c.dropout, ctx.at_layer(c.N), 0)
-    x_BxLxD, aux, cache_NxBxCxD = self.trunk(
-      x_TxD.reshape(x_BxLxD.shape),
-      ctx,
-      View(segment_BxL, segment_BxL, causal=True),
-      cache_NxBxCxD=cache_NxBxCxD,
+    x_BxLxD, aux, cache = self.trunk(
+      x_TxD.reshape(x_BxLxD.shape), ctx, view, cache=cache
     )
     if hasattr(self, 'norm'):
       x_BxLxD = self.norm(x_BxLxD)
@@ -95,7 +126,7 @@ class Decoder(nnx.Module):
     logits_BxLxV = logits_BxLxV.astype(wide)
     if hasattr(self, 'bias_V'):
       logits_BxLxV += self.bias_V[...].astype(wide)[None, None]
-    return logits_BxLxV, aux, cache_NxBxCxD
+    return logits_BxLxV, aux, cache
 
   def _whole(self, name):
     w = getattr(self, name)[...].astype(self.c.dtype)

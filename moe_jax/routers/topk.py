@@ -15,7 +15,8 @@ class Router(routers.Router):
 
   softmax: Mixtral, OLMoE, Qwen3-MoE; with renormalise=False DeepSeek-V2
   (arXiv 2405.04434) and CoE (2506.18945); with bias MomentumSMoE (2410.14574).
-  sigmoid with bias_rate > 0: DeepSeek-V3 (2412.19437).
+  sigmoid with bias_rate > 0: DeepSeek-V3 (2412.19437). Experts in groups, of
+  which few are chosen from: DeepSeek-V2 (sec. 2.2.2) and V3.
 
   Args:
     k: experts per token.
@@ -27,6 +28,9 @@ class Router(routers.Router):
       draws both from U(-1, 1) / sqrt(D), as PyTorch's Linear does.
     bias_rate: step of the loss-free bias (2408.15664), which is added to the
       scores for the choice, never to the gates; 0 keeps no bias.
+    expert_groups: into so many groups of neighbours experts are cut.
+    groups_kept: from so many groups, the best, a token chooses its experts.
+    group_best: how many of a group's best scores are summed to judge it.
     capacity: factor on the mean load; None is dropless.
     group: tokens that share a capacity; None is one sequence.
   """
@@ -43,6 +47,9 @@ class Router(routers.Router):
     bias: bool = False,
     init: str = 'normal',
     bias_rate: float = 0.0,
+    expert_groups: int = 1,
+    groups_kept: int = 1,
+    group_best: int = 1,
     capacity: float | None = None,
     group: int | None = None,
     rngs: nnx.Rngs,
@@ -52,9 +59,12 @@ class Router(routers.Router):
       raise ValueError(f"score is {score!r}, not 'softmax' or 'sigmoid'")
     if init not in INITS:
       raise ValueError(f'init is {init!r}, not one of {", ".join(INITS)}')
+    _check_groups(E, k, expert_groups, groups_kept, group_best)
     self.k, self.score, self.renormalise = k, score, renormalise
     self.scale, self.bias, self.bias_rate = scale, bias, bias_rate
     self.capacity, self.group = capacity, group
+    self.expert_groups, self.groups_kept = expert_groups, groups_kept
+    self.group_best = group_best
     # A later token's first choice takes the place of an earlier one's second.
     self.causal = capacity is None or k == 1
     self.equivariant = capacity is None
@@ -78,6 +88,7 @@ class Router(routers.Router):
     choice_TxE = jnp.exp(log_TxE)
     if self.bias_rate:
       choice_TxE += self.bias_E[...].astype(choice_TxE.dtype)[None]
+    choice_TxE = self._within_groups(choice_TxE)
     expert_TxK = routers.choose(choice_TxE, self.k, ctx)
     log_TxK = jnp.take_along_axis(log_TxE, expert_TxK, axis=1)
     if self.renormalise:
@@ -97,8 +108,32 @@ class Router(routers.Router):
     aux['losses']['z'] = balance.z(logits_TxE)
     return decision, aux, memory
 
+  def _within_groups(self, choice_TxE):
+    """The same, -inf outside of the groups that a token chooses from."""
+    T, E = choice_TxE.shape
+    N = self.expert_groups
+    if self.groups_kept == N:
+      return choice_TxE
+    best = jax.lax.top_k(choice_TxE.reshape(T, N, E // N), self.group_best)[0]
+    kept = jax.lax.top_k(jnp.sum(best, axis=2), self.groups_kept)[1]
+    kept_TxN = jnp.any(jax.nn.one_hot(kept, N, dtype=bool), axis=1)
+    return jnp.where(jnp.repeat(kept_TxN, E // N, axis=1), choice_TxE, -jnp.inf)
+
   def update(self, state, load_E):
     if not self.bias_rate:
       return state
     bias_E = balance.nudge(state['bias_E'], load_E, self.bias_rate)
     return {'bias_E': bias_E}
+
+
+def _check_groups(E, k, groups, kept, best):
+  """ValueError, with the values, for groups that no token could choose from."""
+  if groups < 1 or E % groups:
+    raise ValueError(f'expert_groups={groups} does not divide {E} experts')
+  size = E // groups
+  if not 1 <= kept <= groups or kept * size < k:
+    raise ValueError(
+      f'groups_kept={kept} of {groups} groups of {size} experts; k is {k}'
+    )
+  if not 1 <= best <= size:
+    raise ValueError(f'group_best={best} is not between 1 and {size} experts')

@@ -1,0 +1,743 @@
+"""Published weights to a work directory, and back: safetensors, no pickle.
+
+What the tensors of a family are to us is in families.py. They are read slice by
+slice, each straight to the devices that hold it, and written a file at a time.
+"""
+
+import collections
+import contextlib
+import functools
+import json
+import pathlib
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax import nnx
+
+from moe_jax import (
+  checkpoint,
+  config,
+  families,
+  models,
+  ops,
+  parallel,
+  routing,
+  tokenizer,
+)
+from moe_jax.programs import Weights
+
+INDEX, WHOLE = 'model.safetensors.index.json', 'model.safetensors'
+ASIDE = 'published'  # of a work directory: their small files, as they were
+SHARD = 5 * 10**9  # bytes of a file, at the most
+# What stands beside the weights and is carried along.
+SMALL = (
+  'config.json generation_config.json tokenizer.json tokenizer_config.json'
+  ' special_tokens_map.json tokenizer.model vocab.json merges.txt'
+  ' chat_template.jinja'.split()
+)
+DTYPES = {'F32', 'BF16', 'F16'}  # not those of 8 bits, which need their scales
+
+
+class Leaf(NamedTuple):
+  """A parameter of ours, or of stacked ones that of one layer."""
+
+  path: tuple[str, ...]
+  index: tuple[int, ...]
+  shape: tuple[int, ...]  # without the axes of the index
+  letters: tuple[str, ...]  # of the shape
+
+
+class Piece(NamedTuple):
+  """A tensor of theirs, and the leaves that follow one another in it."""
+
+  name: str
+  axes: tuple[str, ...]
+  leaves: tuple[Leaf, ...]
+  wide: bool
+
+  def factors(self) -> list[list[tuple[int, ...]]]:
+    """Of each axis and each of its letters the sizes, of every leaf at '+'."""
+    size = lambda leaf, a: leaf.shape[leaf.letters.index(self._letter(leaf, a))]
+    of = lambda a: self.leaves if a == '+' else self.leaves[:1]
+    return [
+      [tuple(size(leaf, a) for leaf in of(a)) for a in axis]
+      for axis in self.axes
+    ]
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    of = lambda axis: int(np.prod([sum(sizes) for sizes in axis]))
+    return tuple(of(axis) for axis in self.factors())
+
+  def letters(self, part: int) -> list[str]:
+    """Of a leaf, in the order of the tensor's axes."""
+    leaf = self.leaves[part]
+    return [self._letter(leaf, a) for axis in self.axes for a in axis]
+
+  def _letter(self, leaf, a):
+    if a != '+':
+      return a
+    (left,) = set(leaf.letters) - set(''.join(self.axes))
+    return left
+
+
+# --- which tensor is what -----------------------------------------------------
+
+
+def pieces(
+  tensors: tuple[families.Tensor, ...], c: Any, tree: dict[tuple[str, ...], Any]
+) -> list[Piece]:
+  """The tensors that a model of this config has.
+
+  Args:
+    c: of a decoder with pools of one layer.
+    tree: path -> array or shape, of parameters and router state.
+  """
+  found = []
+  for tensor in tensors:
+    layers = range(c.N) if '{layer}' in tensor.name else [None]
+    experts = range(c.E) if '{expert}' in tensor.name else [None]
+    for layer in layers:
+      where = place(c, layer)
+      for expert in experts:
+        leaves = [
+          _leaf(name, tensor.axes.split(), where, expert, tree)
+          for name in tensor.leaves
+        ]
+        if all(leaves):
+          name = tensor.name.format(layer=layer, expert=expert)
+          axes = tuple(tensor.axes.split())
+          found.append(Piece(name, axes, tuple(leaves), tensor.wide))
+  return found
+
+
+class Place(NamedTuple):
+  """Where a layer lies in our tree, and its pool if it has one."""
+
+  path: tuple[str, ...]
+  index: tuple[int, ...]
+  pools: tuple[str, ...] = ()
+  pool: tuple[int, ...] = ()
+
+
+def place(c: Any, layer: int | None) -> Place:
+  """Of a layer of a decoder with pools of one layer; None is the model."""
+  if layer is None:
+    return Place((), ())
+  if layer < c.first:
+    return Place(('trunk', 'first'), (layer,))
+  layer -= c.first
+  for name, (G, R, pattern) in zip(
+    ('body', 'ragged'), c.segments, strict=False
+  ):
+    if layer < G * R * len(pattern):
+      group, at = divmod(layer, len(pattern))
+      here = ('trunk', name)
+      if pattern[at] == 'm':
+        stack = *here, 'moe'
+        return Place(stack, (group, 0), (*here, 'pools'), (group,))
+      d = pattern[:at].count('d')
+      return Place((*here, 'dense'), (group, 0, d))
+    layer -= G * R * len(pattern)
+  raise ValueError(f'there is no layer {layer}')
+
+
+def _leaf(name, axes, place, expert, tree):
+  """The leaf of that name at that place; None if the model has none."""
+  *outer, last = name.split('.')
+  path, index = place.path, place.index
+  if outer[:1] == ['pools']:
+    path, index, outer = place.pools, place.pool, outer[1:]
+    if not path:
+      return None
+  elif outer[:2] == ['feed', 'routers']:
+    index = *index, 0  # of one iteration
+  path = *path, *outer, last
+  if path not in tree:
+    return None
+  letters = last.rsplit('_', 1)[1].split('x')
+  if letters[0] == 'E' and not any('E' in axis for axis in axes):
+    index, letters = (*index, expert or 0), letters[1:]
+  shape = tree[path].shape[len(index) :]
+  return Leaf(path, index, shape, tuple(letters))
+
+
+# --- their files --------------------------------------------------------------
+
+
+class Shards:
+  """Tensors by name, in the safetensors files of a folder.
+
+  Raises:
+    ValueError: one line; no file, one that is missing or damaged.
+  """
+
+  def __init__(self, folder: pathlib.Path):
+    self._files, self._of = {}, {}
+    for file, names in sorted(_listed(folder).items()):
+      path = folder / file
+      try:
+        opened = safetensors.safe_open(path, framework='np', backend='pread')
+      except FileNotFoundError:
+        raise ValueError(f'{path} is missing') from None
+      except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f'{path} is damaged: {error}') from None
+      self._files[file] = opened
+      there = set(opened.keys())
+      for name in there if names is None else names:
+        if name not in there:
+          raise ValueError(f'{path} has no tensor {name}, {INDEX} says it has')
+        self._of[name] = file
+
+  def names(self) -> set[str]:
+    return set(self._of)
+
+  def check(self, name: str, shape: tuple[int, ...]) -> None:
+    """ValueError if the tensor has another shape, or no floats."""
+    found = self._slice(name)
+    if tuple(found.get_shape()) != shape:
+      raise ValueError(
+        f'{name} has the shape {tuple(found.get_shape())}, config.json says'
+        f' {shape}'
+      )
+    if found.get_dtype() not in DTYPES:
+      raise ValueError(
+        f'{name} is of {found.get_dtype()}, which is not supported, only'
+        f' {", ".join(sorted(DTYPES))}'
+      )
+
+  def read(self, name: str, where: tuple[slice, ...]) -> np.ndarray:
+    return self._slice(name)[where]
+
+  def _slice(self, name):
+    return self._files[self._of[name]].get_slice(name)
+
+
+def _listed(folder):
+  """{file: names of its tensors, or None for all that it has}"""
+  if not folder.is_dir():
+    raise ValueError(f'{folder} is no folder')
+  index = folder / INDEX
+  if not index.exists():
+    if not (folder / WHOLE).exists():
+      raise ValueError(f'{folder} has neither {INDEX} nor {WHOLE}')
+    return {WHOLE: None}
+  try:
+    listed = json.loads(index.read_text(encoding='utf-8'))['weight_map']
+  except (ValueError, KeyError, TypeError) as error:
+    raise ValueError(f'{index} is no index of tensors: {error!r}') from None
+  found = collections.defaultdict(list)
+  for name, file in listed.items():
+    if pathlib.PurePath(file).name != file:
+      raise ValueError(f'{index}: {file!r} is no name of a file')
+    found[file].append(name)
+  return found
+
+
+# --- import -------------------------------------------------------------------
+
+
+def take(
+  source: str, workdir: str, mesh: jax.sharding.Mesh | None = None
+) -> list[str]:
+  """Makes a work directory of a published model; returns what to tell.
+
+  Args:
+    source: a folder with config.json and safetensors, as the Hub has them.
+    workdir: is made; nothing is there, or an empty folder.
+    mesh: where the model lies meanwhile; None is one device.
+
+  Raises:
+    ValueError, OSError: one line; nothing is left in `workdir`.
+  """
+  alone()
+  folder, target = pathlib.Path(source), pathlib.Path(workdir).absolute()
+  family, keys, values = read_config(folder)
+  with aside(target) as part:
+    _carry(folder, part / ASIDE)
+    c, told = _run_config(folder, target, keys, values)
+    mesh = (
+      parallel.mesh(dict.fromkeys(parallel.AXES, 1)) if mesh is None else mesh
+    )
+    state, skipped = load(folder, family, c, mesh)
+    if skipped:
+      told.append(f'left out {len(skipped)} tensors, of them {skipped[0]}')
+    if (folder / 'tokenizer.json').exists():
+      shutil.copyfile(folder / 'tokenizer.json', part / 'tokenizer.json')
+    text = json.dumps(c, indent=1) + '\n'
+    (part / 'config.json').write_text(text, encoding='utf-8')
+    with checkpoint.Checkpoints(part, keep=1) as saved:
+      saved.save(0, state, {})
+  count = sum(a.size for a in jax.tree.leaves(state.params))
+  return [f'{family.model_type}, {count:,} parameters: {target}', *told]
+
+
+def read_config(
+  folder: pathlib.Path,
+) -> tuple[families.Family, dict[str, Any], dict[str, Any]]:
+  """The family of a published model, our keys, and its config.json."""
+  path = folder / 'config.json'
+  try:
+    values = json.loads(path.read_text(encoding='utf-8'))
+    if not isinstance(values, dict):
+      raise ValueError('it is no object')
+  except FileNotFoundError:
+    raise ValueError(f'{folder} has no config.json') from None
+  except ValueError as error:
+    raise ValueError(f'{path} is no JSON: {error}') from None
+  try:
+    return *families.ours(values), values
+  except (ValueError, TypeError) as error:
+    raise ValueError(f'{path}: {error}') from None
+
+
+def model_config(keys: dict[str, Any]) -> tuple[dict[str, Any], int]:
+  """The resolved config of a run with a model of these keys, and V."""
+  keys = dict(keys)
+  V = keys.pop('V')
+  inside = lambda name: {
+    k.split('.')[1]: v for k, v in keys.items() if k.startswith(f'{name}.')
+  }
+  c = config.default()
+  router, attention = inside('router'), inside('attention')
+  c.model.router = config.router(router.pop('name'), **router)
+  c.model.attention = config.attend(attention.pop('name'), **attention)
+  c.model.update({k: v for k, v in keys.items() if '.' not in k})
+  c.data = config.source('text', vocab_size=V, padded_size=V)
+  return config.resolve(c), V
+
+
+def _run_config(folder, target, keys, values):
+  """The config.json of the work directory, and what to tell of it."""
+  c, V = model_config(keys)
+  c['description'] = f'{values["model_type"]} from {folder.resolve().name}'
+  c['seq_len'] = min(values.get('max_position_embeddings') or 2048, 2048)
+  c['corpus_sha256'] = ''
+  path = folder / 'tokenizer.json'
+  if not path.exists():
+    return c, ['there is no tokenizer.json: only ids can be read']
+  separator = _separator(path, values)
+  size = tokenizer.load(path, separator).vocab_size
+  if size > V:
+    raise ValueError(f'{path} has {size} ids, config.json vocab_size={V}')
+  c['data'] |= {
+    'vocab_size': size,
+    'tokenizer': str(target / 'tokenizer.json'),
+    'separator': separator,
+  }
+  return c, []
+
+
+def _separator(path, values):
+  """The special token that ends a text, '' if it is one of the usual."""
+  ids = values.get('eos_token_id')
+  ids = ids if isinstance(ids, list) else [ids]
+  try:
+    tokens = json.loads(path.read_text(encoding='utf-8'))['added_tokens']
+    special = {t['id']: t['content'] for t in tokens if t['special']}
+  except (ValueError, KeyError, TypeError) as error:
+    raise ValueError(f'{path} holds no tokenizer: {error!r}') from None
+  return next((special[i] for i in ids if i in special), '')
+
+
+def load(
+  folder: pathlib.Path,
+  family: families.Family,
+  c: dict[str, Any],
+  mesh: jax.sharding.Mesh,
+) -> tuple[Weights, list[str]]:
+  """The weights of a published model on a mesh, and the tensors left out.
+
+  Of stacked layers one at a time is read, and of it what a device holds.
+  """
+  model, tree = abstract(c)
+  shards = Shards(folder)
+  chosen, skipped = _chosen(family, model.c, tree, shards.names())
+  for piece in chosen:
+    shards.check(piece.name, piece.shape)
+  units = collections.defaultdict(lambda: collections.defaultdict(list))
+  for piece in chosen:
+    for part, leaf in enumerate(piece.leaves):
+      stack = leaf.index[: _stacked(leaf.path, tree)]
+      units[leaf.path][stack].append((piece, part))
+  for path in tree:
+    if path not in units:
+      raise ValueError(f'no tensor of {family.model_type} is {".".join(path)}')
+  filled = {
+    path: _fill(shards, path, tree[path], units[path], mesh) for path in tree
+  }
+  params, router_state = models.split(model)
+  pick = lambda like: jax.tree_util.tree_map_with_path(
+    lambda path, _: filled[tuple(k.key for k in path)], like
+  )
+  everywhere = jax.NamedSharding(mesh, jax.P())
+  step = jax.device_put(jnp.int32(0), everywhere)
+  return Weights(step, pick(params), pick(router_state)), skipped
+
+
+def abstract(c: dict[str, Any]) -> tuple[Any, dict[tuple[str, ...], Any]]:
+  """A run's model, of shapes alone, and its leaves by their paths."""
+  values = {**c['model'], 'gmm': ops.choose_gmm(None)}
+  module = models.get(values.pop('name'))
+  settings = module.Config(**values, V=c['data']['padded_size'])
+  build = lambda: module.build(settings, parallel.Layout(), rngs=nnx.Rngs(0))
+  model = nnx.eval_shape(build)
+  leaves = [
+    leaf
+    for tree in models.split(model)
+    for leaf in jax.tree_util.tree_leaves_with_path(tree)
+  ]
+  return model, {tuple(k.key for k in path): a for path, a in leaves}
+
+
+def _stacked(path, tree):
+  """How many axes of a leaf come before those of its name."""
+  return len(tree[path].shape) - len(path[-1].rsplit('_', 1)[1].split('x'))
+
+
+def _chosen(family, c, tree, names):
+  """The pieces of the layout that these tensors are in, and those left out."""
+  found = [pieces(tensors, c, tree) for tensors in family.layouts]
+  missing = [[p.name for p in own if p.name not in names] for own in found]
+  best = min(range(len(found)), key=lambda i: len(missing[i]))
+  if missing[best]:
+    raise ValueError(
+      f'{len(missing[best])} tensors are missing, of them {missing[best][0]}'
+    )
+  more = sorted(names - {p.name for p in found[best]})
+  for name in more:
+    layer = _layer_of(name)
+    beyond = family.beyond and layer is not None and layer >= c.N
+    tied = c.tied and name == 'lm_head.weight'  # saved twice
+    if not (beyond or tied or name.endswith('.rotary_emb.inv_freq')):
+      raise ValueError(
+        f'the tensor {name} is of no use to a {family.model_type} of this'
+        ' config.json'
+      )
+  return found[best], more
+
+
+def _layer_of(name):
+  """The number of the layer that a tensor belongs to, or None."""
+  found = re.search(r'\.layers\.(\d+)\.', name)
+  return int(found[1]) if found else None
+
+
+def _fill(shards, path, like, units, mesh):
+  """The whole of a leaf, one stacked layer after the other."""
+  spec = parallel.spec(
+    tuple(jax.tree_util.DictKey(k) for k in path), like.shape, mesh
+  )
+  whole = jax.NamedSharding(mesh, spec)
+  ahead = _stacked(path, {path: like})
+  one = jax.NamedSharding(mesh, jax.P(*spec[ahead:]))
+  shape = like.shape[ahead:]
+
+  def read(index, where):
+    return _read_unit(shards, units[index], where)
+
+  filled = jax.jit(
+    lambda: jnp.zeros(like.shape, like.dtype), out_shardings=whole
+  )()
+  put = jax.jit(
+    lambda whole, part, at: whole.at[tuple(at)].set(part.astype(whole.dtype)),
+    donate_argnums=0,
+    out_shardings=whole,
+  )
+  for index in sorted(units):
+    part = jax.make_array_from_callback(
+      shape, one, functools.partial(read, index)
+    )
+    # Waited for, so that no second part is read meanwhile.
+    filled = jax.block_until_ready(put(filled, part, np.int32(index)))
+  return filled
+
+
+def _read_unit(shards, unit, where):
+  """A slice of a leaf of one layer, from one tensor or one for each expert."""
+  piece, part = unit[0]
+  leaf = piece.leaves[part]
+  ahead = len(where) - len(leaf.shape)
+  if not ahead:
+    return read_piece(shards, piece, part, where)
+  chosen = unit[where[0]]
+  return np.stack([read_piece(shards, *one, where[1:]) for one in chosen])
+
+
+def read_piece(
+  shards: Shards, piece: Piece, part: int, where: tuple[slice, ...]
+) -> np.ndarray:
+  """A slice of a leaf: only those rows and columns that hold it are read."""
+  leaf, factors = piece.leaves[part], piece.factors()
+  wanted = dict(zip(leaf.letters, where, strict=True))
+  size = dict(zip(leaf.letters, leaf.shape, strict=True))
+  letters = piece.letters(part)
+  outer, inner, shape, at = [], [], [], 0
+  for axis, sizes in zip(piece.axes, factors, strict=True):
+    own = letters[at : at + len(axis)]
+    at += len(axis)
+    spans = []
+    for letter, of in zip(own, sizes, strict=True):
+      first, last, _ = wanted[letter].indices(size[letter])
+      before = sum(of[:part]) if len(of) > 1 else 0
+      spans.append((first + before, last + before, sum(of)))
+    # All of the inner letters' rows are read, and cut afterwards.
+    (first, last, _), rest = spans[0], spans[1:]
+    step = int(np.prod([n for *_, n in rest], dtype=int))
+    outer.append(slice(first * step, last * step))
+    shape += [last - first, *(n for *_, n in rest)]
+    inner += [slice(None), *(slice(a, b) for a, b, _ in rest)]
+  got = shards.read(piece.name, tuple(outer)).reshape(shape)[tuple(inner)]
+  order = [letters.index(letter) for letter in leaf.letters]
+  return np.ascontiguousarray(got.transpose(order))
+
+
+# --- export -------------------------------------------------------------------
+
+
+def give(workdir: str, target: str, shard: int = SHARD) -> list[str]:
+  """Writes the newest weights of a work directory as the Hub has them.
+
+  Args:
+    target: a folder that is made; nothing is there, or an empty folder.
+    shard: bytes of a file, at the most, but for a larger tensor.
+
+  Returns:
+    What to tell.
+
+  Raises:
+    ValueError, OSError: one line; nothing is left in `target`. A variant that
+      no family can express is refused with the keys that none has.
+  """
+  alone()
+  job, folder = routing.load(workdir), pathlib.Path(target).absolute()
+  family, values = expressed(job.config, job.model.c.V)
+  state = routing.restore(job, routing.checkpoints(job)[-1])
+  leaves = {
+    tuple(k.key for k in path): a
+    for tree in (state.params, state.router_state)
+    for path, a in jax.tree_util.tree_leaves_with_path(tree)
+  }
+  own = _by_layer(pieces(family.layouts[0], job.model.c, leaves))
+  covered = {leaf.path for piece in own for leaf in piece.leaves}
+  for path in leaves:
+    if path not in covered:
+      raise ValueError(
+        f'{family.model_type} has no tensor for {".".join(path)}'
+      )
+  dtype = np.dtype(values['torch_dtype'])
+  with aside(folder) as part:
+    kept = _beside(job, part)
+    kept = {k: v for k, v in kept.items() if k in family.kept}
+    _write(part / 'config.json', {**kept, **values})
+    count = write(own, leaves, dtype, part, shard)
+  return [f'{family.model_type}, {len(own)} tensors in {count} files: {folder}']
+
+
+def _beside(job, part):
+  """Writes what stands beside weights; returns other fields of config.json."""
+  old = job.workdir / ASIDE
+  if old.exists():
+    _carry(old, part)
+    return json.loads((old / 'config.json').read_text(encoding='utf-8'))
+  tok = job.dataset.tokenizer
+  if not isinstance(tok, tokenizer.Bytes):  # which is no file of the library's
+    tok.save(part / 'tokenizer.json')
+    named = {'tokenizer_class': 'PreTrainedTokenizerFast'}
+    _write(part / 'tokenizer_config.json', named)
+  return {
+    'max_position_embeddings': job.config['seq_len'],
+    'bos_token_id': None,
+    'eos_token_id': tok.separator,
+  }
+
+
+def expressed(
+  c: dict[str, Any], V: int
+) -> tuple[families.Family, dict[str, Any]]:
+  """The family that has this model, and its config.json.
+
+  Raises:
+    ValueError: none has; with the keys that keep it from the nearest.
+  """
+  keys = {**config.flat(c['model']), 'V': V}
+  keys.pop('name')
+  if keys['attention.name'] == 'rotary':
+    H, D = keys['H'], keys['D']
+    keys['attention.J'] = keys['attention.J'] or H
+    keys['attention.size'] = keys['attention.size'] or D // H
+  wanted, others = _meaning(keys), []
+  for family in families.FAMILIES.values():
+    try:
+      values = families.theirs(family, keys)
+      back, V = model_config(families.ours(values)[1])
+      found = _meaning({**config.flat(back['model']), 'V': V})
+    except (KeyError, ValueError):  # options of another attention or router
+      found = {**wanted, **family.values}
+    if found == wanted:
+      return family, values
+    differ = [
+      f'model.{k}={v!r}' for k, v in sorted(wanted.items()) if found.get(k) != v
+    ]
+    of_its_kind = keys['attention.name'] == family.values['attention.name']
+    of_its_kind &= ('m' in wanted['layers']) == ('pattern' not in family.values)
+    others.append((not of_its_kind, len(differ), family.model_type, differ))
+  *_, family, differ = min(others)
+  raise ValueError(
+    f'no family can express this model; {family}, the nearest, has not'
+    f' {", ".join(differ)}'
+  )
+
+
+# Of a model's keys those that say nothing of its outputs.
+_TRAINING = {
+  *('name', 'init', 'embed_std', 'dropout', 'remat', 'gmm', 'ragged_pool'),
+  *('router.init', 'router.group'),
+}
+
+# Those that say nothing of a dense model's.
+_ROUTED = {
+  *('E', 'expert_F', 'shared_F', 'layers_per_pool', 'iterations', 'routing'),
+  *('link', 'residual', 'router'),
+}
+
+
+def _meaning(keys):
+  """Keys that make the outputs, with values that mean the same made equal."""
+  keys = {k: v for k, v in keys.items() if k not in _TRAINING}
+  if keys['attention.name'] == 'rotary':
+    keys['attention.J'] = keys['attention.J'] or keys['H']
+    size = keys['attention.size'] or keys['D'] // keys['H']
+    keys['attention.size'] = size
+    if keys['attention.qk_norm'] == 'none':
+      keys.pop('attention.eps')
+  if not keys.get('attention.yarn_factor'):
+    keys = {k: v for k, v in keys.items() if 'attention.yarn' not in k}
+  if keys.get('router.name') == 'topk':
+    keys['router.bias_rate'] = bool(keys['router.bias_rate'])
+    if keys['router.groups_kept'] == keys['router.expert_groups']:
+      for name in ('expert_groups', 'groups_kept', 'group_best'):
+        keys.pop(f'router.{name}')
+  if keys['iterations'] == 1:
+    keys.pop('routing')
+  first, pattern, N = (keys.pop(k) for k in ('first_dense', 'pattern', 'N'))
+  keys['layers'] = ('d' * first + pattern * N)[:N]
+  if 'd' not in keys['layers']:
+    keys.pop('F')
+  if 'm' not in keys['layers']:
+    keys = {k: v for k, v in keys.items() if k.split('.')[0] not in _ROUTED}
+  return keys
+
+
+def _by_layer(own):
+  """Pieces in the order of layers, the model's own first."""
+  layer = lambda piece: -1 if (n := _layer_of(piece.name)) is None else n
+  return sorted(own, key=layer)
+
+
+def write(
+  own: list[Piece],
+  leaves: dict[tuple[str, ...], jax.Array],
+  dtype: np.dtype,
+  folder: pathlib.Path,
+  shard: int,
+) -> int:
+  """Writes tensors in files of at most that size; returns how many files."""
+  kind = lambda piece: np.dtype(np.float32) if piece.wide else dtype
+  bytes_of = lambda p: int(np.prod(p.shape, dtype=int)) * kind(p).itemsize
+  files, room = [[]], shard
+  for piece in own:
+    if files[-1] and bytes_of(piece) > room:
+      files.append([])
+      room = shard
+    files[-1].append(piece)
+    room -= bytes_of(piece)
+  of, last = {}, (None, None)
+  for i, some in enumerate(files, 1):
+    name = f'model-{i:05}-of-{len(files):05}.safetensors'
+    name = WHOLE if len(files) == 1 else name
+    made = {}
+    for piece in some:
+      parts = []
+      for leaf in piece.leaves:
+        ahead = _stacked(leaf.path, leaves)
+        key = leaf.path, leaf.index[:ahead]
+        if last[0] != key:  # experts of a layer follow one another
+          last = key, np.asarray(jax.device_get(leaves[leaf.path][key[1]]))
+        parts.append(last[1][leaf.index[ahead:]])
+      made[piece.name] = joined(piece, parts).astype(kind(piece))
+      of[piece.name] = name
+    safetensors.numpy.save_file(made, folder / name, {'format': 'pt'})
+  if len(files) > 1:
+    total = sum(bytes_of(piece) for piece in own)
+    _write(
+      folder / INDEX, {'metadata': {'total_size': total}, 'weight_map': of}
+    )
+  return len(files)
+
+
+def joined(piece: Piece, parts: list[np.ndarray]) -> np.ndarray:
+  """Their tensor of our leaves."""
+  turned, along = [], 0
+  for part, (leaf, a) in enumerate(zip(piece.leaves, parts, strict=True)):
+    order = [leaf.letters.index(letter) for letter in piece.letters(part)]
+    turned.append(a.transpose(order))
+  marks = ''.join(piece.axes)
+  if '+' in marks:
+    along = marks.index('+')
+    whole = np.concatenate(turned, axis=along)
+  else:
+    (whole,) = turned
+  return np.ascontiguousarray(whole.reshape(piece.shape))
+
+
+# --- folders ------------------------------------------------------------------
+
+
+def alone() -> None:
+  """ValueError if there are several processes: each would make the folder."""
+  if jax.process_count() > 1:
+    raise ValueError(
+      f'weights are converted by one process, here are {jax.process_count()}'
+    )
+
+
+@contextlib.contextmanager
+def aside(target: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A folder that becomes `target` at the end; nothing is left if it fails.
+
+  Raises:
+    ValueError: there is something already.
+  """
+  if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    raise ValueError(f'{target} is there already, and would be overwritten')
+  target.parent.mkdir(parents=True, exist_ok=True)
+  part = pathlib.Path(
+    tempfile.mkdtemp(prefix=f'.{target.name}.', dir=target.parent)
+  )
+  try:
+    yield part
+    part.chmod(0o755)
+    part.replace(target)
+  finally:
+    shutil.rmtree(part, ignore_errors=True)
+
+
+def _carry(source, target):
+  """Their small files, as they are."""
+  target.mkdir(exist_ok=True)
+  for name in SMALL:
+    if (source / name).is_file():
+      shutil.copyfile(source / name, target / name)
+
+
+def _write(path, values):
+  path.write_text(json.dumps(values, indent=2) + '\n', encoding='utf-8')

@@ -1,0 +1,269 @@
+"""Texts that a decoder writes, and what its routers did meanwhile.
+
+A batch of prompts is read at once; then each row gets one token after another,
+from keys and values that are kept. Rows are told apart by their place, not by
+padding: what stands behind a prompt is seen by no token of it.
+"""
+
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax import models, parallel, programs, routers, routing
+from moe_jax.job import Job
+
+
+class Written(NamedTuple):
+  """What was written, and by which experts.
+
+  Attributes:
+    ids: of each prompt, the new ids.
+    routes: of each segment int32 [G, R, I, B, M, K], the experts of the token
+      at each place of a row, prompt included; what a writer replays.
+  """
+
+  ids: list[list[int]]
+  routes: list[np.ndarray]
+
+
+def writer(
+  job: Job,
+  new: int,
+  *,
+  temperature: float = 0.0,
+  top_p: float = 1.0,
+  stop: int | None = None,
+) -> Callable[..., Written]:
+  """What continues prompts by `new` ids each, or until `stop`, one of them.
+
+  Returns (weights, prompts, seed=0, routes=None) -> Written. It compiles once
+  for each number and largest length of prompts. Draws of a row depend on the
+  seed, the row's number and the place alone.
+
+  Args:
+    job: of `newest`; weights lie on its mesh.
+    temperature: of the softmax; 0 takes the best id.
+    top_p: drawn from are the best ids that together have this probability.
+
+  Raises:
+    ValueError: one line; a model that cannot write, options out of range. When
+      called: an empty prompt, an id that the model lacks, routes that do not
+      fit.
+  """
+  _check(job, new, temperature, top_p)
+  sample = functools.partial(_sample, temperature=temperature, top_p=top_p)
+  end = -1 if stop is None else stop
+  run = jax.jit(
+    functools.partial(_write, job, new=new, sample=sample, stop=end)
+  )
+
+  def write(
+    weights: programs.Weights,
+    prompts: list[list[int]],
+    seed: int = 0,
+    routes: list[np.ndarray] | None = None,
+  ) -> Written:
+    """`routes` of an earlier run of as many rows and places are followed.
+
+    They stand for the routers' choices; gates are the routers' own.
+    """
+    _check_prompts(job, prompts)
+    rows = -len(prompts) % job.mesh.size + len(prompts)
+    length_B = np.ones(rows, np.int32)
+    length_B[: len(prompts)] = [len(prompt) for prompt in prompts]
+    ids_BxL = np.zeros((rows, length_B.max()), np.int32)
+    for row, prompt in zip(ids_BxL, prompts, strict=False):
+      row[: len(prompt)] = prompt
+    if routes is not None:
+      routes = _fitting(job, routes, len(prompts), ids_BxL.shape[1] + new, rows)
+    batch = parallel.put_batch(
+      {'ids_BxL': ids_BxL, 'length_B': length_B}, job.mesh, rows
+    )
+    with programs.precision(job):
+      found = run(weights, **batch, seed=jnp.uint32(seed), forced=routes)
+      new_BxN, made = jax.device_get(found)
+    return Written(
+      [_until(row.tolist(), stop) for row in new_BxN[: len(prompts)]],
+      [route[:, :, :, : len(prompts)] for route in made],
+    )
+
+  return write
+
+
+def _write(job, weights, *, ids_BxL, length_B, seed, forced, new, sample, stop):
+  """new_BxN, and the routes of all places."""
+  B, L = ids_BxL.shape
+  model = models.bind(job.model, weights.params, weights.router_state)
+  key = jax.random.key(seed)
+  row_B = jnp.arange(B, dtype=jnp.int32)
+
+  def see(ids_BxL, place_BxL, kept, routes):
+    """logits, and all that is kept with these tokens."""
+    batch = {'ids_BxL': ids_BxL, 'pos_BxL': place_BxL, 'row_B': row_B}
+    ctx = routers.context(
+      batch,
+      key,
+      weights.step,
+      train=False,
+      forced=forced and [_at(a, place_BxL) for a in forced],
+      steps=job.config['steps'],
+    )
+    logits_BxLxV, aux, kept = model.write(batch, ctx, kept)
+    routes = [
+      _put(a, place_BxL, found['route'])
+      for a, found in zip(routes, aux, strict=True)
+    ]
+    return logits_BxLxV, kept, routes
+
+  def step(carry, _):
+    kept, routes, id_B, place_B, done_B = carry
+    logits_Bx1xV, kept, routes = see(
+      id_B[:, None], place_B[:, None], kept, routes
+    )
+    id_B = pick(logits_Bx1xV[:, 0], place_B + 1)
+    done_B = done_B | (id_B == stop)
+    return (kept, routes, id_B, place_B + 1, done_B), id_B
+
+  def pick(logits_BxV, place_B):
+    fold = jax.vmap(jax.random.fold_in)
+    keys_B = fold(fold(jnp.broadcast_to(key, (B,)), row_B), place_B)
+    return jax.vmap(sample)(logits_BxV, keys_B)
+
+  place_BxL = jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32)[None], (B, L))
+  routes = _blank_routes(model, B, L + new)
+  logits_BxLxV, kept, routes = see(
+    ids_BxL, place_BxL, model.room(B, L + new), routes
+  )
+  last_Bx1x1 = (length_B - 1)[:, None, None]
+  logits_BxV = jnp.take_along_axis(logits_BxLxV, last_Bx1x1, axis=1)[:, 0]
+  id_B = pick(logits_BxV, length_B)
+  carry = kept, routes, id_B, length_B, id_B == stop
+  (_, routes, *_), ids_NxB = jax.lax.scan(step, carry, length=new - 1)
+  return jnp.concatenate([id_B[None], ids_NxB]).T, routes
+
+
+def _blank_routes(model, B, M):
+  """The places of routes, for each segment."""
+  return [
+    jnp.zeros(
+      (s.G, s.R, 1 if s.c.routing == 'once' else s.c.iterations, B, M, int(k)),
+      jnp.int32,
+    )
+    for s in model.trunk.segments().values()
+    for k in [s.moe.feed.routers.k]
+  ]
+
+
+def _at(route_GxRxIxBxMxK, place_BxL):
+  """[G, R, I, T, K]: of these places."""
+  found = jnp.take_along_axis(
+    route_GxRxIxBxMxK, place_BxL[None, None, None, :, :, None], axis=4
+  )
+  return found.reshape(*found.shape[:3], -1, found.shape[-1])
+
+
+def _put(old_GxRxIxBxMxK, place_BxL, route_GxRxIxTxK):
+  *outer, _, K = route_GxRxIxTxK.shape
+  B, L = place_BxL.shape
+  row_Bx1 = jnp.arange(B, dtype=jnp.int32)[:, None]
+  new = route_GxRxIxTxK.reshape(*outer, B, L, K)
+  return old_GxRxIxBxMxK.at[:, :, :, row_Bx1, place_BxL].set(new)
+
+
+def _sample(logits_V, key, *, temperature, top_p):
+  """The best id, or one drawn from the best that together have top_p."""
+  if not temperature:
+    return jnp.argmax(logits_V).astype(jnp.int32)
+  logits_V /= temperature
+  order_V = jnp.argsort(-logits_V)
+  probs_V = jax.nn.softmax(logits_V[order_V])
+  before_V = jnp.cumsum(probs_V, dtype=probs_V.dtype) - probs_V
+  sorted_V = jnp.where(before_V < top_p, logits_V[order_V], -jnp.inf)
+  return order_V[jax.random.categorical(key, sorted_V)].astype(jnp.int32)
+
+
+def _until(ids, stop):
+  return ids[: ids.index(stop) + 1] if stop in ids else ids
+
+
+def _check(job, new, temperature, top_p):
+  if new < 1:
+    raise ValueError(f'max_new_tokens={new} is < 1')
+  if temperature < 0:
+    raise ValueError(f'temperature={temperature} is < 0')
+  if not 0 < top_p <= 1:
+    raise ValueError(f'top_p={top_p} is not in (0, 1]')
+  for segment in job.model.trunk.segments().values():
+    if not segment.moe.feed.routers.causal:
+      raise ValueError(
+        f'the router {job.config["model"]["router"]["name"]!r} looks at later'
+        ' tokens, and cannot write'
+      )
+  job.model.room(1, 1)  # does attention keep anything?
+
+
+def _check_prompts(job, prompts):
+  if not prompts:
+    raise ValueError('there is no prompt')
+  for prompt in prompts:
+    if not prompt:
+      raise ValueError('a prompt has no id')
+    for i in prompt:
+      if not 0 <= i < job.model.c.V:
+        raise ValueError(f'the id {i} is not one of 0 .. {job.model.c.V - 1}')
+
+
+def _fitting(job, routes, B, M, rows):
+  """Recorded routes with rows for padding; ValueError if they do not fit."""
+  like = jax.eval_shape(lambda: _blank_routes(job.model, B, M))
+  if [np.shape(a) for a in routes] != [a.shape for a in like]:
+    raise ValueError(
+      f'routes have the shapes {[np.shape(a) for a in routes]}, these prompts'
+      f' need {[a.shape for a in like]}'
+    )
+  E = job.model.c.E * job.model.c.layers_per_pool
+  for a in routes:
+    if not np.issubdtype(np.asarray(a).dtype, np.integer) or (
+      np.min(a) < 0 or np.max(a) > E
+    ):
+      raise ValueError(f'routes hold an expert that is not one of 0 .. {E}')
+  pad = [(0, 0)] * 3 + [(0, rows - B)] + [(0, 0)] * 2
+  return [jnp.asarray(np.pad(a, pad), jnp.int32) for a in routes]
+
+
+def save_routes(path: pathlib.Path, routes: list[np.ndarray]) -> None:
+  np.savez_compressed(path, **{str(i): a for i, a in enumerate(routes)})
+
+
+def load_routes(path: pathlib.Path) -> list[np.ndarray]:
+  """What `save_routes` wrote; ValueError if the file holds none."""
+  try:
+    with np.load(path, allow_pickle=False) as found:
+      return [found[str(i)] for i in range(len(found.files))]
+  except Exception as error:  # pylint: disable=broad-exception-caught
+    raise ValueError(f'{path} holds no routes: {error}') from None
+
+
+def prompt_ids(job: Job, text: str) -> list[int]:
+  """The ids of a text; ValueError if there is no tokenizer."""
+  tok = job.dataset.tokenizer
+  if tok is None:
+    raise ValueError(
+      f'{job.workdir} has no tokenizer.json: give --prompt_ids, not --prompt'
+    )
+  if routing.published(job.config):
+    return tok.prompt(text)
+  return tok.encode([text])[0].tolist()
+
+
+def newest(
+  workdir: str, sizes: dict[str, int] | None = None
+) -> tuple[Job, programs.Weights]:
+  """The decoder in a work directory on a mesh, and its newest weights."""
+  job = routing.load(workdir, sizes)
+  return job, routing.restore(job, routing.checkpoints(job)[-1])

@@ -1,0 +1,837 @@
+"""moe-convert without transformers: tables, refusals, folders, memory."""
+
+import json
+import math
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import tokenizers
+from safetensors.numpy import load_file, save_file
+from small import small_config
+
+from moe_jax import (
+  config,
+  convert,
+  families,
+  generate,
+  parallel,
+  routing,
+  train,
+)
+from moe_jax import job as jobs
+
+ROOT = pathlib.Path(__file__).parents[1]
+LATENT = dict(
+  num_key_value_heads=2,
+  qk_nope_head_dim=3,
+  qk_rope_head_dim=4,
+  v_head_dim=5,
+  kv_lora_rank=6,
+  q_lora_rank=7,
+  n_routed_experts=4,
+  n_shared_experts=2,
+  moe_intermediate_size=6,
+  first_k_dense_replace=1,
+  routed_scaling_factor=2.0,
+)
+OPTIONS = {
+  'llama': dict(num_key_value_heads=1, num_experts_per_tok=None),
+  'qwen3': dict(num_key_value_heads=1, num_experts_per_tok=None, head_dim=6),
+  'mixtral': dict(num_key_value_heads=1, num_local_experts=3),
+  'olmoe': dict(num_key_value_heads=2, num_experts=4, norm_topk_prob=False),
+  'qwen3_moe': dict(
+    num_key_value_heads=1,
+    num_experts=4,
+    head_dim=6,
+    moe_intermediate_size=6,
+    mlp_only_layers=[0],
+    attention_bias=True,
+    norm_topk_prob=True,
+  ),
+  'deepseek_v2': LATENT,
+  'deepseek_v3': dict(n_group=2, topk_group=1, norm_topk_prob=True, **LATENT),
+}
+V = 20
+
+
+def values(family='mixtral', **changes):
+  """A config.json as transformers 4 wrote it."""
+  return {
+    'model_type': family,
+    'vocab_size': V,
+    'hidden_size': 8,
+    'num_hidden_layers': 3,
+    'num_attention_heads': 2,
+    'intermediate_size': 10,
+    'num_experts_per_tok': 2,
+    'rms_norm_eps': 1e-5,
+    'torch_dtype': 'bfloat16',
+    'rope_theta': 100.0,
+    'use_cache': True,
+    **OPTIONS[family],
+    **changes,
+  }
+
+
+def abstract(theirs):
+  """Our family, model and leaves of a config.json."""
+  family, keys = families.ours(theirs)
+  model, tree = convert.abstract(convert.model_config(keys)[0])
+  return family, model, tree
+
+
+def drawn(theirs, layout=0):
+  """Tensors of such a model, in bfloat16 where they are not wide."""
+  family, model, tree = abstract(theirs)
+  draw = np.random.default_rng(0)
+  wide = lambda piece: np.float32 if piece.wide else ml_dtypes.bfloat16
+  value = lambda piece: (
+    0.3 * draw.normal(size=piece.shape) + ('norm' in piece.name)
+  )
+  return {
+    piece.name: value(piece).astype(wide(piece))
+    for piece in convert.pieces(family.layouts[layout], model.c, tree)
+  }
+
+
+def publish(folder, theirs, tensors=None, files=2):
+  """A folder as the Hub has it."""
+  tensors = drawn(theirs) if tensors is None else tensors
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / 'config.json').write_text(json.dumps(theirs))
+  listed = {}
+  for i in range(files):
+    some = dict(list(tensors.items())[i::files])
+    save_file(some, folder / f'model-{i}.safetensors', {'format': 'pt'})
+    listed |= dict.fromkeys(some, f'model-{i}.safetensors')
+  index = {'metadata': {}, 'weight_map': listed}
+  (folder / convert.INDEX).write_text(json.dumps(index))
+  return folder
+
+
+def imported(folder, sizes=(1, 1, 1, 1)):
+  """{path: array} of the weights."""
+  family, keys, _ = convert.read_config(folder)
+  c, _ = convert.model_config(keys)
+  mesh = parallel.mesh(dict(zip(parallel.AXES, sizes, strict=True)))
+  state, _ = convert.load(folder, family, c, mesh)
+  return {
+    '.'.join(k.key for k in path): np.asarray(a)
+    for tree in jax.device_get((state.params, state.router_state))
+    for path, a in jax.tree_util.tree_leaves_with_path(tree)
+  }
+
+
+# Tables.
+
+
+def test_every_tensor_lies_where_it_belongs(tmp_path):
+  """By hand, a few of each form."""
+  theirs = values('deepseek_v2')
+  tensors = drawn(theirs)
+  found = imported(publish(tmp_path, theirs, tensors))
+  of = lambda name: np.float32(tensors[name])
+  moe = 'trunk.body.moe.attention.'
+  layer = 'model.layers.2.self_attn.'  # the second MoE layer
+  kv_b = of(layer + 'kv_b_proj.weight')  # head by head its key, its value
+  for h in range(2):
+    own = kv_b[h * 8 : h * 8 + 8]
+    np.testing.assert_array_equal(
+      found[moe + 'key_ZxHxW'][1, 0, :, h], own[:3].T
+    )
+    np.testing.assert_array_equal(
+      found[moe + 'value_ZxHxU'][1, 0, :, h], own[3:].T
+    )
+  kv_a = of(layer + 'kv_a_proj_with_mqa.weight')
+  np.testing.assert_array_equal(found[moe + 'latent_DxZ'][1, 0], kv_a[:6].T)
+  np.testing.assert_array_equal(found[moe + 'key_DxP'][1, 0], kv_a[6:].T)
+  np.testing.assert_array_equal(
+    found['trunk.body.pools.down_ExFxD'][1, 3],
+    of('model.layers.2.mlp.experts.3.down_proj.weight').T,
+  )
+  np.testing.assert_array_equal(
+    found['trunk.body.moe.feed.shared.one.gate_ExDxF'][1, 0, 0],
+    of('model.layers.2.mlp.shared_experts.gate_proj.weight').T,
+  )
+  np.testing.assert_array_equal(
+    found['trunk.first.feed.one.up_ExDxF'][0, 0],
+    of('model.layers.0.mlp.up_proj.weight').T,
+  )
+  np.testing.assert_array_equal(found['head_DxV'], of('lm_head.weight').T)
+
+
+@pytest.mark.parametrize('family', OPTIONS)
+def test_both_layouts_on_any_mesh_and_back_are_the_same_bits(family, tmp_path):
+  theirs = values(family)
+  source = publish(tmp_path / 'split', theirs)
+  whole = imported(source)
+  told = convert.take(str(source), str(tmp_path / 'run'))
+  assert (
+    f'{sum(a.size for k, a in whole.items() if "bias_E" not in k):,}' in told[0]
+  )
+  convert.give(str(tmp_path / 'run'), str(tmp_path / 'again'), shard=1000)
+  files = sorted((tmp_path / 'again').glob('*.safetensors'))
+  assert len(files) > 2
+  tensors = drawn(theirs)
+  again = {k: a for path in files for k, a in load_file(path).items()}
+  assert again.keys() == tensors.keys()
+  for name, a in tensors.items():
+    assert again[name].dtype == a.dtype
+    assert again[name].tobytes() == a.tobytes(), name
+  # Fused by hand.
+  fused, n = {}, families.ours(theirs)[1].get('E')
+  rename = lambda name: name.replace('block_sparse_moe', 'mlp')
+  of = {'w1': 'gate_proj', 'w2': 'down_proj', 'w3': 'up_proj'}
+  experts = {}
+  for name, a in tensors.items():
+    found = re.fullmatch(r'(.*\.experts)\.(\d+)\.(\w+)\.weight', rename(name))
+    if found:
+      kind = of.get(found[3], found[3])
+      experts.setdefault(found[1], {}).setdefault(kind, []).append(a)
+    else:
+      fused[rename(name)] = a
+  for name, own in experts.items():
+    assert len(own['gate_proj']) == n
+    both = [np.stack(own[kind]) for kind in ('gate_proj', 'up_proj')]
+    fused[f'{name}.gate_up_proj'] = np.concatenate(both, axis=1)
+    fused[f'{name}.down_proj'] = np.stack(own['down_proj'])
+  publish(tmp_path / 'fused', theirs, fused)
+  for folder, sizes in (('fused', (1, 2, 2, 2)), ('split', (1, 2, 2, 2))):
+    cut = imported(tmp_path / folder, sizes)
+    for path, a in whole.items():
+      np.testing.assert_array_equal(a, cut[path], err_msg=path)
+
+
+def test_all_patterns_of_dense_layers_are_found():
+  rule = next(
+    rule
+    for rule in families.FAMILIES['qwen3_moe'].rules
+    if 'mlp_only_layers' in rule.fields
+  )
+  given = lambda N, every, listed: rule.ours(
+    {
+      'num_hidden_layers': N,
+      'decoder_sparse_step': every,
+      'mlp_only_layers': listed,
+    }
+  )
+  assert given(4, 1, []) == {'pattern': 'm', 'first_dense': 0}
+  assert given(4, 2, []) == {'pattern': 'dm', 'first_dense': 0}
+  assert given(5, 2, [0]) == {'pattern': 'md', 'first_dense': 1}
+  assert given(6, 3, None) == {'pattern': 'ddm', 'first_dense': 0}
+  assert given(5, 1, [0, 1]) == {'pattern': 'm', 'first_dense': 2}
+  with pytest.raises(ValueError, match=r'mlp_only_layers=\[2\].*mmdm'):
+    given(4, 1, [2])
+  for found in (given(5, 2, [0]), given(5, 1, [0, 1])):
+    back = rule.theirs({**found, 'N': 5})
+    assert given(5, *back.values()) == found
+
+
+# As their config.json are on the Hub, but for what says nothing of the model.
+PUBLISHED = {
+  'Llama-2-7B': (
+    6_738_415_616,
+    {
+      'model_type': 'llama',
+      'hidden_act': 'silu',
+      'hidden_size': 4096,
+      'intermediate_size': 11008,
+      'max_position_embeddings': 4096,
+      'num_attention_heads': 32,
+      'num_hidden_layers': 32,
+      'num_key_value_heads': 32,
+      'pretraining_tp': 1,
+      'rms_norm_eps': 1e-05,
+      'rope_scaling': None,
+      'tie_word_embeddings': False,
+      'vocab_size': 32000,
+    },
+  ),
+  'Qwen3-0.6B': (
+    596_049_920,
+    {
+      'model_type': 'qwen3',
+      'attention_bias': False,
+      'head_dim': 128,
+      'hidden_act': 'silu',
+      'hidden_size': 1024,
+      'intermediate_size': 3072,
+      'max_position_embeddings': 40960,
+      'max_window_layers': 28,
+      'num_attention_heads': 16,
+      'num_hidden_layers': 28,
+      'num_key_value_heads': 8,
+      'rms_norm_eps': 1e-06,
+      'rope_scaling': None,
+      'rope_theta': 1000000,
+      'sliding_window': None,
+      'tie_word_embeddings': True,
+      'torch_dtype': 'bfloat16',
+      'use_sliding_window': False,
+      'vocab_size': 151936,
+    },
+  ),
+  'Mixtral-8x7B': (
+    46_702_792_704,
+    {
+      'model_type': 'mixtral',
+      'hidden_act': 'silu',
+      'hidden_size': 4096,
+      'intermediate_size': 14336,
+      'max_position_embeddings': 32768,
+      'num_attention_heads': 32,
+      'num_experts_per_tok': 2,
+      'num_hidden_layers': 32,
+      'num_key_value_heads': 8,
+      'num_local_experts': 8,
+      'rms_norm_eps': 1e-05,
+      'rope_theta': 1000000.0,
+      'sliding_window': None,
+      'tie_word_embeddings': False,
+      'torch_dtype': 'bfloat16',
+      'vocab_size': 32000,
+    },
+  ),
+  'OLMoE-1B-7B': (
+    6_919_161_856,
+    {
+      'model_type': 'olmoe',
+      'attention_bias': False,
+      'clip_qkv': None,
+      'hidden_act': 'silu',
+      'hidden_size': 2048,
+      'intermediate_size': 1024,
+      'max_position_embeddings': 4096,
+      'norm_topk_prob': False,
+      'num_attention_heads': 16,
+      'num_experts': 64,
+      'num_experts_per_tok': 8,
+      'num_hidden_layers': 16,
+      'num_key_value_heads': 16,
+      'rms_norm_eps': 1e-05,
+      'rope_scaling': None,
+      'rope_theta': 10000.0,
+      'tie_word_embeddings': False,
+      'torch_dtype': 'bfloat16',
+      'vocab_size': 50304,
+    },
+  ),
+  'Qwen3-30B-A3B': (
+    30_532_122_624,
+    {
+      'model_type': 'qwen3_moe',
+      'attention_bias': False,
+      'decoder_sparse_step': 1,
+      'head_dim': 128,
+      'hidden_act': 'silu',
+      'hidden_size': 2048,
+      'intermediate_size': 6144,
+      'max_position_embeddings': 40960,
+      'max_window_layers': 48,
+      'mlp_only_layers': [],
+      'moe_intermediate_size': 768,
+      'norm_topk_prob': True,
+      'num_attention_heads': 32,
+      'num_experts': 128,
+      'num_experts_per_tok': 8,
+      'num_hidden_layers': 48,
+      'num_key_value_heads': 4,
+      'rms_norm_eps': 1e-06,
+      'rope_scaling': None,
+      'rope_theta': 1000000.0,
+      'sliding_window': None,
+      'tie_word_embeddings': False,
+      'torch_dtype': 'bfloat16',
+      'use_sliding_window': False,
+      'vocab_size': 151936,
+    },
+  ),
+  'DeepSeek-V2-Lite': (
+    15_706_484_224,
+    {
+      'model_type': 'deepseek_v2',
+      'attention_bias': False,
+      'first_k_dense_replace': 1,
+      'hidden_act': 'silu',
+      'hidden_size': 2048,
+      'intermediate_size': 10944,
+      'kv_lora_rank': 512,
+      'max_position_embeddings': 163840,
+      'moe_intermediate_size': 1408,
+      'moe_layer_freq': 1,
+      'n_group': 1,
+      'n_routed_experts': 64,
+      'n_shared_experts': 2,
+      'norm_topk_prob': False,
+      'num_attention_heads': 16,
+      'num_experts_per_tok': 6,
+      'num_hidden_layers': 27,
+      'num_key_value_heads': 16,
+      'q_lora_rank': None,
+      'qk_nope_head_dim': 128,
+      'qk_rope_head_dim': 64,
+      'rms_norm_eps': 1e-06,
+      'rope_scaling': {
+        'beta_fast': 32,
+        'beta_slow': 1,
+        'factor': 40,
+        'mscale': 0.707,
+        'mscale_all_dim': 0.707,
+        'original_max_position_embeddings': 4096,
+        'type': 'yarn',
+      },
+      'rope_theta': 10000,
+      'routed_scaling_factor': 1.0,
+      'scoring_func': 'softmax',
+      'tie_word_embeddings': False,
+      'topk_group': 1,
+      'topk_method': 'greedy',
+      'torch_dtype': 'bfloat16',
+      'v_head_dim': 128,
+      'vocab_size': 102400,
+    },
+  ),
+  # Without its layer of multi-token prediction.
+  'DeepSeek-V3': (
+    671_026_419_200,
+    {
+      'model_type': 'deepseek_v3',
+      'attention_bias': False,
+      'first_k_dense_replace': 3,
+      'hidden_act': 'silu',
+      'hidden_size': 7168,
+      'intermediate_size': 18432,
+      'kv_lora_rank': 512,
+      'max_position_embeddings': 163840,
+      'moe_intermediate_size': 2048,
+      'moe_layer_freq': 1,
+      'n_group': 8,
+      'n_routed_experts': 256,
+      'n_shared_experts': 1,
+      'norm_topk_prob': True,
+      'num_attention_heads': 128,
+      'num_experts_per_tok': 8,
+      'num_hidden_layers': 61,
+      'num_key_value_heads': 128,
+      'num_nextn_predict_layers': 1,
+      'q_lora_rank': 1536,
+      'qk_nope_head_dim': 128,
+      'qk_rope_head_dim': 64,
+      'rms_norm_eps': 1e-06,
+      'rope_scaling': {
+        'beta_fast': 32,
+        'beta_slow': 1,
+        'factor': 40,
+        'mscale': 1.0,
+        'mscale_all_dim': 1.0,
+        'original_max_position_embeddings': 4096,
+        'type': 'yarn',
+      },
+      'rope_theta': 10000,
+      'routed_scaling_factor': 2.5,
+      'scoring_func': 'sigmoid',
+      'tie_word_embeddings': False,
+      'topk_group': 4,
+      'topk_method': 'noaux_tc',
+      'torch_dtype': 'bfloat16',
+      'v_head_dim': 128,
+      'vocab_size': 129280,
+    },
+  ),
+}
+
+
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_published_models_have_their_published_size(name):
+  """As shapes: tensors and leaves; the config goes there and back."""
+  count, theirs = PUBLISHED[name]
+  family, model, tree = abstract(theirs)
+  own = convert.pieces(family.layouts[0], model.c, tree)
+  assert sum(math.prod(piece.shape) for piece in own) == count
+  assert sum(math.prod(a.shape) for a in tree.values()) == count
+  c, size = convert.model_config(families.ours(theirs)[1])
+  found, again = convert.expressed(c, size)
+  assert found is family
+  for key, value in theirs.items():
+    if key in again and key != 'rope_scaling' and value is not None:
+      left_out = key in ('num_nextn_predict_layers', 'topk_method', 'n_group')
+      assert again[key] == value or left_out, key
+  old, new = theirs.get('rope_scaling'), again['rope_scaling']
+  if old:
+    new['type'] = new.pop('rope_type')
+  assert old == new
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+  'family, changes, message',
+  [
+    ('mixtral', {'model_type': 'gpt2'}, "model_type='gpt2'.*mixtral, olmoe"),
+    ('llama', {'mlp_bias': True}, 'mlp_bias=True'),
+    ('llama', {'num_local_experts': 8}, 'num_local_experts=8 is not supp'),
+    (
+      'llama',
+      {'rope_scaling': {'rope_type': 'llama3', 'factor': 8.0}},
+      "rope_type='llama3'",
+    ),
+    (
+      'qwen3',
+      {'layer_types': ['full_attention'] * 2 + ['sliding_attention']},
+      "'sliding_attention'.* is not supported, only the same for all",
+    ),
+    (
+      'qwen3',
+      {
+        'use_sliding_window': True,
+        'sliding_window': 4,
+        'max_window_layers': 2,
+      },
+      'use_sliding_window=True is not supported, only the same for all',
+    ),
+    ('mixtral', {'hidden_act': 'gelu'}, "hidden_act='gelu'.*only 'silu'"),
+    ('mixtral', {'new_thing': 3}, 'new_thing=3 is not supported'),
+    (
+      'mixtral',
+      {'rope_scaling': {'type': 'linear', 'factor': 2.0}},
+      "rope_type='linear'",
+    ),
+    ('mixtral', {'torch_dtype': 'float8'}, "dtype='float8'"),
+    ('mixtral', {'quantization_config': {'bits': 4}}, 'quantization_config='),
+    ('olmoe', {'clip_qkv': 8.0}, 'clip_qkv=8.0'),
+    ('qwen3_moe', {'hidden_size': 'wide'}, 'hidden_size|wide'),
+    ('deepseek_v2', {'norm_topk_prob': True}, 'norm_topk_prob=True'),
+    ('deepseek_v2', {'topk_method': 'best'}, "topk_method='best'"),
+    ('deepseek_v3', {'num_key_value_heads': 1}, 'num_key_value_heads=1'),
+    ('deepseek_v3', {'attention_bias': True}, 'attention_bias=True'),
+    ('deepseek_v3', {'n_group': 3}, 'expert_groups=3 does not divide 4'),
+  ],
+)
+def test_what_a_config_may_not_say(family, changes, message, tmp_path):
+  source = publish(tmp_path / 'source', values(family))
+  text = json.dumps(values(family, **changes))
+  (source / 'config.json').write_text(text)
+  with pytest.raises((ValueError, TypeError), match=message) as caught:
+    convert.take(str(source), str(tmp_path / 'out' / 'run'))
+  assert '\n' not in str(caught.value)
+  assert not list((tmp_path / 'out').rglob('*'))
+
+
+def test_a_field_that_is_missing_is_named(tmp_path):
+  theirs = values()
+  del theirs['hidden_size']
+  publish(tmp_path, values())
+  (tmp_path / 'config.json').write_text(json.dumps(theirs))
+  with pytest.raises(ValueError, match='hidden_size is missing'):
+    convert.read_config(tmp_path)
+
+
+def _drop_shard(folder):
+  (folder / 'model-1.safetensors').unlink()
+
+
+def _truncate(folder):
+  path = folder / 'model-1.safetensors'
+  path.write_bytes(path.read_bytes()[:-7])
+
+
+def _other_shape(folder):
+  tensors = drawn(values())
+  tensors['model.norm.weight'] = tensors['model.norm.weight'][:5]
+  publish(folder, values(), tensors)
+
+
+def _missing_tensor(folder):
+  tensors = drawn(values())
+  del tensors['model.layers.1.block_sparse_moe.experts.2.w3.weight']
+  publish(folder, values(), tensors)
+
+
+def _more(folder):
+  tensors = drawn(values())
+  tensors['model.layers.1.extra.weight'] = tensors['model.norm.weight']
+  publish(folder, values(), tensors)
+
+
+def _integers(folder):
+  tensors = drawn(values())
+  tensors['model.norm.weight'] = np.zeros(8, np.int8)
+  publish(folder, values(), tensors)
+
+
+def _eight_bits(folder):
+  tensors = drawn(values())
+  tensors['model.norm.weight'] = np.zeros(8, ml_dtypes.float8_e4m3fn)
+  publish(folder, values(), tensors)
+
+
+def _outside(folder):
+  index = json.loads((folder / convert.INDEX).read_text())
+  index['weight_map']['model.norm.weight'] = '../model-1.safetensors'
+  (folder / convert.INDEX).write_text(json.dumps(index))
+
+
+def _wrong_index(folder):
+  index = json.loads((folder / convert.INDEX).read_text())
+  index['weight_map']['other'] = 'model-1.safetensors'
+  (folder / convert.INDEX).write_text(json.dumps(index))
+
+
+def _no_index(folder):
+  (folder / convert.INDEX).unlink()
+
+
+def _large_tokenizer(folder):
+  words = {f'w{i}': i for i in range(V)} | {'</s>': V}
+  made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, 'w0'))
+  made.add_special_tokens(['</s>'])
+  made.save(str(folder / 'tokenizer.json'))
+
+
+@pytest.mark.parametrize(
+  'damage, message',
+  [
+    (_drop_shard, 'model-1.safetensors is missing'),
+    (_truncate, 'model-1.safetensors is damaged'),
+    (_other_shape, r'model.norm.weight has the shape \(5,\).* \(8,\)'),
+    (_missing_tensor, '1 tensors are missing.*experts.2.w3'),
+    (_more, r'layers\.1\.extra\.weight is of no use'),
+    (_integers, 'model.norm.weight is of I8'),
+    (_eight_bits, 'model.norm.weight is of F8_E4M3, .* only BF16, F16, F32'),
+    (_outside, 'is no name of a file'),
+    (_wrong_index, 'model-1.safetensors has no tensor other'),
+    (_no_index, 'neither model.safetensors.index.json nor model.safetensors'),
+    (_large_tokenizer, f'has {V + 1} ids, config.json vocab_size={V}'),
+  ],
+  ids=lambda a: getattr(a, '__name__', None),
+)
+def test_damage_is_one_line_and_leaves_nothing(damage, message, tmp_path):
+  source = publish(tmp_path / 'source', values())
+  damage(source)
+  with pytest.raises(ValueError, match=message) as caught:
+    convert.take(str(source), str(tmp_path / 'out' / 'run'))
+  assert '\n' not in str(caught.value)
+  assert not list((tmp_path / 'out').rglob('*'))
+
+
+def test_what_is_known_to_be_of_no_use_is_left_out(tmp_path):
+  """Layers of multi-token prediction, a tied head that was saved twice."""
+  theirs = values('deepseek_v3', tie_word_embeddings=True)
+  tensors = drawn(theirs)
+  tensors['lm_head.weight'] = tensors['model.embed_tokens.weight']
+  tensors['model.layers.3.enorm.weight'] = tensors['model.norm.weight']
+  tensors['model.layers.0.self_attn.rotary_emb.inv_freq'] = np.zeros(4, 'f')
+  source = publish(tmp_path / 'source', theirs, tensors)
+  told = convert.take(str(source), str(tmp_path / 'run'))
+  assert any('left out 3 tensors' in line for line in told)
+  tensors['model.layers.2.enorm.weight'] = tensors['model.norm.weight']
+  publish(source, theirs, tensors)
+  with pytest.raises(
+    ValueError, match=r'layers\.2\.enorm\.weight is of no use'
+  ):
+    convert.take(str(source), str(tmp_path / 'other'))
+
+
+def test_float16_is_read_into_float32(tmp_path):
+  """Every number of it, the smallest and the largest too."""
+  theirs = values(torch_dtype='float16')
+  tensors = {k: a.astype(np.float16) for k, a in drawn(theirs).items()}
+  ends = np.float16([65504, -65504, 6e-8, 0, 1, -1, 0.1, 3])
+  tensors['model.norm.weight'] = ends
+  source = publish(tmp_path / 'source', theirs, tensors)
+  convert.take(str(source), str(tmp_path / 'run'))
+  convert.give(str(tmp_path / 'run'), str(tmp_path / 'again'))
+  again = load_file(tmp_path / 'again' / 'model.safetensors')
+  written = json.loads((tmp_path / 'again' / 'config.json').read_text())
+  assert written['torch_dtype'] == 'float32'
+  assert again.keys() == tensors.keys()
+  for name, a in tensors.items():
+    assert again[name].dtype == np.float32
+    np.testing.assert_array_equal(again[name], np.float32(a), err_msg=name)
+
+
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+  source = publish(tmp_path / 'source', values())
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  for act in (convert.take, convert.give):
+    with pytest.raises(ValueError, match='by one process, here are 2'):
+      act(str(source), str(tmp_path / 'run'))
+  assert not (tmp_path / 'run').exists()
+
+
+def test_what_is_there_is_not_overwritten(tmp_path):
+  source = publish(tmp_path / 'source', values())
+  (tmp_path / 'run').mkdir()
+  (tmp_path / 'run' / 'mine').write_text('')
+  with pytest.raises(ValueError, match='is there already'):
+    convert.take(str(source), str(tmp_path / 'run'))
+  assert [p.name for p in (tmp_path / 'run').iterdir()] == ['mine']
+  assert not [p for p in tmp_path.iterdir() if p.name.startswith('.')]
+
+
+def keys_of(**changes):
+  """The resolved config of a run whose model the formats have."""
+  c = config.default()
+  c.model.update(N=2, D=16, H=2, E=4, expert_F=8)
+  for key, value in changes.items():
+    c.update_from_flattened_dict({f'model.{key.replace("__", ".")}': value})
+  return config.resolve(c)
+
+
+@pytest.mark.parametrize(
+  'changes, family',
+  [
+    ({}, 'mixtral'),
+    ({'pattern': 'd', 'E': 1, 'iterations': 3, 'router__scale': 2.0}, 'llama'),
+    ({'first_dense': 2, 'attention__qk_norm': 'head'}, 'qwen3'),
+    ({'attention__size': 4, 'attention__window': 3}, 'mixtral'),
+    ({'attention__qk_norm': 'all'}, 'olmoe'),
+    ({'attention__qk_norm': 'head', 'first_dense': 1}, 'qwen3_moe'),
+    ({'router__renormalise': False, 'attention__qk_norm': 'all'}, 'olmoe'),
+  ],
+)
+def test_a_model_trained_here_finds_its_family(changes, family):
+  changes = {'attention__eps': 1e-6, **changes}
+  found, theirs = convert.expressed(keys_of(**changes), V)
+  assert found.model_type == family
+  assert theirs['vocab_size'] == V
+
+
+@pytest.mark.parametrize(
+  'changes, message',
+  [
+    ({'iterations': 2}, 'mixtral, the nearest, has not model.iterations=2'),
+    (
+      {'pattern': 'd', 'attention__window': 3, 'eps': 0.5},
+      'llama, the nearest, has not model.attention.window=3$',
+    ),
+    ({'router__capacity': 1.0}, r'has not model.router.capacity=1.0'),
+    ({'residual': {'name': 'heavy_ball'}}, "model.residual.name='heavy_ball'"),
+    ({'router': {'name': 'switch'}}, "model.router.name='switch'"),
+    ({'attention': {'name': 'full'}}, "model.attention.name='full'"),
+    ({'router__renormalise': False}, 'model.router.renormalise=False'),
+    ({'activation': 'relu', 'norm': 'layer'}, "'relu', model.norm='layer'"),
+  ],
+)
+def test_a_variant_that_no_format_has_is_refused(changes, message):
+  with pytest.raises(ValueError, match=message):
+    convert.expressed(keys_of(**changes), V)
+
+
+def test_a_run_that_was_trained_goes_out_and_comes_back(corpus, tmp_path):
+  """With its tokenizer; what its routers do with a text is the same."""
+  c = small_config(corpus, steps=2, log_every=0)
+  c.data.update(tokenizer='bpe', vocab_size=300)
+  train.run(jobs.prepare(c, str(tmp_path / 'run')))
+  convert.give(str(tmp_path / 'run'), str(tmp_path / 'out'))
+  tensors = load_file(tmp_path / 'out' / 'model.safetensors')
+  job = routing.load(str(tmp_path / 'run'))
+  weights = routing.restore(job, 2)
+  np.testing.assert_array_equal(
+    tensors['model.layers.1.block_sparse_moe.experts.3.w1.weight'],
+    jax.device_get(weights.params)['trunk']['body']['pools']['gate_ExDxF'][
+      1, 3
+    ].T,
+  )
+  convert.take(str(tmp_path / 'out'), str(tmp_path / 'again'))
+  found = []
+  for name in ('run', 'again'):
+    folder = tmp_path / name
+    page = routing.write(
+      str(folder), [f'text={corpus}'], 128, str(folder / 'a')
+    )
+    numbers = json.loads((page.parent / routing.NUMBERS).read_text())
+    assert numbers.pop('checkpoint') == (2 if name == 'run' else 0)
+    arrays = np.load(page.parent / routing.ARRAYS)
+    found.append((numbers['steps'], arrays['expert_SxTxK'].tolist()))
+  assert found[0] == found[1]
+  job, weights = generate.newest(str(tmp_path / 'again'))
+  prompt = generate.prompt_ids(job, '7 squared is')
+  assert job.dataset.tokenizer.decode(prompt) == '7 squared is'
+
+
+def test_an_imported_model_holds_no_text_and_is_not_trained_further(tmp_path):
+  source = publish(tmp_path / 'source', values())
+  convert.take(str(source), str(tmp_path / 'run'))
+  with pytest.raises(ValueError, match=r'has no tokenizer\.json to read'):
+    routing.write(str(tmp_path / 'run'), [], 100, str(tmp_path / 'out'))
+  words = {f'w{i}': i for i in range(V - 1)}
+  made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, 'w0'))
+  made.add_special_tokens(['</s>'])
+  made.save(str(source / 'tokenizer.json'))
+  (source / 'config.json').write_text(
+    json.dumps(values(eos_token_id=[99, V - 1]))
+  )
+  convert.take(str(source), str(tmp_path / 'named'))
+  job = routing.load(str(tmp_path / 'named'))
+  assert job.dataset.tokenizer.separator == V - 1
+  with pytest.raises(ValueError, match='holds published weights'):
+    routing.write(str(tmp_path / 'named'), [], 100, str(tmp_path / 'out'))
+
+
+# The command, and memory.
+
+
+def run(*arguments):
+  return subprocess.run(
+    [sys.executable, '-m', 'moe_jax.commands.convert', *map(str, arguments)],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+
+
+def test_the_command_goes_both_ways_and_mistakes_are_one_line(tmp_path):
+  source = publish(tmp_path / 'source', values('olmoe'))
+  there = run(f'--from={source}', f'--to={tmp_path / "run"}')
+  assert there.returncode == 0 and 'olmoe' in there.stdout, there.stderr
+  back = run(f'--from={tmp_path / "run"}', f'--to={tmp_path / "out"}')
+  assert back.returncode == 0 and '1 files' in back.stdout, back.stderr
+  again = run(f'--from={source}', f'--to={tmp_path / "run"}')
+  assert again.returncode == 2
+  assert again.stderr.startswith('moe-convert: ')
+  assert len(again.stderr.splitlines()) == 1
+
+
+MEASURE = """
+import json, pathlib, resource, sys
+from moe_jax import convert, parallel
+folder = pathlib.Path(sys.argv[1])
+family, keys, _ = convert.read_config(folder)
+c, _ = convert.model_config(keys)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+mesh = parallel.mesh(dict.fromkeys(parallel.AXES, 1))
+import jax
+convert.load(pathlib.Path(sys.argv[2]), family, convert.model_config(
+  convert.read_config(pathlib.Path(sys.argv[2]))[1])[0], mesh)
+before = peak()
+state, _ = convert.load(folder, family, c, mesh)
+size = sum(a.nbytes for a in jax.tree.leaves(state))
+print(json.dumps([before, peak(), size]))
+"""
+
+
+def test_memory_beyond_the_model_is_less_than_a_file_and_a_half(tmp_path):
+  """The same import of a small model comes first, which compiles and loads."""
+  large = values(hidden_size=512, intermediate_size=1024, num_local_experts=8)
+  publish(tmp_path / 'small', values())
+  publish(tmp_path / 'large', large, files=4)
+  found = subprocess.run(
+    [sys.executable, '-c', MEASURE, tmp_path / 'large', tmp_path / 'small'],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  before, peak, model = json.loads(found.stdout)
+  files = (tmp_path / 'large').glob('*.safetensors')
+  largest = max(path.stat().st_size for path in files)
+  assert peak - before - model < 1.5 * largest
