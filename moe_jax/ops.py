@@ -1,7 +1,10 @@
 """The grouped matmul by name: the only doorway to pallas_kernels."""
 
+import dataclasses
+import functools
 import importlib
 import importlib.util
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -76,6 +79,74 @@ def gmm(
       kernel = importlib.import_module('tokamax').ragged_dot
       return _inside(kernel, x_MxA, w_ExAxB, group_E)
   raise ValueError(f'gmm is {impl!r}; there are {", ".join(GMM)}')
+
+
+@dataclasses.dataclass(frozen=True)
+class Products:
+  """The products of a grouped matmul and of its gradients, each by itself.
+
+  For who has gradients of his own, `fused`. Rows from sum(group_E) on are
+  undefined in what fwd and dlhs return, and reach nothing else. With a token_M,
+  int32 [M], the rows are x[token_M], and what it says past the groups does not
+  matter. Several matrices of the same experts are one product where the
+  implementation can.
+
+  Attributes:
+    fwd: (x, ws, group_E, token_M=None) -> (y_MxB, ...), x w of each w.
+    dlhs: (dys, ws, group_E, token_M=None) -> dx_MxA, the sum of dy w^T.
+    drhs: (x, dys, group_E, x_token_M=None, dy_token_M=None) ->
+      (dw_ExAxB, ...), each expert's x^T dy, zero where it has no rows.
+  """
+
+  fwd: Callable[..., tuple[jax.Array, ...]]
+  dlhs: Callable[..., jax.Array]
+  drhs: Callable[..., tuple[jax.Array, ...]]
+
+
+def products(impl: str) -> Products:
+  """Those of an implementation of `gmm`.
+
+  Those of 'cpu' gather in the loads of the product; of the others, which have
+  no such kernel, the gathered rows are an array that lives as long as one.
+  """
+  if impl == 'cpu':
+    kernels = importlib.import_module('pallas_kernels.cpu')
+    return Products(kernels.fwd, kernels.dlhs, kernels.drhs)
+  return by_gradients(functools.partial(gmm, impl=impl))
+
+
+def by_gradients(gmm: Callable[..., jax.Array]) -> Products:
+  """Those of any grouped matmul, one matrix after the other."""
+
+  def fwd(x, ws, group_E, token_M=None):
+    x_MxA = _taken(x, token_M)
+    return tuple(gmm(x_MxA, w_ExAxB, group_E) for w_ExAxB in ws)
+
+  def dlhs(dys, ws, group_E, token_M=None):
+    total = None
+    for dy, w_ExAxB in zip(dys, ws, strict=True):
+      dy_MxB = _taken(dy, token_M)
+      zeros_MxA = jnp.zeros_like(dy_MxB, shape=(len(dy_MxB), w_ExAxB.shape[1]))
+      of_x = lambda x_MxA, w_ExAxB=w_ExAxB: gmm(x_MxA, w_ExAxB, group_E)
+      (dx_MxA,) = jax.vjp(of_x, zeros_MxA)[1](dy_MxB)
+      total = dx_MxA if total is None else total + dx_MxA
+    return total
+
+  def drhs(x, dys, group_E, x_token_M=None, dy_token_M=None):
+    x_MxA, found = _taken(x, x_token_M), []
+    of_w = lambda w_ExAxB: gmm(x_MxA, w_ExAxB, group_E)
+    for dy in dys:
+      dy_MxB = _taken(dy, dy_token_M)
+      E, A, B = len(group_E), x_MxA.shape[1], dy_MxB.shape[1]
+      zeros_ExAxB = jnp.zeros_like(dy_MxB, shape=(E, A, B))
+      found.extend(jax.vjp(of_w, zeros_ExAxB)[1](dy_MxB))
+    return tuple(found)
+
+  return Products(fwd, dlhs, drhs)
+
+
+def _taken(x, token_M):
+  return x if token_M is None else x.at[token_M].get(mode='clip')
 
 
 def _inside(ragged_dot, x_MxA, w_ExAxB, group_E):

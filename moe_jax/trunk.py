@@ -490,6 +490,7 @@ def _pool(c, R, rngs):
     init=init.SCHEMES[c.init].experts,
     out_scale=c.out_scale,
     gmm=functools.partial(ops.gmm, impl=c.gmm),
+    products=ops.products(c.gmm),
     rngs=rngs,
   )
 
