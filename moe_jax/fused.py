@@ -11,12 +11,12 @@ rounding, where nothing but the products is ever written:
             dx = the sum over a token's rows of d_up up^T + d_gate gate^T
             d_up, d_gate of the weights = x[token]^T (d_up, d_gate)
 
-as (act(gate) * up) down . dy = (act(gate) * up) . (dy down^T): so the answers of
-the experts need not be kept for the gradient of the weights (SonicMoE, arXiv
-2512.14080, section 3). Saved are x_TxD, up and gate, and the plan's integers and
-weights; not the copied rows, the hidden ones, the answers, nor the parameters
-in the dtype of the computation. Sums over a token's rows are gathers but where
-experts choose, see `plan.total`.
+As (hidden down) . dy = hidden . (dy down^T), the experts' answers need not be
+kept for the gradient of the weights (SonicMoE, arXiv 2512.14080, section 3).
+Saved are x_TxD, gate and up, and the plan's integers and weights: not the
+copied rows, the hidden ones or the answers, nor the parameters in the dtype of
+the computation. Sums over a token's rows are gathers, but where experts choose,
+see `plan.total`.
 
 What a plan may be: rows past sum(group_E), and ids E, are nobody's; an expert
 without rows has gradients that are zero. Biases are those of a row's expert. A

@@ -25,7 +25,8 @@ LEVELS = (
   | {'planner', 'processes', 'guard', 'nonfinite', 'health', 'preemption'}
   | {'analysis', 'analysis_report'},
   {'trunk'},
-  {'block', 'routers', 'experts', 'residual', 'attention', 'parallel'},
+  {'block', 'routers', 'experts', 'residual', 'attention', 'parallel'}
+  | {'fused'},
   {'plan', 'balance', 'ops', 'norm', 'init'},
 )
 # Within a level.
@@ -46,6 +47,7 @@ BESIDE = {
   'report': {'figures', 'metrics'},
   'figures': {'metrics'},
   'analysis_report': {'analysis', 'figures', 'report'},
+  'experts': {'fused'},
   'block': {'routers', 'experts', 'residual', 'attention', 'parallel'},
 }
 # Who may import a package that the others must not know.
