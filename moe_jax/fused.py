@@ -84,7 +84,9 @@ def _forward(act, products, weights, x_TxD, rows):
 
 def _backward(act, products, saved, dy_TxD):
   weights, x_TxD, rows, pre = saved
-  group_E, token_M, weight_M = rows.group_E, rows.token_M, rows.weight_M
+  # XLA must not find that the forward pass had the same rows, and keep them.
+  token_M, pre = jax.lax.optimization_barrier((rows.token_M, pre))
+  group_E, weight_M = rows.group_E, rows.weight_M
   into = [name for name in INTO if name in weights]
   w = {name: a.astype(x_TxD.dtype) for name, a in weights.items()}
   wide = np.promote_types(x_TxD.dtype, weight_M.dtype)
