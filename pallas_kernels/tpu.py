@@ -112,7 +112,7 @@ def gathered(
   w_block = (1, cols, A) if transpose else (1, A, cols)
   tiles = pl.cdiv(M, R)
   words_TxSx128 = _words(x_TxA)
-  row = words_TxSx128.shape[1:]
+  S = words_TxSx128.shape[1]
 
   def first_map(j, v, edge_E, expert_V, tile_V):
     del j, v, edge_E, expert_V, tile_V
@@ -144,12 +144,12 @@ def gathered(
         in_specs=[
           tokens(first_map),
           tokens(next_map),
-          pl.BlockSpec(memory_space=pl.ANY),
+          pl.BlockSpec(memory_space=pltpu.HBM),
           pl.BlockSpec(w_block, w_map),
         ],
         out_specs=pl.BlockSpec((R, cols), y_map),
         scratch_shapes=[
-          pltpu.VMEM((R, *row), words_TxSx128.dtype),
+          pltpu.VMEM((R * S, 128), words_TxSx128.dtype),
           pltpu.VMEM((R, A), w_ExAxB.dtype),
           pltpu.SemaphoreType.DMA,
         ],
@@ -158,6 +158,8 @@ def gathered(
       compiler_params=pltpu.CompilerParams(
         dimension_semantics=('parallel', 'arbitrary'),
         vmem_limit_bytes=tile.vmem_bytes,
+        # Most bundles of a fetch would be theirs; token_M is clipped above.
+        disable_bounds_checks=True,
       ),
       interpret=interpret,
       name='gathered_dlhs' if transpose else 'gathered_gmm',
@@ -171,15 +173,16 @@ def gathered(
 
 def _gathered_kernel(
   edge_E, expert_V, tile_V, first_1x1xR, next_1x1xR, words_TxSx128, w_1xAxB,
-  y_RxB, words_RxSx128, x_RxA, arrived, *, tile, transpose,
+  y_RxB, words_Px128, x_RxA, arrived, *, tile, transpose,
 ):  # fmt: skip
-  v, R = pl.program_id(1), tile.rows
+  v, R, S = pl.program_id(1), tile.rows, words_TxSx128.shape[1]
 
   def fetch(token_1x1xR):
     @pl.loop(0, R, unroll=math.gcd(R, 32))
     def _(r):
       from_ = words_TxSx128.at[token_1x1xR[0, 0, r]]
-      pltpu.make_async_copy(from_, words_RxSx128.at[r], arrived).start()
+      to = words_Px128.at[pl.ds(pl.multiple_of(r * S, S), S)]
+      pltpu.make_async_copy(from_, to, arrived).start()
 
   @pl.when(v == 0)
   def _():
@@ -189,8 +192,8 @@ def _gathered_kernel(
   @pl.when((v == 0) | (tile_V[v] != tile_V[jnp.maximum(v - 1, 0)]))
   def _():
     # One wait for the bytes of all rows.
-    pltpu.make_async_copy(words_RxSx128, words_RxSx128, arrived).wait()
-    _unpack(words_RxSx128, x_RxA)
+    pltpu.make_async_copy(words_Px128, words_Px128, arrived).wait()
+    _unpack(words_Px128, x_RxA)
 
     @pl.when((tile_V[v] + 1) * R < edge_E[edge_E.shape[0] - 1])
     def _():
@@ -215,23 +218,29 @@ def _words(x_TxA):
   return (low | (high << jnp.uint32(16))).reshape(T, A // 256, 128)
 
 
-def _unpack(words_RxSx128, x_RxA):
-  """The rows of words as a matrix."""
-  R, S, _ = words_RxSx128.shape
-  step = math.gcd(R, 64)
+def _unpack(words_Px128, x_RxA):
+  """The rows as a matrix, of their words, S after S."""
+  R, A = x_RxA.shape
+  S, step = words_Px128.shape[0] // R, math.gcd(R, 64)
 
   @pl.loop(0, R, step=step)
   def _(r):
     rows = pl.ds(pl.multiple_of(r, step), step)
     for s in range(S):
-      word = words_RxSx128[rows, s, :]
       if x_RxA.dtype == jnp.float32:
-        x_RxA[rows, pl.ds(s * 128, 128)] = word
+        x = words_Px128[pl.ds(r * S + s, step, stride=S), :]
+        x_RxA[rows, pl.ds(s * 128, 128)] = x
         continue
-      # The upper half of a float32 is a bfloat16.
-      for half, bits in enumerate((word << 16, word & jnp.uint32(0xFFFF0000))):
-        x = lax.bitcast_convert_type(bits, jnp.float32).astype(x_RxA.dtype)
-        x_RxA[rows, pl.ds((half * S + s) * 128, 128)] = x
+      # A sublane of bfloat16 holds two rows: the even one has the low half.
+      even, odd = (
+        words_Px128[pl.ds((r + i) * S + s, step // 2, stride=2 * S), :]
+        for i in (0, 1)
+      )
+      half = jnp.uint32(16)
+      low = (even & jnp.uint32(0xFFFF)) | (odd << half)
+      high = (even >> half) | (odd & jnp.uint32(0xFFFF0000))
+      for at, word in (s * 128, low), (A // 2 + s * 128, high):
+        x_RxA[rows, pl.ds(at, 128)] = pltpu.bitcast(word, x_RxA.dtype)
 
 
 def product(x_MxA, w_ExAxB, group_E, tile, *, transpose=False, interpret=False):
