@@ -159,7 +159,8 @@ def _product(xs, ws, group_E, token_M, of, transpose):
     # step.
     dtype = ws[0].dtype
     ys = tuple(
-      jnp.zeros_like(ws[0], shape=(M, B), dtype=_wide(dtype)) for B in widths
+      _unwritten(w_ExAxB, (M, B))
+      for w_ExAxB, B in zip(ws[: len(widths)], widths, strict=True)
     )
     ys = lax.fori_loop(0, E, expert, ys) if M else ys
     return tuple(y_MxB.astype(dtype) for y_MxB in ys)
@@ -228,11 +229,23 @@ def _tiled_drhs(xs, dys, group_E, x_token_M, dy_token_M, of):
       for dw_ExAxB, part_AxB in zip(dws, _columns(dw_AxB, widths), strict=True)
     )
 
+  if not M:
+    return tuple(jnp.zeros_like(dys[0], shape=(E, A, B)) for B in widths)
   dws = tuple(
-    jnp.zeros_like(dys[0], shape=(E, A, B), dtype=wide) for B in widths
+    _unwritten(dy, (E, A, B)) for dy, B in zip(dys, widths, strict=True)
   )
-  dws = lax.fori_loop(0, E, expert, dws) if M else dws
+  dws = lax.fori_loop(0, E, expert, dws)
   return tuple(dw_ExAxB.astype(dtype) for dw_ExAxB in dws)
+
+
+def _unwritten(a, shape):
+  """An array for a loop to write, full of some number of a.
+
+  Zeros would be one constant for all loops with results of this shape, and XLA
+  would copy it for each of them.
+  """
+  one = a[(0,) * a.ndim]
+  return jnp.broadcast_to(one.astype(_wide(a.dtype)), shape)
 
 
 def _top_tile(M, E):
