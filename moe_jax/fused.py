@@ -67,15 +67,15 @@ def _forward(act, products, weights, x_TxD, rows):
   bias = 'bias_down_ExD' in w
   expert_M = plans.expert_of(rows.group_E, len(rows.token_M)) if bias else None
   pre = products.fwd(
-    [x_TxD], [w[name] for name in into], rows.group_E, rows.token_M
+    x_TxD, [w[name] for name in into], rows.group_E, rows.token_M
   )
   if bias:
     pre = tuple(
       a_MxF + _of_expert(w[INTO[name]], expert_M)
       for name, a_MxF in zip(into, pre, strict=True)
     )
-  hidden = functools.partial(_hidden, act)
-  (y_MxD,) = products.fwd(pre, [w['down_ExFxD']], rows.group_E, of=hidden)
+  hidden_MxF = _hidden(act, *pre)
+  (y_MxD,) = products.fwd(hidden_MxF, [w['down_ExFxD']], rows.group_E)
   if bias:
     y_MxD += _of_expert(w['bias_down_ExD'], expert_M)
   y_TxD = plans.total(y_MxD, rows, len(x_TxD), rows.weight_M)
@@ -91,24 +91,17 @@ def _backward(act, products, saved, dy_TxD):
   w = {name: a.astype(x_TxD.dtype) for name, a in weights.items()}
   wide = np.promote_types(x_TxD.dtype, weight_M.dtype)
   weight_Mx1 = weight_M[:, None].astype(wide)
-  hidden = functools.partial(_hidden, act)
-
-  def gated(weight_Rx1, a_RxF):
-    return (a_RxF.astype(wide) * weight_Rx1).astype(a_RxF.dtype)
+  gated = lambda a_MxF: (a_MxF.astype(wide) * weight_Mx1).astype(a_MxF.dtype)
 
   # Of the hidden rows as if each weight were 1.
   dh_MxF = products.dlhs([dy_TxD], [w['down_ExFxD']], group_E, token_M)
-  hidden_MxF, pull = jax.vjp(hidden, *pre)
+  hidden_MxF, pull = jax.vjp(functools.partial(_hidden, act), *pre)
   d_weight_M = jnp.sum(dh_MxF.astype(wide) * hidden_MxF.astype(wide), axis=1)
-  d_pre = pull(gated(weight_Mx1, dh_MxF))
+  d_pre = pull(gated(dh_MxF))
   d_down = products.drhs(
-    (weight_Mx1, *pre),
-    [dy_TxD],
-    group_E,
-    dy_token_M=token_M,
-    of=lambda weight_Rx1, *pre: gated(weight_Rx1, hidden(*pre)),
+    gated(hidden_MxF), [dy_TxD], group_E, dy_token_M=token_M
   )
-  d_into = products.drhs([x_TxD], d_pre, group_E, x_token_M=token_M)
+  d_into = products.drhs(x_TxD, d_pre, group_E, x_token_M=token_M)
   dx_MxD = products.dlhs(d_pre, [w[name] for name in into], group_E)
   dx_TxD = plans.total(dx_MxD, rows, len(x_TxD))
   d = dict(zip((*into, 'down_ExFxD'), (*d_into, *d_down), strict=True))

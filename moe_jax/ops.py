@@ -88,15 +88,13 @@ class Products:
   For who has gradients of his own, `fused`. Rows from sum(group_E) on are
   undefined in what fwd and dlhs return, and reach nothing else. With a token_M,
   int32 [M], the rows are x[token_M], and what it says past the groups does not
-  matter; with an `of`, a function row by row, they are of(*xs), else the only
-  one of xs. Several matrices of the same experts are one product where the
+  matter. Several matrices of the same experts are one product where the
   implementation can.
 
   Attributes:
-    fwd: (xs, ws, group_E, token_M=None, of=None) -> (y_MxB, ...), x w of
-      each w.
+    fwd: (x, ws, group_E, token_M=None) -> (y_MxB, ...), x w of each w.
     dlhs: (dys, ws, group_E, token_M=None) -> dx_MxA, the sum of dy w^T.
-    drhs: (xs, dys, group_E, x_token_M=None, dy_token_M=None, of=None) ->
+    drhs: (x, dys, group_E, x_token_M=None, dy_token_M=None) ->
       (dw_ExAxB, ...), each expert's x^T dy, zero where it has no rows.
   """
 
@@ -108,8 +106,8 @@ class Products:
 def products(impl: str) -> Products:
   """Those of an implementation of `gmm`.
 
-  Those of 'cpu' make a product's rows in its loads; those of the others, which
-  have no such kernel, write the rows, for as long as one product.
+  Those of 'cpu' gather in the loads of the product; of the others, which have
+  no such kernel, the gathered rows are an array that lives as long as one.
   """
   if impl == 'cpu':
     kernels = importlib.import_module('pallas_kernels.cpu')
@@ -120,25 +118,25 @@ def products(impl: str) -> Products:
 def by_gradients(gmm: Callable[..., jax.Array]) -> Products:
   """Those of any grouped matmul, one matrix after the other."""
 
-  def fwd(xs, ws, group_E, token_M=None, of=None):
-    x_MxA = _made(xs, token_M, of)
+  def fwd(x, ws, group_E, token_M=None):
+    x_MxA = _taken(x, token_M)
     return tuple(gmm(x_MxA, w_ExAxB, group_E) for w_ExAxB in ws)
 
   def dlhs(dys, ws, group_E, token_M=None):
     total = None
     for dy, w_ExAxB in zip(dys, ws, strict=True):
-      dy_MxB = _made([dy], token_M, None)
+      dy_MxB = _taken(dy, token_M)
       zeros_MxA = jnp.zeros_like(dy_MxB, shape=(len(dy_MxB), w_ExAxB.shape[1]))
       of_x = lambda x_MxA, w_ExAxB=w_ExAxB: gmm(x_MxA, w_ExAxB, group_E)
       (dx_MxA,) = jax.vjp(of_x, zeros_MxA)[1](dy_MxB)
       total = dx_MxA if total is None else total + dx_MxA
     return total
 
-  def drhs(xs, dys, group_E, x_token_M=None, dy_token_M=None, of=None):
-    x_MxA, found = _made(xs, x_token_M, of), []
+  def drhs(x, dys, group_E, x_token_M=None, dy_token_M=None):
+    x_MxA, found = _taken(x, x_token_M), []
     of_w = lambda w_ExAxB: gmm(x_MxA, w_ExAxB, group_E)
     for dy in dys:
-      dy_MxB = _made([dy], dy_token_M, None)
+      dy_MxB = _taken(dy, dy_token_M)
       E, A, B = len(group_E), x_MxA.shape[1], dy_MxB.shape[1]
       zeros_ExAxB = jnp.zeros_like(dy_MxB, shape=(E, A, B))
       found.extend(jax.vjp(of_w, zeros_ExAxB)[1](dy_MxB))
@@ -147,11 +145,8 @@ def by_gradients(gmm: Callable[..., jax.Array]) -> Products:
   return Products(fwd, dlhs, drhs)
 
 
-def _made(xs, token_M, of):
-  """The rows of an operand."""
-  if token_M is not None:
-    xs = [x.at[token_M].get(mode='clip') for x in xs]
-  return of(*xs) if of else xs[0]
+def _taken(x, token_M):
+  return x if token_M is None else x.at[token_M].get(mode='clip')
 
 
 def _inside(ragged_dot, x_MxA, w_ExAxB, group_E):

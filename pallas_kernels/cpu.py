@@ -46,7 +46,7 @@ def gmm(x_MxA, w_ExAxB, group_E):
 
 @jax.custom_vjp
 def _gmm(x_MxA, w_ExAxB, group_E):
-  return fwd((x_MxA,), (w_ExAxB,), group_E)[0]
+  return fwd(x_MxA, (w_ExAxB,), group_E)[0]
 
 
 def _gmm_fwd(x_MxA, w_ExAxB, group_E):
@@ -56,31 +56,29 @@ def _gmm_fwd(x_MxA, w_ExAxB, group_E):
 def _gmm_bwd(saved, dy_MxB):
   x_MxA, w_ExAxB, group_E = saved
   dx_MxA = dlhs((dy_MxB,), (w_ExAxB,), group_E)
-  return dx_MxA, *drhs((x_MxA,), (dy_MxB,), group_E), None
+  return dx_MxA, *drhs(x_MxA, (dy_MxB,), group_E), None
 
 
 _gmm.defvjp(_gmm_fwd, _gmm_bwd)
 
 
 # The three products, without gradients of their own. The matrices that an
-# expert has for the same rows lie side by side in one product. What a product
-# reads is made tile by tile and never written as a whole: the rows that a
-# token_M names, of which those past the groups do not matter, or those that a
-# function of arrays of rows has as its values.
+# expert has for the same rows lie side by side in one product. With a token_M
+# the rows are those of x that it names, gathered tile by tile and never copied
+# as a whole; what it says past the groups does not matter.
 
 
-def fwd(xs, ws, group_E, token_M=None, of=None):
+def fwd(x, ws, group_E, token_M=None):
   """(y_MxB, ...): the rows times their expert's matrix of each w.
 
   Args:
-    xs: (x_MxA,), or (x_TxA,) with a token_M, or what `of` makes x_MxA of.
-    ws: (w_ExAxB, ...), of one A and of the dtype of x.
+    x: x_MxA, or x_TxA with a token_M.
+    ws: of (w_ExAxB, ...), of one A and of the dtype of x.
     group_E: as of `gmm`; so is what is undefined.
-    token_M: int32, each row's own in all of xs.
-    of: row by row, of parts of xs the part of x_MxA.
+    token_M: int32, each row's own in x.
   """
-  arrays = operands.same_axes(tuple(xs), tuple(ws), group_E, token_M)
-  return _product(*arrays, of=of, transpose=False)
+  arrays = operands.same_axes((x,), tuple(ws), group_E, token_M)
+  return _product(*arrays, transpose=False)
 
 
 def dlhs(dys, ws, group_E, token_M=None):
@@ -91,25 +89,23 @@ def dlhs(dys, ws, group_E, token_M=None):
     ws, group_E, token_M: as of `fwd`.
   """
   arrays = operands.same_axes(tuple(dys), tuple(ws), group_E, token_M)
-  return _product(*arrays, of=None, transpose=True)[0]
+  return _product(*arrays, transpose=True)[0]
 
 
-def drhs(xs, dys, group_E, x_token_M=None, dy_token_M=None, of=None):
+def drhs(x, dys, group_E, x_token_M=None, dy_token_M=None):
   """(dw_ExAxB, ...): each expert's x^T dy, zero where it has no rows.
 
   Args:
-    xs, of: as of `fwd`, of one dtype with dys.
+    x: x_MxA, or x_TxA with an x_token_M.
     dys: (dy_MxB, ...), or (dy_TxB, ...) with a dy_token_M.
     group_E: as of `gmm`.
     x_token_M, dy_token_M: as token_M of `fwd`.
   """
-  arrays = operands.same_axes(
-    tuple(xs), tuple(dys), group_E, x_token_M, dy_token_M
-  )
-  return _drhs(*arrays, of=of)
+  arrays = operands.same_axes(x, tuple(dys), group_E, x_token_M, dy_token_M)
+  return _drhs(*arrays)
 
 
-def _product(xs, ws, group_E, token_M, of, transpose):
+def _product(xs, ws, group_E, token_M, transpose):
   """The products of `fwd`, or with transpose of `dlhs`, as a tuple."""
   M = (xs[0] if token_M is None else token_M).shape[0]
   E, A = ws[0].shape[:2]
@@ -117,7 +113,7 @@ def _product(xs, ws, group_E, token_M, of, transpose):
   dot = functools.partial(
     lax.dot_general,
     dimension_numbers=(((1,), (1 if transpose else 0,)), ((), ())),
-    preferred_element_type=_wide(ws[0].dtype),
+    preferred_element_type=_wide(xs[0].dtype),
   )
   # Every tile costs a few passes over its rows, so a tile that is nearly full
   # beats several small ones that fit exactly.
@@ -136,14 +132,13 @@ def _product(xs, ws, group_E, token_M, of, transpose):
 
       def tile(i, ys, row, R):
         first, own_Rx1 = _own_rows(row + i * R, end, R, M)
-        parts = [_rows(x, first, R, token_M) for x in xs]
-        x_RxA = of(*parts) if of else _side_by_side(parts)
-        ys_RxB = _columns(dot(x_RxA, w_AxB), widths)
+        x_RxA = _side_by_side(_rows(x, first, R, token_M) for x in xs)
+        parts = _columns(dot(x_RxA, w_AxB), widths)
         return tuple(
           lax.dynamic_update_slice_in_dim(
             y_MxB, jnp.where(own_Rx1, y_RxB, _rows(y_MxB, first, R)), first, 0
           )
-          for y_MxB, y_RxB in zip(ys, ys_RxB, strict=True)
+          for y_MxB, y_RxB in zip(ys, parts, strict=True)
         )
 
       for R in tiles:
@@ -157,7 +152,7 @@ def _product(xs, ws, group_E, token_M, of, transpose):
 
     # The carry stays wide: XLA would convert all of a bfloat16 carry at every
     # step.
-    dtype = ws[0].dtype
+    dtype = xs[0].dtype
     ys = tuple(
       _unwritten(w_ExAxB, (M, B))
       for w_ExAxB, B in zip(ws[: len(widths)], widths, strict=True)
@@ -168,20 +163,13 @@ def _product(xs, ws, group_E, token_M, of, transpose):
   return product(xs, ws, group_E, token_M)
 
 
-def _drhs(xs, dys, group_E, x_token_M, dy_token_M, of):
+@jax.custom_batching.sequential_vmap
+def _drhs(x, dys, group_E, x_token_M, dy_token_M):
   """The products of `drhs`."""
-  product = functools.partial(_tiled_drhs, of=of)
-  product = jax.custom_batching.sequential_vmap(product)
-  return product(xs, dys, group_E, x_token_M, dy_token_M)
-
-
-def _tiled_drhs(xs, dys, group_E, x_token_M, dy_token_M, of):
-  one = _one if of is None else of
-  E, dtype = group_E.shape[0], dys[0].dtype
-  M = (xs[0] if x_token_M is None else x_token_M).shape[0]
-  A = jax.eval_shape(one, *xs).shape[1]
+  A, E = x.shape[1], group_E.shape[0]
+  M = (x if x_token_M is None else x_token_M).shape[0]
   widths = [dy.shape[1] for dy in dys]
-  wide = _wide(dtype)
+  wide = _wide(x.dtype)
   top = _top_tile(M, E)
   tiles = sorted({-(-top * d // 4) for d in (1, 2, 3, 4)})
   end_E = lax.cumsum(group_E)
@@ -192,7 +180,7 @@ def _tiled_drhs(xs, dys, group_E, x_token_M, dy_token_M, of):
     x_RxA, *dys_RxB = (
       jnp.where(own_Rx1, a, jnp.zeros_like(a))
       for a in (
-        one(*(_rows(x, first, R, x_token_M) for x in xs)),
+        _rows(x, first, R, x_token_M),
         *(_rows(dy, first, R, dy_token_M) for dy in dys),
       )
     )
@@ -203,7 +191,7 @@ def _tiled_drhs(xs, dys, group_E, x_token_M, dy_token_M, of):
 
   def empty(row, end):
     del row, end
-    return jnp.zeros_like(dys[0], shape=(A, sum(widths)), dtype=wide)
+    return jnp.zeros_like(x, shape=(A, sum(widths)), dtype=wide)
 
   def expert(e, dws):
     row, end = end_E[e] - group_E[e], end_E[e]
@@ -235,7 +223,7 @@ def _tiled_drhs(xs, dys, group_E, x_token_M, dy_token_M, of):
     _unwritten(dy, (E, A, B)) for dy, B in zip(dys, widths, strict=True)
   )
   dws = lax.fori_loop(0, E, expert, dws)
-  return tuple(dw_ExAxB.astype(dtype) for dw_ExAxB in dws)
+  return tuple(dw_ExAxB.astype(x.dtype) for dw_ExAxB in dws)
 
 
 def _unwritten(a, shape):
@@ -264,10 +252,6 @@ def _rows(x, first, R, token_M=None):
     return lax.dynamic_slice_in_dim(x, first, R)
   token_R = lax.dynamic_slice_in_dim(token_M, first, R)
   return x.at[token_R].get(mode='clip')
-
-
-def _one(x):
-  return x
 
 
 def _side_by_side(parts):

@@ -32,9 +32,8 @@ def _poisoned(impl):
     own_M = row_M < jnp.sum(group_E, dtype=jnp.int32)
     return jnp.where(own_M[:, None], y_MxB, jnp.nan)
 
-  def fwd(xs, ws, group_E, token_M=None, of=None):
-    ys = found.fwd(xs, ws, group_E, token_M, of)
-    return tuple(past(y_MxB, group_E) for y_MxB in ys)
+  def fwd(x, ws, group_E, token_M=None):
+    return tuple(past(y, group_E) for y in found.fwd(x, ws, group_E, token_M))
 
   def dlhs(dys, ws, group_E, token_M=None):
     return past(found.dlhs(dys, ws, group_E, token_M), group_E)
@@ -299,11 +298,11 @@ def test_gathered_rows_are_copied_ones(name):
   def run(token_M, x_TxA, y_TxA, ws, dys, group_E):
     turned = [w_ExAxB.swapaxes(1, 2) for w_ExAxB in ws]
     return (
-      cpu.fwd([x_TxA], ws, group_E, token_M),
+      cpu.fwd(x_TxA, ws, group_E, token_M),
       cpu.dlhs(dys, ws, group_E),
       cpu.dlhs((x_TxA, y_TxA), [turned[0]] * 2, group_E, token_M),
-      cpu.drhs([x_TxA], dys, group_E, x_token_M=token_M),
-      cpu.drhs(dys[:1], (x_TxA, y_TxA), group_E, dy_token_M=token_M),
+      cpu.drhs(x_TxA, dys, group_E, x_token_M=token_M),
+      cpu.drhs(dys[0], (x_TxA, y_TxA), group_E, dy_token_M=token_M),
     )
 
   ys, dx, both, dws, turned = run(token_M, x_TxA, y_TxA, ws, dys, group_E)
