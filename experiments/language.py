@@ -27,25 +27,20 @@ def base(steps: int = STEPS) -> ml_collections.ConfigDict:
 
 
 def novels(c: ml_collections.ConfigDict, data: pathlib.Path) -> None:
-  """Trains on novels; evaluates on 150 thousand tokens of others."""
+  """Trains on novels; evaluates on 1000 paragraphs of others."""
   folder = data / 'eltec-eng'
-  c.data = config.source(
-    'text',
-    path=str(folder / 'train.txt.xz'),
-    eval_path=str(sources.head(folder / 'valid.txt.xz', 1000)),
-    vocab_size=2048,
-    eval_bytes=100_000,
-  )
+  held_out = sources.head(folder / 'valid.txt.xz', 1000)
+  c.data = _text(folder / 'train.txt.xz', held_out)
 
 
 def sums(c: ml_collections.ConfigDict, data: pathlib.Path) -> None:
   """Trains on grade-school mathematics; evaluates on 600 of the test."""
   folder = data / 'gsm8k'
-  c.data = config.source(
-    'text',
-    path=str(folder / 'train.jsonl'),
-    eval_path=str(sources.head(folder / 'test.jsonl', 600)),
-    field='question,answer',
-    vocab_size=2048,
-    eval_bytes=100_000,
-  )
+  held_out = sources.head(folder / 'test.jsonl', 600)
+  c.data = _text(folder / 'train.jsonl', held_out, field='question,answer')
+
+
+def _text(path, eval_path, **options):
+  c = config.source('text', path=str(path), eval_path=str(eval_path), **options)
+  c.vocab_size, c.eval_bytes = 2048, 100_000
+  return c

@@ -7,9 +7,9 @@ file have the same, or nothing is added to it.
 
 import hashlib
 import importlib
-import inspect
 import json
 import pathlib
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -21,7 +21,7 @@ from moe_jax import config as configs
 from moe_jax import train
 
 ROOT = pathlib.Path(__file__).parents[1]
-FILE = 'results.jsonl'
+FILE, MEASURE = 'results.jsonl', 'measure.py'
 # Folders of moe_jax in which a config names the file that it uses.
 BY_NAME = ('routers', 'attention', 'models')
 
@@ -30,8 +30,7 @@ def study(name: str) -> ModuleType:
   """experiments/<name>/study.py; ValueError lists those there are.
 
   It has DATA (names of sources.py), `arms(data)` from the data's folder to a
-  config an arm, CLAIMS (claims.py), COLUMNS (of its table: {metric: title}),
-  and may have `measure(job, state)`, more metrics of a trained run.
+  config an arm, CLAIMS (claims.py) and COLUMNS (of its table: {metric: title}).
   """
   places = map(pathlib.Path, experiments.__path__)
   found = (p for place in places for p in place.glob('*/study.py'))
@@ -45,19 +44,36 @@ def folder(study: ModuleType) -> pathlib.Path:
   return pathlib.Path(study.__file__).parent
 
 
+def measure(study: ModuleType) -> Callable[..., dict[str, float]] | None:
+  """(job, state) -> more metrics of a trained run, from the study's measure.py.
+
+  None where there is no such file.
+  """
+  if not (folder(study) / MEASURE).exists():
+    return None
+  name = f'experiments.{folder(study).name}.measure'
+  return importlib.import_module(name).measure
+
+
 def made_with(
-  study: ModuleType, c: ml_collections.ConfigDict, data: pathlib.Path
-) -> dict[str, Any]:
-  """What a line of this config has to have been made with."""
-  values = configs.resolve(c)
-  text = json.dumps({**values, 'seed': None}, sort_keys=True)
-  text = text.replace(str(data), '')  # wherever it lies
-  return {
-    'code': _code(study, values),
-    'config': _digest(text.encode()),
-    'data': sources.digests(data, study.DATA),
-    'versions': train.versions(),
-  }
+  study: ModuleType,
+  arms: dict[str, ml_collections.ConfigDict],
+  data: pathlib.Path,
+) -> dict[str, dict[str, Any]]:
+  """{arm: what a line of it has to have been made with}"""
+  read, versions = sources.digests(data, study.DATA), train.versions()
+  found = {}
+  for arm, c in arms.items():
+    values = configs.resolve(c)
+    text = json.dumps({**values, 'seed': None}, sort_keys=True)
+    text = text.replace(str(data), '')  # wherever it lies
+    found[arm] = {
+      'code': _code(study, values),
+      'config': hashlib.sha256(text.encode()).hexdigest()[:16],
+      'data': read,
+      'versions': versions,
+    }
+  return found
 
 
 def read(study: ModuleType) -> list[dict]:
@@ -113,16 +129,11 @@ def _code(study, values):
     if path.parent.name in BY_NAME and path.stem not in named:
       continue
     whole.update(path.read_bytes())
-  for path in (*sorted(ROOT.glob('pallas_kernels/*.py')), _trial()):
-    whole.update(path.read_bytes())
-  if hasattr(study, 'measure'):
-    whole.update(inspect.getsource(study.measure).encode())
+  others = (
+    *sorted(ROOT.glob('pallas_kernels/*.py')),
+    *(ROOT / f'experiments/{name}.py' for name in ('trial', 'measures')),
+    folder(study) / MEASURE,
+  )
+  for path in others:
+    whole.update(path.read_bytes() if path.exists() else b'')
   return whole.hexdigest()[:16]
-
-
-def _trial():
-  return ROOT / 'experiments' / 'trial.py'
-
-
-def _digest(data):
-  return hashlib.sha256(data).hexdigest()[:16]

@@ -4,6 +4,7 @@ They are no part of this repository. A study looks for them in folders of these
 names under --data.
 """
 
+import functools
 import hashlib
 import itertools
 import lzma
@@ -90,7 +91,8 @@ def digests(folder: pathlib.Path, names: Iterable[str]) -> dict[str, str]:
   return found
 
 
-def head(path: pathlib.Path, lines: int, cache_dir: str = '') -> pathlib.Path:
+@functools.cache  # all arms of a study ask for the same
+def head(path: pathlib.Path, lines: int) -> pathlib.Path:
   """The first lines of a text, as a file of its own in the cache.
 
   What a run evaluates on should not take longer than what it trains on.
@@ -100,7 +102,7 @@ def head(path: pathlib.Path, lines: int, cache_dir: str = '') -> pathlib.Path:
   with opened(path, 'rt', encoding='utf-8') as file:
     text = ''.join(itertools.islice(file, lines))
   name = f'head-{hashlib.sha256(text.encode()).hexdigest()[:16]}{suffix}'
-  place = cache.directory(cache_dir) / name
+  place = cache.directory() / name
   if not place.exists():
     place.parent.mkdir(parents=True, exist_ok=True)
     metrics.replace(str(place), text)

@@ -10,7 +10,7 @@ def arms(study: ModuleType, rows: list[dict]) -> str:
   """Each arm's numbers, and what they cost: mean (deviation over seeds)."""
   heads = [
     *('arm', 'seeds', *study.COLUMNS.values(), 'parameters', 'active'),
-    *('MFLOPs a token', 'tokens', 'seconds', 'peak GB'),
+    *('MFLOPs a token', 'tokens', 'CPU seconds', 'peak GB'),
   ]
   body = []
   for arm in dict.fromkeys(row['arm'] for row in rows):

@@ -9,13 +9,14 @@ import json
 import pathlib
 import resource
 import sys
+import time
 from types import ModuleType
 
 from absl import logging
 
 from experiments import results
-from moe_jax import checkpoint, malloc, metrics, programs, train
 from moe_jax import job as jobs
+from moe_jax import malloc, metrics, programs, routing, train
 
 ROW = 'row.json'
 KEPT = (
@@ -33,12 +34,13 @@ def run(
 ) -> dict:
   """Trains an arm to its end; returns its line of results.jsonl."""
   c = study.arms(data)[arm]
-  made_with = results.made_with(study, c, data)
+  made_with = results.made_with(study, {arm: c}, data)[arm]
   c.seed, c.keep_checkpoints = seed, 1
   # A run that ended without a line is to be measured still.
   (workdir / 'summary.json').unlink(missing_ok=True)
   job = jobs.prepare(c, str(workdir))
-  summary = train.run(job)
+  # Of the CPU: other work beside takes little of that.
+  summary = train.run(job, clock=time.process_time)
   row = {
     'arm': arm,
     'seed': seed,
@@ -47,11 +49,10 @@ def run(
     'peak_bytes': 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
     'curve': _curve(workdir),
   }
-  if hasattr(study, 'measure'):
-    saved = checkpoint.Checkpoints(workdir, keep=1)
-    state = saved.restore(programs.abstract_state(job)).state
+  measure = results.measure(study)
+  if measure:
     with programs.precision(job):
-      row |= study.measure(job, state)
+      row |= measure(job, routing.restore(job, summary['steps']))
   return {**metrics.jsonable(row, digits=9), **made_with}
 
 

@@ -293,9 +293,7 @@ class Change(NamedTuple):
   first: int  # their optimiser steps
   second: int
   moved_S: np.ndarray  # tokens whose preferred expert is another
-  shared_S: (
-    np.ndarray
-  )  # mean Jaccard index of the sets of experts, 1 = the same
+  shared_S: np.ndarray  # mean Jaccard index of the sets of experts
 
 
 def change(old: Routing, new: Routing) -> Change:

@@ -179,8 +179,16 @@ def _load_maps(lines, config):
 PER_LAYER = {  # key of a line: title, hint, options of the chart
   'entropy': ('Router entropy', '1 = all experts equally likely', {}),
   'dropped': ('Dropped', 'share of the assignments', {'zero': True}),
+  'lost': ('Lost', 'rows without a place on another device', {'zero': True}),
   'balance': ('Balance loss', '1 = perfect balance', {}),
   'z': ('Router z-loss', '', {}),
+}
+
+
+# What is said where a count is 0 throughout.
+NOTHING = {
+  'dropped': 'No assignment was dropped.',
+  'lost': 'No row was lost on its way.',
 }
 
 
@@ -207,20 +215,22 @@ def _router(lines, config):
       )
     )
   keys = {k for x in lines for k, v in x.items() if isinstance(v, list)}
+  notes = []
   others = sorted(keys - set(PER_LAYER) - {'load'})
   for key in [k for k in PER_LAYER if k in keys] + others:
     title, hint, options = PER_LAYER.get(key, (key, '', {}))
     count = max(len(x[key]) for x in lines if isinstance(x.get(key), list))
     curves = [_points(lines, key, i) for i in range(count)]
-    if key == 'dropped' and not any(y for curve in curves for _, y in curve):
-      out.append('<p class="note">No assignment was dropped.</p>')
+    if key in NOTHING and not any(y for curve in curves for _, y in curve):
+      notes.append(NOTHING[key])
       continue
     out.append(
       figures.layers(
         title, hint, curves, _layer_names(count, config), axis, **options
       )
     )
-  return section('Router', out) if any(out) else ''
+  before = f'<p class="hint">{" ".join(notes)}</p>' if notes else ''
+  return section('Router', out, before=before) if any(out) else ''
 
 
 def _config(config):

@@ -232,7 +232,7 @@ def recorder(job: Job) -> Callable[..., dict[str, Any]]:
     model = models.bind(job.model, state.params, state.router_state)
     ctx = routers.context(
       batch,
-      jax.random.key(job.config['seed']),
+      jax.random.key(state.seed),
       state.step,
       train=False,
       microbatch=index,

@@ -46,7 +46,7 @@ job.Job.put = slow_put
 main.console()
 """
 CONFIG = """
-from small import lines_of, small_config, without_clocks
+from small import small_config
 def get_config():
   return small_config({corpus!r}, **{changes!r})
 """

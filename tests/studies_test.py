@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments import claims, pages, results, run, sources, tables, trial
+from experiments import claims, pages, results, runner, sources, tables, trial
 from experiments.claims import Claim
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -91,6 +91,7 @@ def test_a_study_is_whole(name):
   for source in study.DATA:
     assert source in text
   assert (folder / 'plot.py').exists()
+  results.measure(study)
   metrics = {*study.COLUMNS}
   for claim in study.CLAIMS:
     assert claim.untestable or claim.metric in metrics
@@ -140,7 +141,8 @@ def arms(data):
     c.model.router.k = k
     return c
   return {'one': arm(1), 'two': arm(2)}
-
+"""
+MEASURE = """
 def measure(job, state):
   assert int(state.step) == 3
   return {'twice': 2.0 * float(state.step)}
@@ -153,6 +155,7 @@ def fake(tmp_path, monkeypatch):
   folder = tmp_path / 'root/experiments/fake'
   folder.mkdir(parents=True)
   (folder / 'study.py').write_text(textwrap.dedent(STUDY))
+  (folder / 'measure.py').write_text(MEASURE)
   (folder / 'plot.py').write_text('def draw(rows, folder):\n  pass\n')
   mark = '<!-- by python -m experiments.run fake -->\n<!-- end -->\n'
   (folder / 'README.md').write_text(mark)
@@ -270,5 +273,5 @@ def test_a_router_that_no_arm_names_changes_no_code(monkeypatch, tmp_path):
 
 def test_all_arms_of_a_seed_come_before_the_next(monkeypatch):
   monkeypatch.setattr(results, 'read', lambda _: [{'arm': 'b', 'seed': 0}])
-  left = run.left_of(None, ['a', 'b'], 2)
+  left = runner.left_of(None, ['a', 'b'], 2)
   assert left == [('a', 0), ('a', 1), ('b', 1)]

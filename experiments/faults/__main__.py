@@ -77,6 +77,8 @@ def measure(short: bool) -> Iterator[list[dict]]:
       for trial in trials(place, reference):
         verdict = 'survived' if trial.survived else 'LOST'
         print(f'{title}: {trial.what}: {verdict} {trial.told}', flush=True)
+        told = trial.told.replace(f'{place.folder}/', '')
+        trial = trial._replace(told=told)
         made = {'group': title, **trial._asdict(), 'jax': jax.__version__}
         lines.append(made)
       yield lines

@@ -10,7 +10,7 @@ def draw(rows, folder):
   costs = (
     ('flops_per_token', 'MFLOPs a token', 1e6),
     ('peak_bytes', 'peak GB of the process', 1e9),
-    ('train_seconds', 'seconds of training', 1),
+    ('train_seconds', 'CPU seconds of training', 1),
   )
   for place, (key, label, scale) in zip(axes[1:], costs, strict=True):
     labels = label, 'held-out nats a token'

@@ -1,13 +1,10 @@
 """MomentumSMoE (2410.14574): does momentum over depth pay, clean or not?"""
 
 import pathlib
-import tempfile
 
 import ml_collections
-import numpy as np
-import scipy.ndimage
 
-from experiments import language, measures, sources
+from experiments import language
 from experiments.claims import Claim
 from moe_jax import config
 
@@ -38,15 +35,13 @@ def arms(data: pathlib.Path) -> dict[str, ml_collections.ConfigDict]:
     made[name] = _language(data, rule, options)
   for name in ('SMoE', 'Momentum'):
     made[f'pre {name}'] = _pre(data, *RULES[name])
-  images = {
-    'V-MoE': ('plain', {}),
+  made |= {
+    'V-MoE': _vision(data, 'pre', 'plain'),
     # The authors' momentum has a norm more in every block; so has this one.
-    'V-MoE, norms matched': ('heavy_ball', dict(mu=0.0)),
-    'V-MoE Momentum': ('heavy_ball', dict(mu=0.8, sign=-1.0)),
-    'V-MoE Robust': ('robust', {}),
+    'V-MoE, norms matched': _vision(data, 'vmoe', 'plain'),
+    'V-MoE Momentum': _vision(data, 'vmoe', 'heavy_ball', mu=0.8, sign=-1.0),
+    'V-MoE Robust': _vision(data, 'vmoe', 'robust'),
   }
-  for name, (rule, options) in images.items():
-    made[name] = _vision(data, rule, options)
   return made
 
 
@@ -76,7 +71,7 @@ def _pre(data, rule, options):
   return c
 
 
-def _vision(data, rule, options):
+def _vision(data, block, rule, **options):
   """Every second layer has 8 experts; tokens are 4 x 4 pixels."""
   c = config.default()
   c.steps, c.batch_size = 300, 64
@@ -84,7 +79,7 @@ def _vision(data, rule, options):
   path = data / 'mnist/mnist_10k_train_10k_test.npz'
   c.data = config.source('images', path=str(path), eval_images=1000)
   c.model = config.model('classifier', N=4, D=64, H=4, F=128, patch=4)
-  c.model.update(pattern='dm', E=8, expert_F=128, block='vmoe', init='vit')
+  c.model.update(pattern='dm', E=8, expert_F=128, block=block, init='vit')
   c.model.router = config.router('vmoe', k=2, capacity=1.05)
   c.model.residual = config.choice('residual', rule, **options)
   losses = dict(importance=0.005, smooth_load=0.005)
@@ -92,76 +87,6 @@ def _vision(data, rule, options):
   c.optimizer.learning_rate = 1e-3
   return c
 
-
-def measure(job, state):
-  """The loss of spoilt and of other text; errors on spoilt images."""
-  with tempfile.TemporaryDirectory() as folder:
-    folder = pathlib.Path(folder)
-    if job.config['data']['source'] == 'text':
-      return _of_texts(job, state, folder)
-    return _of_images(job, state, folder)
-
-
-def _of_texts(job, state, folder):
-  held_out = pathlib.Path(job.config['data']['eval_path'])
-  data = pathlib.Path(job.config['data']['path']).parents[1]
-  swapped = folder / 'swapped.txt'
-  swapped.write_text(swap(held_out.read_text()))
-  wikitext = sources.head(data / 'wikitext2-eval/valid.txt', 1500)
-  loss = lambda path: measures.evaluated(
-    measures.changed(job, data__eval_path=str(path)), state
-  )['eval_loss']
-  return {'swapped_loss': loss(swapped), 'wikitext_loss': loss(wikitext)}
-
-
-def swap(text: str, part: float = 0.025) -> str:
-  """'AAA' for so many words of every line, one at least (their attack).
-
-  Short words are left, as the attack leaves stop words.
-  """
-  draw = np.random.default_rng(0)
-  lines = []
-  for line in text.splitlines():
-    words = line.split(' ')
-    long = [i for i, word in enumerate(words) if len(word) > 3]
-    count = min(len(long), max(1, int(part * len(words))))
-    for i in draw.choice(long, count, replace=False) if count else ():
-      words[i] = 'AAA'
-    lines.append(' '.join(words))
-  return '\n'.join(lines) + '\n'
-
-
-def _of_images(job, state, folder):
-  error = lambda found: 100 * (1 - found['eval_accuracy'])
-  clean = error(measures.evaluated(job, state))
-  with np.load(job.config['data']['path']) as arrays:
-    pixels = arrays['x_test'].astype(np.float32)
-    labels = arrays['y_test']
-  found = {}
-  for name, spoil in SPOILT.items():
-    path = folder / f'{name}.npz'
-    spoilt = np.clip(spoil(pixels), 0, 255).astype(np.uint8)
-    np.savez(path, x_test=spoilt, y_test=labels)
-    other = measures.changed(
-      job,
-      data__eval_path=str(path),
-      data__eval_images_key='x_test',
-      data__eval_labels_key='y_test',
-    )
-    found[f'{name}_error'] = error(measures.evaluated(other, state))
-  return {'error': clean, **found}
-
-
-def _noise(pixels):
-  return pixels + np.random.default_rng(0).normal(0, 100, pixels.shape)
-
-
-SPOILT = {
-  'noise': _noise,
-  'blur': lambda pixels: scipy.ndimage.gaussian_filter(pixels, (0, 2, 2)),
-  'contrast': lambda pixels: 0.3 * pixels,
-  'shift': lambda pixels: np.roll(pixels, (3, 3), (1, 2)),
-}
 
 CLAIMS = [
   Claim('momentum lowers the loss', 'Momentum', 'SMoE'),
@@ -195,7 +120,7 @@ CLAIMS = [
       f'{rule} makes fewer errors under {name} than its architecture without',
       f'V-MoE {rule}', 'V-MoE, norms matched', f'{name}_error',
     )
-    for name in SPOILT
+    for name in ('noise', 'blur', 'contrast', 'shift')
     for rule in ('Momentum', 'Robust')
   ),
   Claim(

@@ -9,6 +9,6 @@ def draw(rows, folder):
   claims = [claim for claim in study.CLAIMS if claim.metric == study.BLEU]
   pictures.differences(left, claims, rows, 'BLEU')
   german = [row for row in rows if ':' not in row['arm']]
-  labels = 'seconds of training', 'BLEU, en-de'
+  labels = 'CPU seconds of training', 'BLEU, en-de'
   pictures.means(right, german, 'train_seconds', study.BLEU, labels)
   pictures.save(figure, folder)

@@ -2,26 +2,22 @@
 
 import pathlib
 
-import jax.numpy as jnp
 import ml_collections
-import numpy as np
 
-from experiments import measures
 from experiments.claims import Claim
-from moe_jax import config, programs, train
+from moe_jax import config
 
 DATA = ('lohelp-mt',)
+# Ways to choose experts at inference.
+MODES = ('token', 'sequence', 'position', 'fixed', 'ensemble')
 COLUMNS = {
   'eval_bleu': 'BLEU',
   'eval_chrf': 'chrF',
   'eval_loss': 'nats a token',
   'draw_deviation': 'deviation over draws, nats',
-  **{f'{mode}_loss': f'by {mode}' for mode in ('token', 'sequence')},
-  **{f'{mode}_loss': f'by {mode}' for mode in ('position', 'fixed')},
-  'ensemble_loss': 'ensemble',
+  **{f'{mode}_loss': f'by {mode}' for mode in MODES},
 }
 E, STEPS = 2, 1000
-DRAWS = 4
 MANY = '(de|es|fr|it|nl|vi)'
 
 
@@ -87,33 +83,6 @@ def arms(data: pathlib.Path) -> dict[str, ml_collections.ConfigDict]:
     **four('vi: ', 'vi'),
     **four('six: ', MANY),
   }
-
-
-def measure(job, state):
-  """Of random experts: each mode of inference, and what a draw changes.
-
-  `draw_deviation` is that of the loss over draws of an expert a token.
-  """
-  c = job.config['model']
-  if c['router']['name'] != 'random' or c['pattern'] == 'd' or c['E'] == 1:
-    return {}
-  found = {}
-  for mode in ('token', 'sequence', 'position', 'fixed', 'ensemble'):
-    other = measures.changed(job, model__router__eval_per=mode)
-    values = measures.evaluated(other, state)
-    found[f'{mode}_loss'] = values['eval_loss']
-  # The draws of an evaluation follow from the seed and the step.
-  other = measures.changed(job, model__router__eval_per='token')
-  run = programs.make_eval(other)
-  losses = []
-  for i in range(DRAWS):
-    later = state._replace(step=state.step + jnp.int32(i + 1))
-    values = programs.evaluate(other, run, later, share=1.0)
-    losses.append(values['eval_loss'])
-  found['draw_deviation'] = float(np.std(losses, ddof=1))
-  best = measures.changed(job, model__router__eval_per='ensemble')
-  found['ensemble_bleu'] = train.bleu(best, state)['eval_bleu']
-  return found
 
 
 UP = dict(low=0.0, high=float('inf'))
