@@ -9,11 +9,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-GMM = ('cpu', 'tpu', 'interpret', 'xla', 'tokamax')
+GMM = ('cpu', 'tpu', 'interpret', 'gpu', 'xla', 'tokamax')
 _PACKAGES = {
   'cpu': 'pallas_kernels',
   'tpu': 'pallas_kernels',
   'interpret': 'pallas_kernels',
+  'gpu': 'pallas_kernels',
   'tokamax': 'tokamax',
 }
 
@@ -22,11 +23,13 @@ def choose_gmm(impl: str | None) -> str:
   """The implementation that `gmm` runs here.
 
   Raises ValueError for one that is unknown, not installed, or meant for another
-  platform than jax's default.
+  platform than jax's default; for None, too, on a GPU that is no Hopper.
   """
   platform = jax.default_backend()
   if impl is None:
-    return platform if platform in ('cpu', 'tpu') else 'xla'
+    if platform == 'gpu':
+      _check_hopper(impl)
+    return platform if platform in ('cpu', 'tpu', 'gpu') else 'xla'
   if impl not in GMM:
     raise ValueError(f'gmm is {impl!r}; there are {", ".join(GMM)}')
   package = _PACKAGES.get(impl)
@@ -36,7 +39,38 @@ def choose_gmm(impl: str | None) -> str:
     raise ValueError(
       f"gmm is 'tpu' on {platform}; 'interpret' runs that kernel anywhere"
     )
+  if impl == 'gpu':
+    _check_hopper(impl)
   return impl
+
+
+def check(impl: str, dtype: str, *widths: int) -> None:
+  """ValueError if `gmm` has no matrices of these sides and this dtype."""
+  if impl == 'gpu' and (dtype != 'bfloat16' or any(w % 64 for w in widths)):
+    sides = ' x '.join(map(str, widths))
+    raise ValueError(
+      f"gmm 'gpu' has bfloat16 matrices of multiples of 64, not {dtype} of"
+      f' {sides}; {_OTHERS}'
+    )
+
+
+_OTHERS = (
+  "others on GPUs are 'tokamax' and 'xla', which multiplies each row by every"
+  " expert's matrix"
+)
+
+
+def _check_hopper(impl):
+  """ValueError unless the kernel for GPUs was made for this one."""
+  platform = jax.default_backend()
+  device = jax.devices()[0]
+  capability = str(getattr(device, 'compute_capability', ''))
+  if platform != 'gpu' or not capability.startswith('9.'):
+    kind = device.device_kind if platform == 'gpu' else platform
+    raise ValueError(
+      f"gmm is {impl or 'auto'!r} on {kind}; 'gpu' is for NVIDIA's Hopper;"
+      f' {_OTHERS}'
+    )
 
 
 def gmm(
@@ -57,9 +91,11 @@ def gmm(
     w_ExAxB: a matrix per expert, of the same dtype.
     group_E: int32 rows per expert, with a sum of at most M.
     impl: 'cpu' (plain JAX without E-fold work), 'tpu' (a Mosaic kernel),
-      'interpret' (the same under Pallas' interpreter, on any platform), 'xla'
-      (`jax.lax.ragged_dot`), 'tokamax' (`tokamax.ragged_dot`, which chooses
-      among its own); None chooses for the platform. A named one runs or raises.
+      'interpret' (the same under Pallas' interpreter, on any platform), 'gpu'
+      (a Mosaic kernel for Hopper, which has not run on one), 'xla'
+      (`jax.lax.ragged_dot`; on GPUs E-fold work), 'tokamax'
+      (`tokamax.ragged_dot`, which chooses among its own); None chooses for the
+      platform. A named one runs or raises.
 
   Raises:
     NotImplementedError: the implementation has not the shape or dtype.
@@ -75,6 +111,9 @@ def gmm(
     case 'tpu' | 'interpret':
       kernel = importlib.import_module('pallas_kernels.tpu').gmm
       return kernel(x_MxA, w_ExAxB, group_E, interpret=impl == 'interpret')
+    case 'gpu':
+      kernel = importlib.import_module('pallas_kernels.gpu').gmm
+      return kernel(x_MxA, w_ExAxB, group_E)
     case 'tokamax':
       kernel = importlib.import_module('tokamax').ragged_dot
       return _inside(kernel, x_MxA, w_ExAxB, group_E)

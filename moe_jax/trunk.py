@@ -481,6 +481,7 @@ def _routed(c, candidates, rngs):
 
 
 def _pool(c, R, rngs):
+  ops.check(c.gmm, c.dtype, c.D, c.expert_F)
   return Experts(
     c.E * R,
     c.D,

@@ -1,11 +1,12 @@
 """Grouped matrix multiplication on Hopper GPUs, Mosaic GPU kernels.
 
 The blocks of the result are dealt out to as many thread blocks as there are
-multiprocessors. In each, one warpgroup only loads: it runs ahead through a ring
-of stages in shared memory, past the ends of its blocks. Two multiply, 64 rows of
-the block each, and write. A block of x begins at its expert's first row, rounded
-down to a row that the copy engine can start at, so an expert is cut at its end
-alone; a warpgroup whose rows are all another expert's multiplies nothing.
+multiprocessors. In each, one warpgroup only loads: it runs ahead through a
+ring of stages in shared memory, past the ends of its blocks. Two multiply, 64
+rows of the block each, and write. A block of x begins at its expert's first
+row, rounded down to a row that the copy engine can start at, so an expert is
+cut at its end alone; a warpgroup whose rows are all another expert's
+multiplies nothing.
 
 This has been compiled for an H100 and run by jax's GPU interpreter. It has not
 run on hardware.
@@ -86,7 +87,7 @@ def gmm(x_MxA, w_ExAxB, group_E, *, tiles=None, sms=None, interpret=None):
       of 64.
   """
   operands.check(x_MxA, w_ExAxB, group_E, _DTYPES, 'gpu')
-  (M, A), (E, _, B) = x_MxA.shape, w_ExAxB.shape
+  M, (_, A, B) = x_MxA.shape[0], w_ExAxB.shape
   if A % _WIDTH or B % _WIDTH:
     raise NotImplementedError(
       f'gmm on gpu has matrices of multiples of {_WIDTH}, not {A} x {B}'
@@ -160,7 +161,7 @@ def product(
     sms, interpret: as for `gmm`.
     transpose: contracts the last axis of w instead of the middle one.
   """
-  M, A = x_MxA.shape
+  M = x_MxA.shape[0]
   B = w_ExAxB.shape[1 if transpose else 2]
   w_shape = (tile.cols, tile.depth) if transpose else (tile.depth, tile.cols)
   body = functools.partial(
@@ -188,7 +189,10 @@ def _product_kernel(
   count, expert_V, start_V, low_V, high_V, x, w, y, *scratch,
   tile, sms, transpose,
 ):  # fmt: skip
-  blocks, steps = pl.cdiv(y.shape[1], tile.cols), pl.cdiv(x.shape[1], tile.depth)
+  blocks, steps = (
+    pl.cdiv(y.shape[1], tile.cols),
+    pl.cdiv(x.shape[1], tile.depth),
+  )
   ring = _Ring(*scratch[:-1])
   strip = scratch[-1]
 
@@ -283,9 +287,7 @@ def drhs(x_MxA, dy_MxB, group_E, tile, sms, interpret=None):
   return run(x_MxA, dy_MxB, group_E)
 
 
-def _drhs_kernel(
-  order_E, first_E, end_E, x, dy, dw, *scratch, tile, sms
-):
+def _drhs_kernel(order_E, first_E, end_E, x, dy, dw, *scratch, tile, sms):
   E, A, B = dw.shape
   down, across = pl.cdiv(A, tile.rows), pl.cdiv(B, tile.cols)
   ring = _Ring(*scratch[:-2])
@@ -326,8 +328,9 @@ def _drhs_kernel(
       def step(k, seq):
         slot = ring.wait(seq)
         # Rows of other experts: zero on both sides, as zero times NaN is NaN.
-        low, high = (edge - start - k * tile.depth for edge in
-                     (first_E[e], end_E[e]))
+        low, high = (
+          edge - start - k * tile.depth for edge in (first_E[e], end_E[e])
+        )
 
         @pl.when((low > 0) | (high < tile.depth))
         def _():
@@ -526,9 +529,7 @@ def _write_rows(y, row, low, high, strip, cols):
 def _keep_rows(ref, low, high):
   """Zero in the rows of shared memory below low, and from high on."""
   a = ref[...]
-  row = plgpu.broadcasted_iota(
-    jnp.int32, a.shape, 0, layout=plgpu.Layout.WGMMA
-  )
+  row = plgpu.broadcasted_iota(jnp.int32, a.shape, 0, layout=plgpu.Layout.WGMMA)
   ref[...] = jnp.where((row >= low) & (row < high), a, jnp.zeros_like(a))
 
 

@@ -29,7 +29,7 @@ WRONG = {
   'model.residual.name': ('leaky', "'leaky'.*heavy_ball"),
   'model.link': ('sum', "'sum'.*replace"),
   'model.name': ('rnn', "'rnn'.*decoder"),
-  'model.gmm': ('gpu', "'gpu'.*xla"),
+  'model.gmm': ('gpu', "'gpu' on cpu.*xla"),
   'model.dtype': ('float16', "dtype='float16'"),
   'mesh.data': (16, 'data=16.*16 devices.*8'),
   'mesh.fsdp': (3, 'batch_size=8.*3'),
