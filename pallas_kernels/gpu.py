@@ -170,7 +170,6 @@ def product(
 
   @jax.custom_batching.sequential_vmap
   def run(x_MxA, w_ExAxB, group_E):
-    visits = _visits(group_E, tile.rows, M)
     return _kernel(
       body,
       operands.like(x_MxA, (M, B)),
@@ -180,7 +179,7 @@ def product(
       tile,
       sms,
       interpret,
-    )(*visits, x_MxA, w_ExAxB)
+    )(*visits(group_E, tile.rows, M), x_MxA, w_ExAxB)
 
   return run(x_MxA, w_ExAxB, group_E)
 
@@ -198,7 +197,7 @@ def _product_kernel(
 
   def block(position):
     """The visit, and the columns."""
-    j, v = _in_bands(position, count[0], blocks, tile.band)
+    j, v = in_bands(position, count[0], blocks, tile.band)
     return v, j * tile.cols
 
   def load(position, seq):
@@ -297,7 +296,7 @@ def _drhs_kernel(order_E, first_E, end_E, x, dy, dw, *scratch, tile, sms):
     """The expert, the row and the column of dw."""
     each = down * across
     e = order_E[lax.div(position, each)]
-    j, i = _in_bands(lax.rem(position, each), down, across, tile.band)
+    j, i = in_bands(lax.rem(position, each), down, across, tile.band)
     return e, i * tile.rows, j * tile.cols
 
   def rows(e):
@@ -368,7 +367,7 @@ def _drhs_kernel(order_E, first_E, end_E, x, dy, dw, *scratch, tile, sms):
   _deal(E * down * across, sms, load, multiply)
 
 
-class _Visits(NamedTuple):
+class Visits(NamedTuple):
   """An expert's rows, cut into blocks, in the order of the rows."""
 
   count: jax.Array  # int32 [1]: the visits that exist; the rest is padding
@@ -378,7 +377,7 @@ class _Visits(NamedTuple):
   high_V: jax.Array  # int32, one past the last
 
 
-def _visits(group_E, rows, M):
+def visits(group_E, rows, M):
   """V is static; an expert without rows has no visit."""
   E = group_E.shape[0]
   end_E = lax.cumsum(group_E)
@@ -391,7 +390,7 @@ def _visits(group_E, rows, M):
   expert_V = jnp.sum(until_E[None, :] <= v_V[:, None], axis=1, dtype=jnp.int32)
   expert_V = jnp.minimum(expert_V, E - 1)
   start_V = start_E[expert_V] + rows * (v_V - (until_E - visits_E)[expert_V])
-  return _Visits(
+  return Visits(
     until_E[-1:],
     expert_V,
     start_V,
@@ -400,7 +399,7 @@ def _visits(group_E, rows, M):
   )
 
 
-def _in_bands(position, length, blocks, band):
+def in_bands(position, length, blocks, band):
   """(block, place) of a position, among length * blocks.
 
   A band is `band` blocks side by side; its places follow one another.

@@ -111,7 +111,7 @@ def test_visits_hold_every_row_once(seed):
   E, rows = rng.integers(1, 20), 128
   group_E = rng.integers(0, 300, E) * rng.integers(0, 2, E)
   M = int(group_E.sum() + rng.integers(1, 50))
-  visits = gpu._visits(jnp.asarray(group_E, jnp.int32), rows, M)
+  visits = gpu.visits(jnp.asarray(group_E, jnp.int32), rows, M)
   n = int(visits.count[0])
   assert n <= len(visits.expert_V)
   owner_M = np.full(M, -1)
@@ -130,7 +130,7 @@ def test_bands_cover_every_block_once(blocks, band):
   length = 11
   positions = jnp.arange(blocks * length, dtype=jnp.int32)
   place = functools.partial(
-    gpu._in_bands, length=length, blocks=blocks, band=band
+    gpu.in_bands, length=length, blocks=blocks, band=band
   )
   j, v = jax.vmap(place)(positions)
   assert len(set(zip(j.tolist(), v.tolist(), strict=True))) == len(positions)
