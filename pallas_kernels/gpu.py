@@ -138,8 +138,8 @@ def choose(A, B):
   """
 
   def best(width, panel):
-    cols = min(256, -(-width // _WIDTH) * _WIDTH)
-    blocks = -(-width // cols)
+    blocks = -(-width // 256)
+    cols = -(-width // (blocks * _WIDTH)) * _WIDTH
     bands = -(-blocks // max(1, _KEPT_BYTES // (2 * panel * cols)))
     stages = 4 if cols > 192 else 5
     rows = _WGS * _STRIP

@@ -30,7 +30,7 @@ CASES = {
   'odd_rows': (331, 64, 128, (100, 131, 100)),
   'empty_experts': (200, 128, 64, (0, 90, 0, 0, 110, 0)),
   'many_of_less_than_eight': (64, 64, 64, tuple(e % 4 for e in range(40))),
-  'sum_below_M': (304, 64, 192, (50, 0, 99, 40)),
+  'sum_below_M': (304, 64, 256, (50, 0, 99, 40)),
   'no_rows_used': (24, 64, 64, (0, 0)),
   'one_row': (1, 128, 64, (0, 1, 0)),
   'more_steps_than_stages': (520, 384, 64, (3, 450, 60)),
@@ -66,6 +66,14 @@ def test_values_gradients_and_no_race(name):
   operands = draw(name)
   step = jax.jit(functools.partial(gmm_test.vjp, gmm=kernel()))
   check(step(*operands), operands)
+
+
+@interpreted
+def test_bands_of_narrow_blocks_and_few_stages():
+  tile = gpu.Tile(rows=128, cols=64, depth=64, stages=2, band=2)
+  operands = draw('ends_within_blocks')
+  gmm = functools.partial(kernel(3), tiles=gpu.Tiles(tile, tile, tile))
+  check(jax.jit(functools.partial(gmm_test.vjp, gmm=gmm))(*operands), operands)
 
 
 @interpreted
