@@ -181,7 +181,8 @@ def product(
       interpret,
     )(*visits(group_E, tile.rows, M), x_MxA, w_ExAxB)
 
-  return run(x_MxA, w_ExAxB, group_E)
+  # jax forgets over which mesh axes a kernel's result varies.
+  return operands.same_axes(run(x_MxA, w_ExAxB, group_E), x_MxA)[0]
 
 
 def _product_kernel(
@@ -283,7 +284,7 @@ def drhs(x_MxA, dy_MxB, group_E, tile, sms, interpret=None):
       interpret,
     )(order_E, end_E - group_E, end_E, x_MxA, dy_MxB)
 
-  return run(x_MxA, dy_MxB, group_E)
+  return operands.same_axes(run(x_MxA, dy_MxB, group_E), x_MxA)[0]
 
 
 def _drhs_kernel(order_E, first_E, end_E, x, dy, dw, *scratch, tile, sms):
@@ -333,10 +334,14 @@ def _drhs_kernel(order_E, first_E, end_E, x, dy, dw, *scratch, tile, sms):
 
         @pl.when((low > 0) | (high < tile.depth))
         def _():
-          for ref in ring.left, ring.right:
-            part = ref.shape[2] // _WGS
-            mine = pl.ds(lax.axis_index('wg') * part, part)
-            _keep_rows(ref.at[slot, :, mine], low, high)
+          pieces = [
+            ref.at[slot, :, pl.ds(at, _WIDTH)]
+            for ref in (ring.left, ring.right)
+            for at in range(0, ref.shape[2], _WIDTH)
+          ]
+          for n, piece in enumerate(pieces):
+            mine = lax.axis_index('wg') == n % _WGS
+            pl.when(mine)(functools.partial(_keep_rows, piece, low, high))
           plgpu.commit_smem()
           plgpu.barrier_arrive(masked)
           plgpu.barrier_wait(masked)

@@ -29,7 +29,7 @@ CASES = {
   'ends_within_blocks': (400, 128, 320, (100, 131, 9, 150)),
   'odd_rows': (331, 64, 128, (100, 131, 100)),
   'empty_experts': (200, 128, 64, (0, 90, 0, 0, 110, 0)),
-  'many_of_less_than_eight': (64, 64, 64, tuple(e % 4 for e in range(40))),
+  'many_of_less_than_eight': (64, 64, 64, tuple(e % 4 for e in range(20))),
   'sum_below_M': (304, 64, 256, (50, 0, 99, 40)),
   'no_rows_used': (24, 64, 64, (0, 0)),
   'one_row': (1, 128, 64, (0, 1, 0)),
@@ -78,7 +78,7 @@ def test_bands_of_narrow_blocks_and_few_stages():
 
 @interpreted
 def test_group_sizes_are_dynamic():
-  x, w, dy, group = draw('ends_within_blocks')
+  x, w, dy, group = draw('odd_rows')
   step = jax.jit(functools.partial(gmm_test.vjp, gmm=kernel(races=False)))
   for sizes in (group, group[::-1], group // 2, jnp.zeros_like(group)):
     check(step(x, w, dy, sizes), (x, w, dy, sizes))
