@@ -145,8 +145,8 @@ def choose(A, B):
     rows = _WGS * _STRIP
     return Tile(rows, cols, _WIDTH, stages, -(-blocks // bands))
 
-  # Rows of an expert are not known; 2048 are many.
-  return Tiles(best(B, A), best(A, B), best(B, 2048))
+  # Rows of an expert are not known; the largest may have that many.
+  return Tiles(best(B, A), best(A, B), best(B, 16384))
 
 
 def product(

@@ -137,8 +137,9 @@ def test_kernels_need_jax_alone(path):
     )
 
 
-@pytest.mark.parametrize('path', ['cpu', 'tpu', 'tiling', 'operands'])
+@pytest.mark.parametrize('path', ['cpu', 'tpu', 'gpu', 'tiling', 'operands'])
 def test_kernels_do_not_know_their_tools(path):
   tools = {'bench', 'command', 'cost', 'rivals', 'schedule', 'traffic'}
+  tools |= {'hopper', 'ptx'}
   for name in _imported(f'pallas_kernels/{path}.py'):
     assert not tools & set(name.split('.')[1:]), f'{path} imports {name}'

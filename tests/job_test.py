@@ -45,6 +45,16 @@ WRONG = {
 }
 
 
+def test_a_kernel_that_has_not_the_dtype_is_refused_first(
+  tmp_path, monkeypatch
+):
+  """On a GPU, before data are read: nothing slower is taken instead."""
+  monkeypatch.setattr(jobs.ops, 'choose_gmm', lambda impl: 'gpu')
+  c = small_config('/no/such/file')
+  with pytest.raises(ValueError, match=r"'gpu' has bfloat16.*not float32"):
+    jobs.prepare(c, str(tmp_path / 'run'))
+
+
 def test_several_processes_leave_no_device_idle(corpus, tmp_path, monkeypatch):
   monkeypatch.setattr(jobs.jax, 'process_count', lambda: 2)
   told = r'mesh of 2 devices.*2 processes have 8'
