@@ -96,10 +96,9 @@ def gmm(x_MxA, w_ExAxB, group_E, *, tiles=None, sms=None, interpret=None):
     return jnp.zeros((M, B), x_MxA.dtype)
   tiles = tiles or choose(A, B)
   sms = sms or (2 if interpret else _multiprocessors())
-  options = _Options(sms, interpret)
-  padded = jnp.pad(x_MxA, ((0, -M % _ALIGN), (0, 0)))
-  operands_ = operands.same_axes(padded, w_ExAxB, group_E)
-  return _gmm(*operands_, tiles, options)[:M]
+  padded_MxA = jnp.pad(x_MxA, ((0, -M % _ALIGN), (0, 0)))
+  arrays = operands.same_axes(padded_MxA, w_ExAxB, group_E)
+  return _gmm(*arrays, tiles, _Options(sms, interpret))[:M]
 
 
 class _Options(NamedTuple):
