@@ -19,17 +19,20 @@ _PACKAGES = {
 }
 
 
-def choose_gmm(impl: str | None) -> str:
-  """The implementation that `gmm` runs here.
+def choose_gmm(impl: str | None, dtype: str = 'float32', *sides: int) -> str:
+  """The implementation that `gmm` runs here, of matrices with these sides.
+
+  For None that of the platform; on GPUs, where only Hopper has one, and that
+  not for every matrix, else 'xla', of which `told` says what it costs.
 
   Raises ValueError for one that is unknown, not installed, or meant for another
-  platform than jax's default; for None, too, on a GPU that is no Hopper.
+  platform than jax's default.
   """
   platform = jax.default_backend()
   if impl is None:
     if platform == 'gpu':
-      _check_hopper(impl)
-    return platform if platform in ('cpu', 'tpu', 'gpu') else 'xla'
+      return 'gpu' if _hopper() and _multiplies(dtype, sides) else 'xla'
+    return platform if platform in ('cpu', 'tpu') else 'xla'
   if impl not in GMM:
     raise ValueError(f'gmm is {impl!r}; there are {", ".join(GMM)}')
   package = _PACKAGES.get(impl)
@@ -39,38 +42,41 @@ def choose_gmm(impl: str | None) -> str:
     raise ValueError(
       f"gmm is 'tpu' on {platform}; 'interpret' runs that kernel anywhere"
     )
-  if impl == 'gpu':
-    _check_hopper(impl)
+  if impl == 'gpu' and not _hopper():
+    raise ValueError(
+      f"gmm is 'gpu' on {jax.devices()[0].device_kind}, and for NVIDIA's"
+      f' Hopper; {_OTHERS}'
+    )
   return impl
 
 
-def check(impl: str, dtype: str, *widths: int) -> None:
+_ALL = "multiplies each row by every expert's matrix"
+_OTHERS = f"others on GPUs are 'tokamax' and 'xla', which {_ALL}"
+
+
+def check(impl: str, dtype: str, *sides: int) -> None:
   """ValueError if `gmm` has no matrices of these sides and this dtype."""
-  if impl == 'gpu' and (dtype != 'bfloat16' or any(w % 64 for w in widths)):
-    sides = ' x '.join(map(str, widths))
+  if impl == 'gpu' and not _multiplies(dtype, sides):
     raise ValueError(
       f"gmm 'gpu' has bfloat16 matrices of multiples of 64, not {dtype} of"
-      f' {sides}; {_OTHERS}'
+      f' {" x ".join(map(str, sides))}; {_OTHERS}'
     )
 
 
-_OTHERS = (
-  "others on GPUs are 'tokamax' and 'xla', which multiplies each row by every"
-  " expert's matrix"
-)
+def told(impl: str) -> str:
+  """An implementation, for who runs it: 'xla' is slow off TPUs."""
+  slow = impl == 'xla' and jax.default_backend() != 'tpu'
+  return f'{impl} ({_ALL})' if slow else impl
 
 
-def _check_hopper(impl):
-  """ValueError unless the kernel for GPUs was made for this one."""
-  platform = jax.default_backend()
-  device = jax.devices()[0]
-  capability = str(getattr(device, 'compute_capability', ''))
-  if platform != 'gpu' or not capability.startswith('9.'):
-    kind = device.device_kind if platform == 'gpu' else platform
-    raise ValueError(
-      f"gmm is {impl or 'auto'!r} on {kind}; 'gpu' is for NVIDIA's Hopper;"
-      f' {_OTHERS}'
-    )
+def _multiplies(dtype, sides):
+  """Whether the kernel for Hopper has such matrices."""
+  return dtype == 'bfloat16' and not any(side % 64 for side in sides)
+
+
+def _hopper():
+  capability = getattr(jax.devices()[0], 'compute_capability', '')
+  return str(capability).startswith('9.')
 
 
 def gmm(
@@ -100,7 +106,7 @@ def gmm(
   Raises:
     NotImplementedError: the implementation has not the shape or dtype.
   """
-  impl = impl or choose_gmm(None)
+  impl = impl or choose_gmm(None, x_MxA.dtype.name, *w_ExAxB.shape[1:])
   # Imported here, so that 'xla' works where pallas_kernels is absent.
   match impl:
     case 'xla':

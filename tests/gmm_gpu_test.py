@@ -175,7 +175,7 @@ def test_refuses_what_it_does_not_support():
 
 
 def test_the_doorway_refuses_it_off_hopper(monkeypatch):
-  with pytest.raises(ValueError, match=r"'gpu' on cpu; .*'tokamax' and 'xla'"):
+  with pytest.raises(ValueError, match=r"'gpu' on cpu, .*'tokamax' and 'xla'"):
     ops.choose_gmm('gpu')
 
   class Device:
@@ -184,11 +184,16 @@ def test_the_doorway_refuses_it_off_hopper(monkeypatch):
 
   monkeypatch.setattr(ops.jax, 'default_backend', lambda: 'gpu')
   monkeypatch.setattr(ops.jax, 'devices', lambda: [Device])
-  for impl in 'gpu', None:
-    with pytest.raises(ValueError, match=r"on NVIDIA A100; .*'tokamax' and"):
-      ops.choose_gmm(impl)
+  with pytest.raises(ValueError, match=r"on NVIDIA A100, .*'tokamax' and"):
+    ops.choose_gmm('gpu')
+  assert ops.choose_gmm(None) == 'xla'
   Device.compute_capability = '9.0'
-  assert ops.choose_gmm(None) == ops.choose_gmm('gpu') == 'gpu'
+  assert ops.choose_gmm('gpu') == 'gpu'
+  assert ops.choose_gmm(None, 'bfloat16', 128, 64) == 'gpu'
+  # What it cannot multiply goes to another, and the run says what that costs.
+  assert ops.choose_gmm(None, 'float32', 128, 64) == 'xla'
+  assert ops.choose_gmm(None, 'bfloat16', 128, 96) == 'xla'
+  assert 'every expert' in ops.told('xla') and ops.told('gpu') == 'gpu'
 
 
 def test_what_it_cannot_multiply_is_told_before_compiling():

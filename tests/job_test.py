@@ -48,8 +48,8 @@ WRONG = {
 def test_a_kernel_that_has_not_the_dtype_is_refused_first(
   tmp_path, monkeypatch
 ):
-  """On a GPU, before data are read: nothing slower is taken instead."""
-  monkeypatch.setattr(jobs.ops, 'choose_gmm', lambda impl: 'gpu')
+  """On a GPU, before data are read: a named one is not another."""
+  monkeypatch.setattr(jobs.ops, 'choose_gmm', lambda impl, *_: 'gpu')
   c = small_config('/no/such/file')
   with pytest.raises(ValueError, match=r"'gpu' has bfloat16.*not float32"):
     jobs.prepare(c, str(tmp_path / 'run'))
