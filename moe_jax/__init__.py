@@ -28,8 +28,9 @@ A routed step, whole:
   rows = sort(plan)                                    of what is on a device
   y_TxD = combine(experts(dispatch(x_TxD, rows), rows.group_E), rows, T)
 
-Where experts are on other devices a strategy in parallel.py stands in the place
-of the last two lines; nothing else knows of devices.
+A strategy in parallel.py stands in the place of the last two lines: where
+experts are on other devices, of which nothing else knows, and where rows are
+not to be copied, by fused.py.
 
 Who may import whom (left imports right only; tests/imports_test.py checks, and
 lists the few imports within a level):
@@ -39,9 +40,9 @@ lists the few imports within a level):
   {objective, dataset, data, pairs, images, rows, tokenizer, hub, corpus, cache,
   optimizer, metrics, figures, report, analysis, analysis_report, checkpoint,
   models, config, malloc, beam, translate, planner, processes, guard, nonfinite,
-  health, preemption, families} -> trunk -> {block, routers, experts, residual,
-  attention, parallel} -> {plan, balance, ops, norm, init} -> pallas_kernels ->
-  jax
+  health, preemption, families} -> trunk -> {block, routers, experts, fused,
+  residual, attention, parallel} -> {plan, balance, ops, norm, init} ->
+  pallas_kernels -> jax
 
 Two words that are never mixed: *memory* lives over depth inside one forward
 pass; *state* lives over training steps.

@@ -88,7 +88,8 @@ def default() -> ml_collections.ConfigDict:
   # Devices along each axis, see moe_jax/parallel.py.
   c.mesh = dict(data=1, fsdp=1, expert=1, tensor=1)
   c.parallel = dict(
-    strategy='auto',  # how rows meet weights: local, gather, all_to_all, ragged
+    # How rows meet weights: local, fused, gather, all_to_all, ragged.
+    strategy='auto',
     # Places for rows, times those that perfect balance needs; None: for all.
     factor=config_dict.placeholder(float),
   )

@@ -6,7 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moe_jax import fused, ops
+from moe_jax import plan as plans
 from moe_jax.init import Init, LECUN
+from moe_jax.plan import Rows
 
 ACTIVATIONS = {
   'swiglu': (jax.nn.silu, True),
@@ -26,6 +29,8 @@ class Experts(nnx.Module):
     bias: whether each expert has biases.
     init: of the weights and biases.
     gmm: (x_MxA, w_ExAxB, group_E) -> y_MxB, see ops.gmm.
+    products: of that gmm, for `routed`; None takes those that its gradients
+      have, and copies rows for them.
     out_scale: factor on the initial down projection.
   """
 
@@ -37,12 +42,14 @@ class Experts(nnx.Module):
     *,
     activation: str,
     gmm: Callable[..., jax.Array],
+    products: ops.Products | None = None,
     bias: bool = False,
     init: Init = LECUN,
     out_scale: float = 1.0,
     rngs: nnx.Rngs,
   ):
     self.E, self.gmm, self.activation = E, gmm, activation
+    self.products = products or ops.by_gradients(gmm)
     _, gated = ACTIVATIONS[activation]
     weight = lambda A, B: init.weight(rngs.params(), (E, A, B), A, B)
     self.up_ExDxF = nnx.Param(weight(D, F))
@@ -73,6 +80,19 @@ class Experts(nnx.Module):
 
     return down(up_MxF, gate_MxF)
 
+  def routed(self, x_TxD: jax.Array, rows: Rows) -> jax.Array:
+    """y_TxD: combine(self(dispatch(x_TxD, rows), rows.group_E), rows, T).
+
+    The same to rounding, by `fused.experts`.
+    """
+    weights = {
+      name: getattr(self, name)[...]
+      for name in fused.NAMES
+      if hasattr(self, name)
+    }
+    act, _ = ACTIVATIONS[self.activation]
+    return fused.experts(act, self.products, weights, x_TxD, rows)
+
   def _linear(self, x_MxA, weight, bias, group_E):
     """One grouped matmul; the rows past the groups are undefined."""
     dtype = x_MxA.dtype
@@ -86,11 +106,7 @@ class Experts(nnx.Module):
 
 def _per_row(bias_ExB, group_E, M):
   """[M, B]: the bias of each row's expert, zero past the groups."""
-  expert_M = jnp.searchsorted(
-    jnp.cumsum(group_E, dtype=jnp.int32),
-    jnp.arange(M, dtype=jnp.int32),
-    side='right',
-  )
+  expert_M = plans.expert_of(group_E, M)
   return bias_ExB.at[expert_M].get(mode='fill', fill_value=0)
 
 

@@ -87,8 +87,10 @@ def prepare(config: Any, workdir: str) -> Job | None:
   layout, said = parallel.layout(
     mesh, c['model']['router'].get('k', 1), **c['parallel']
   )
+  m = c['model']
   gmm = ops.choose_gmm(
-    None if c['model']['gmm'] == 'auto' else c['model']['gmm']
+    None if m['gmm'] == 'auto' else m['gmm'],
+    *(m['dtype'], m['D'], m['expert_F']),
   )
   if gmm == 'interpret' and mesh.size > 1:
     raise ValueError(
@@ -132,7 +134,7 @@ def prepare(config: Any, workdir: str) -> Job | None:
     optimizer=optimizer.make(settings, c['steps']),
     schedule=optimizer.schedule(settings, c['steps']),
     mesh=mesh,
-    implementation={'gmm': gmm, 'strategy': said},
+    implementation={'gmm': ops.told(gmm), 'strategy': said},
     dataset=found,
   )
   job.train_batches(), job.eval_batches()  # is there enough for one batch?

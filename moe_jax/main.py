@@ -63,7 +63,7 @@ def _train():
     prepared = job.prepare(_CONFIG.value, _WORKDIR.value)
     if prepared is not None:
       programs.check(prepared)
-  except (ValueError, TypeError, OSError) as error:
+  except (ValueError, TypeError, OSError, NotImplementedError) as error:
     mistake = str(error) or repr(error)
   mistake = processes.agree(mistake, prepared.identity if prepared else '')
   if mistake:

@@ -1,28 +1,37 @@
 """The grouped matmul by name: the only doorway to pallas_kernels."""
 
+import dataclasses
+import functools
 import importlib
 import importlib.util
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-GMM = ('cpu', 'tpu', 'interpret', 'xla', 'tokamax')
+GMM = ('cpu', 'tpu', 'interpret', 'gpu', 'xla', 'tokamax')
 _PACKAGES = {
   'cpu': 'pallas_kernels',
   'tpu': 'pallas_kernels',
   'interpret': 'pallas_kernels',
+  'gpu': 'pallas_kernels',
   'tokamax': 'tokamax',
 }
 
 
-def choose_gmm(impl: str | None) -> str:
-  """The implementation that `gmm` runs here.
+def choose_gmm(impl: str | None, dtype: str = 'float32', *sides: int) -> str:
+  """The implementation that `gmm` runs here, of matrices with these sides.
+
+  For None that of the platform; on GPUs, where only Hopper has one, and that
+  not for every matrix, else 'xla', of which `told` says what it costs.
 
   Raises ValueError for one that is unknown, not installed, or meant for another
   platform than jax's default.
   """
   platform = jax.default_backend()
   if impl is None:
+    if platform == 'gpu':
+      return 'gpu' if _hopper() and _multiplies(dtype, sides) else 'xla'
     return platform if platform in ('cpu', 'tpu') else 'xla'
   if impl not in GMM:
     raise ValueError(f'gmm is {impl!r}; there are {", ".join(GMM)}')
@@ -33,7 +42,41 @@ def choose_gmm(impl: str | None) -> str:
     raise ValueError(
       f"gmm is 'tpu' on {platform}; 'interpret' runs that kernel anywhere"
     )
+  if impl == 'gpu' and not _hopper():
+    raise ValueError(
+      f"gmm is 'gpu' on {jax.devices()[0].device_kind}, and for NVIDIA's"
+      f' Hopper; {_OTHERS}'
+    )
   return impl
+
+
+_ALL = "multiplies each row by every expert's matrix"
+_OTHERS = f"others on GPUs are 'tokamax' and 'xla', which {_ALL}"
+
+
+def check(impl: str, dtype: str, *sides: int) -> None:
+  """ValueError if `gmm` has no matrices of these sides and this dtype."""
+  if impl == 'gpu' and not _multiplies(dtype, sides):
+    raise ValueError(
+      f"gmm 'gpu' has bfloat16 matrices of multiples of 64, not {dtype} of"
+      f' {" x ".join(map(str, sides))}; {_OTHERS}'
+    )
+
+
+def told(impl: str) -> str:
+  """An implementation, for who runs it: 'xla' is slow off TPUs."""
+  slow = impl == 'xla' and jax.default_backend() != 'tpu'
+  return f'{impl} ({_ALL})' if slow else impl
+
+
+def _multiplies(dtype, sides):
+  """Whether the kernel for Hopper has such matrices."""
+  return dtype == 'bfloat16' and not any(side % 64 for side in sides)
+
+
+def _hopper():
+  capability = getattr(jax.devices()[0], 'compute_capability', '')
+  return str(capability).startswith('9.')
 
 
 def gmm(
@@ -54,14 +97,16 @@ def gmm(
     w_ExAxB: a matrix per expert, of the same dtype.
     group_E: int32 rows per expert, with a sum of at most M.
     impl: 'cpu' (plain JAX without E-fold work), 'tpu' (a Mosaic kernel),
-      'interpret' (the same under Pallas' interpreter, on any platform), 'xla'
-      (`jax.lax.ragged_dot`), 'tokamax' (`tokamax.ragged_dot`, which chooses
-      among its own); None chooses for the platform. A named one runs or raises.
+      'interpret' (the same under Pallas' interpreter, on any platform), 'gpu'
+      (a Mosaic kernel for Hopper, which has not run on one), 'xla'
+      (`jax.lax.ragged_dot`; on GPUs E-fold work), 'tokamax'
+      (`tokamax.ragged_dot`, which chooses among its own); None chooses for the
+      platform. A named one runs or raises.
 
   Raises:
     NotImplementedError: the implementation has not the shape or dtype.
   """
-  impl = impl or choose_gmm(None)
+  impl = impl or choose_gmm(None, x_MxA.dtype.name, *w_ExAxB.shape[1:])
   # Imported here, so that 'xla' works where pallas_kernels is absent.
   match impl:
     case 'xla':
@@ -72,10 +117,81 @@ def gmm(
     case 'tpu' | 'interpret':
       kernel = importlib.import_module('pallas_kernels.tpu').gmm
       return kernel(x_MxA, w_ExAxB, group_E, interpret=impl == 'interpret')
+    case 'gpu':
+      kernel = importlib.import_module('pallas_kernels.gpu').gmm
+      return kernel(x_MxA, w_ExAxB, group_E)
     case 'tokamax':
       kernel = importlib.import_module('tokamax').ragged_dot
       return _inside(kernel, x_MxA, w_ExAxB, group_E)
   raise ValueError(f'gmm is {impl!r}; there are {", ".join(GMM)}')
+
+
+@dataclasses.dataclass(frozen=True)
+class Products:
+  """The products of a grouped matmul and of its gradients, each by itself.
+
+  For who has gradients of his own, `fused`. Rows from sum(group_E) on are
+  undefined in what fwd and dlhs return, and reach nothing else. With a token_M,
+  int32 [M], the rows are x[token_M], and what it says past the groups does not
+  matter. Several matrices of the same experts are one product where the
+  implementation can.
+
+  Attributes:
+    fwd: (x, ws, group_E, token_M=None) -> (y_MxB, ...), x w of each w.
+    dlhs: (dys, ws, group_E, token_M=None) -> dx_MxA, the sum of dy w^T.
+    drhs: (x, dys, group_E, x_token_M=None, dy_token_M=None) ->
+      (dw_ExAxB, ...), each expert's x^T dy, zero where it has no rows.
+  """
+
+  fwd: Callable[..., tuple[jax.Array, ...]]
+  dlhs: Callable[..., jax.Array]
+  drhs: Callable[..., tuple[jax.Array, ...]]
+
+
+def products(impl: str) -> Products:
+  """Those of an implementation of `gmm`.
+
+  Those of 'cpu' gather in the loads of the product; of the others, which have
+  no such kernel, the gathered rows are an array that lives as long as one.
+  """
+  if impl == 'cpu':
+    kernels = importlib.import_module('pallas_kernels.cpu')
+    return Products(kernels.fwd, kernels.dlhs, kernels.drhs)
+  return by_gradients(functools.partial(gmm, impl=impl))
+
+
+def by_gradients(gmm: Callable[..., jax.Array]) -> Products:
+  """Those of any grouped matmul, one matrix after the other."""
+
+  def fwd(x, ws, group_E, token_M=None):
+    x_MxA = _taken(x, token_M)
+    return tuple(gmm(x_MxA, w_ExAxB, group_E) for w_ExAxB in ws)
+
+  def dlhs(dys, ws, group_E, token_M=None):
+    total = None
+    for dy, w_ExAxB in zip(dys, ws, strict=True):
+      dy_MxB = _taken(dy, token_M)
+      zeros_MxA = jnp.zeros_like(dy_MxB, shape=(len(dy_MxB), w_ExAxB.shape[1]))
+      of_x = lambda x_MxA, w_ExAxB=w_ExAxB: gmm(x_MxA, w_ExAxB, group_E)
+      (dx_MxA,) = jax.vjp(of_x, zeros_MxA)[1](dy_MxB)
+      total = dx_MxA if total is None else total + dx_MxA
+    return total
+
+  def drhs(x, dys, group_E, x_token_M=None, dy_token_M=None):
+    x_MxA, found = _taken(x, x_token_M), []
+    of_w = lambda w_ExAxB: gmm(x_MxA, w_ExAxB, group_E)
+    for dy in dys:
+      dy_MxB = _taken(dy, dy_token_M)
+      E, A, B = len(group_E), x_MxA.shape[1], dy_MxB.shape[1]
+      zeros_ExAxB = jnp.zeros_like(dy_MxB, shape=(E, A, B))
+      found.extend(jax.vjp(of_w, zeros_ExAxB)[1](dy_MxB))
+    return tuple(found)
+
+  return Products(fwd, dlhs, drhs)
+
+
+def _taken(x, token_M):
+  return x if token_M is None else x.at[token_M].get(mode='clip')
 
 
 def _inside(ragged_dot, x_MxA, w_ExAxB, group_E):

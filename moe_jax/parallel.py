@@ -36,6 +36,7 @@ from moe_jax.plan import Plan
 AXES = ('data', 'fsdp', 'expert', 'tensor')
 P = jax.sharding.PartitionSpec
 ROWS = P(AXES)
+HERE = ('local', 'fused')  # strategies for which all experts are here
 # Of an array under `pools`: what cuts an axis, by the axis' letter.
 POOL = {'E': 'expert', 'D': 'fsdp', 'F': 'tensor'}
 REST = ('fsdp', 'expert', 'tensor')
@@ -64,6 +65,12 @@ def local(x_TxD: jax.Array, plan: Plan, experts: Callable, axis: Axis):
   """All experts are here."""
   del axis
   return _within(x_TxD, plan, experts, None)
+
+
+def fused(x_TxD: jax.Array, plan: Plan, experts: Callable, axis: Axis):
+  """`local` without copies of tokens and with less saved, see fused.py."""
+  del axis
+  return experts.routed(x_TxD, plans.sort(plan)), jnp.int32(0)
 
 
 def gather(x_TxD: jax.Array, plan: Plan, experts: Callable, axis: Axis):
@@ -109,6 +116,7 @@ def ragged(x_TxD: jax.Array, plan: Plan, experts: Callable, axis: Axis):
 
 STRATEGIES = {
   'local': local,
+  'fused': fused,
   'gather': gather,
   'all_to_all': all_to_all,
   'ragged': ragged,
@@ -306,8 +314,8 @@ class Layout:
     self, x_TxD: jax.Array, plan: Plan, experts: nnx.Module
   ) -> tuple[jax.Array, jax.Array]:
     """y_TxD, and how many rows of all devices found no place."""
-    if self._alone() and self.strategy == 'local':
-      return local(x_TxD, plan, experts, self.axis)
+    if self._alone() and self.strategy in HERE:
+      return STRATEGIES[self.strategy](x_TxD, plan, experts, self.axis)
     for a in jax.tree.leaves((x_TxD, plan)):
       if len(a) % self.mesh.size:
         raise ValueError(
@@ -442,9 +450,9 @@ def choose(strategy: str, n: int, k: float, platform: str) -> str:
     raise ValueError(
       f'parallel.strategy={strategy!r}; there are auto, {", ".join(STRATEGIES)}'
     )
-  if strategy == 'local' and n > 1:
+  if strategy in HERE and n > 1:
     raise ValueError(
-      f"parallel.strategy='local' has all experts here, mesh.expert={n}"
+      f'parallel.strategy={strategy!r} has all experts here, mesh.expert={n}'
     )
   if strategy != 'auto':
     return strategy

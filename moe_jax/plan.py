@@ -190,12 +190,27 @@ def dispatch(x_TxD: jax.Array, rows: Rows) -> jax.Array:
 def combine(y_MxD: jax.Array, rows: Rows, T: int) -> jax.Array:
   """y_TxD: the gated sum of each token's rows; a token without rows gets 0."""
   if rows.home_TxK is None:
-    used_Mx1 = rows.token_M[:, None] < T
-    rows_MxD = jnp.where(used_Mx1, _weighted(y_MxD, rows.weight_M), 0)
-    zeros_TxD = jnp.zeros((T, rows_MxD.shape[1]), rows_MxD.dtype)
-    sum_TxD = zeros_TxD.at[rows.token_M].add(rows_MxD, mode='drop')
-    return sum_TxD.astype(y_MxD.dtype)
+    return total(y_MxD, rows, T, rows.weight_M)
   return _combine(y_MxD, rows.weight_M, rows.token_M, rows.home_TxK)
+
+
+def total(
+  y_MxD: jax.Array, rows: Rows, T: int, weight_M: jax.Array | None = None
+) -> jax.Array:
+  """y_TxD: the sum of each token's rows, times weight_M if there is one.
+
+  The transpose of `dispatch`, and of a plan by token a gather: its gradient,
+  if one asks for it, would be a scatter. Of a plan by expert, where a token
+  may have any number of rows, it is a scatter.
+  """
+  if rows.home_TxK is not None:
+    return _gather_sum(y_MxD, rows.home_TxK, weight_M).astype(y_MxD.dtype)
+  used_Mx1 = rows.token_M[:, None] < T
+  y_wide_MxD = y_MxD if weight_M is None else _weighted(y_MxD, weight_M)
+  rows_MxD = jnp.where(used_Mx1, y_wide_MxD, 0)
+  zeros_TxD = jnp.zeros((T, rows_MxD.shape[1]), rows_MxD.dtype)
+  sum_TxD = zeros_TxD.at[rows.token_M].add(rows_MxD, mode='drop')
+  return sum_TxD.astype(y_MxD.dtype)
 
 
 def count(expert_M: jax.Array, E: int) -> jax.Array:
@@ -204,6 +219,13 @@ def count(expert_M: jax.Array, E: int) -> jax.Array:
   return jnp.sum(
     expert_M.reshape(1, -1) == expert_ids_E[:, None], axis=1, dtype=jnp.int32
   )
+
+
+def expert_of(group_E: jax.Array, M: int) -> jax.Array:
+  """int32 [M]: the expert of each row; past the groups it is E."""
+  end_E = jnp.cumsum(group_E, dtype=jnp.int32)
+  row_M = jnp.arange(M, dtype=jnp.int32)
+  return jnp.searchsorted(end_E, row_M, side='right').astype(jnp.int32)
 
 
 def dropped(plan: ByToken) -> jax.Array:
@@ -272,12 +294,15 @@ def _weighted(y_MxD, weight_M):
   return y_MxD.astype(wide) * weight_M[:, None].astype(wide)
 
 
-def _gather_sum(rows_MxD, home_TxK):
+def _gather_sum(rows_MxD, home_TxK, weight_M=None):
   """[T, D]: the sum of the rows of each token, choice by choice."""
   here_TxK = home_TxK < rows_MxD.shape[0]
   total_TxD = None
   for k in range(home_TxK.shape[1]):
-    y_TxD = jnp.where(here_TxK[:, k, None], rows_MxD[home_TxK[:, k]], 0)
+    y_TxD = rows_MxD[home_TxK[:, k]]
+    if weight_M is not None:
+      y_TxD = _weighted(y_TxD, weight_M[home_TxK[:, k]])
+    y_TxD = jnp.where(here_TxK[:, k, None], y_TxD, 0)
     total_TxD = y_TxD if total_TxD is None else total_TxD + y_TxD
   return total_TxD
 

@@ -72,7 +72,9 @@ def routed(workdir: str) -> Job:
 
 
 def _job(folder, c, sizes):
-  values = {**c['model'], 'gmm': ops.choose_gmm(None)}
+  values = dict(c['model'])
+  sides = values['D'], values['expert_F']
+  values['gmm'] = ops.choose_gmm(None, values['dtype'], *sides)
   name = values.pop('name')
   if name != MODEL:
     raise ValueError(

@@ -488,6 +488,7 @@ def _routed(c, candidates, rngs):
 
 
 def _pool(c, R, rngs):
+  ops.check(c.gmm, c.dtype, c.D, c.expert_F)
   return Experts(
     c.E * R,
     c.D,
@@ -497,6 +498,7 @@ def _pool(c, R, rngs):
     init=init.SCHEMES[c.init].experts,
     out_scale=c.out_scale,
     gmm=functools.partial(ops.gmm, impl=c.gmm),
+    products=ops.products(c.gmm),
     rngs=rngs,
   )
 

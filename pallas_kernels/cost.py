@@ -8,7 +8,12 @@ bundles, its multiply-adds at the peak rate and its bytes at the HBM bandwidth;
 the modelled time is the sum over the steps. One TensorCore does all the work.
 Nothing is executed, stalls are not seen: all times are lower bounds.
 
-Needs the extra `aot` (libtpu); the rival `tokamax` needs the extra `tokamax`.
+  python -m pallas_kernels.cost --chip=h100 --shape=olmoe-up
+
+does the like for an H100, by a model of its own: `hopper`.
+
+Needs the extra `aot` (libtpu, the CUDA plugin of jax and its assembler); the
+rival `tokamax` needs the extra `tokamax`.
 """
 
 import concurrent.futures
@@ -26,7 +31,7 @@ import numpy as np
 from absl import flags
 from jax.experimental import topologies
 
-from pallas_kernels import command, rivals, schedule, shapes, tiling
+from pallas_kernels import command, hopper, rivals, schedule, shapes, tiling
 
 
 class Row(NamedTuple):
@@ -181,10 +186,12 @@ def _libtpu():
 
 def _define():
   """The flags; other programs that import this have their own."""
-  flags.DEFINE_list('chip', ['v5p'], f'Chips: {", ".join(tiling.CHIPS)}.')
+  flags.DEFINE_list('chip', ['v5p'], f'Chips: {", ".join(_IMPLS)}.')
   flags.DEFINE_list('shape', ['olmoe-up'], 'Names in shapes, or MxAxBxE.')
   flags.DEFINE_list('pass', list(rivals.PASSES), 'Passes to compile.')
-  flags.DEFINE_list('impl', list(rivals.IMPLS), 'Implementations to compile.')
+  flags.DEFINE_list(
+    'impl', None, 'Implementations to compile; by default all of the chip.'
+  )
   flags.DEFINE_list(
     'groups', list(shapes.GROUPS), 'Group sizes to walk the grid with.'
   )
@@ -194,27 +201,40 @@ def _define():
 
 def _check():
   """One clear line for a flag that names nothing."""
+  impls = [
+    impl for chip in flags.FLAGS['chip'].value for impl in _IMPLS.get(chip, ())
+  ]
   for name, known in (
-    ('chip', tiling.CHIPS),
+    ('chip', _IMPLS),
     ('pass', rivals.PASSES),
-    ('impl', rivals.IMPLS),
+    ('impl', impls),
     ('groups', shapes.GROUPS),
   ):
-    for value in flags.FLAGS[name].value:
+    for value in flags.FLAGS[name].value or ():
       if value not in known:
         raise ValueError(
-          f'--{name} has {value!r}; there are {", ".join(known)}'
+          f'--{name} has {value!r}; there are {", ".join(dict.fromkeys(known))}'
         )
   for name in flags.FLAGS['shape'].value:
     shapes.find(name)
+
+
+def _one(impl, kind, name, chip, groups):
+  """Rows of one kernel, or why not."""
+  if chip == hopper.H100.name:
+    return hopper.rows(impl, kind, name, groups)
+  return in_process(impl, kind, name, chip, groups)
 
 
 def main(argv):
   del argv
   try:
     _check()
-    _libtpu()
-  except ValueError as error:
+    if set(flags.FLAGS['chip'].value) & set(tiling.CHIPS):
+      _libtpu()
+    if hopper.H100.name in flags.FLAGS['chip'].value:
+      hopper.check()
+  except (ValueError, FileNotFoundError) as error:
     command.stop(error)
   except ImportError:
     command.stop("libtpu is missing: pip install -e '.[aot]'")
@@ -223,12 +243,13 @@ def main(argv):
     for chip in flags.FLAGS['chip'].value
     for name in flags.FLAGS['shape'].value
     for kind in flags.FLAGS['pass'].value
-    for impl in flags.FLAGS['impl'].value
+    for impl in flags.FLAGS['impl'].value or _IMPLS[chip]
+    if impl in _IMPLS[chip]
   ]
   path, jobs_at_once = flags.FLAGS['json'].value, flags.FLAGS['jobs'].value
   rows, failed = [], []
   with concurrent.futures.ThreadPoolExecutor(jobs_at_once) as pool:
-    for result in pool.map(lambda job: in_process(*job), jobs):
+    for result in pool.map(lambda job: _one(*job), jobs):
       if isinstance(result, str):
         failed.append(result)
         continue
@@ -239,11 +260,19 @@ def main(argv):
   rows.sort(
     key=lambda r: (r.chip, r.shape, rivals.PASSES.index(r.kind), r.groups)
   )
-  print(table(rows))
+  for module, kind in (sys.modules[__name__], Row), (hopper, hopper.Row):
+    found = [r for r in rows if isinstance(r, kind)]
+    if found:
+      print(module.table(found))
   for line in failed:
     print(f'not compiled: {line}')
   return 1 if failed else 0
 
+
+_IMPLS = {
+  **dict.fromkeys(tiling.CHIPS, rivals.IMPLS),
+  hopper.H100.name: hopper.IMPLS,
+}
 
 if __name__ == '__main__':
   _define()

@@ -46,7 +46,7 @@ def gmm(x_MxA, w_ExAxB, group_E):
 
 @jax.custom_vjp
 def _gmm(x_MxA, w_ExAxB, group_E):
-  return _product(x_MxA, w_ExAxB, group_E, transpose=False)
+  return fwd(x_MxA, (w_ExAxB,), group_E)[0]
 
 
 def _gmm_fwd(x_MxA, w_ExAxB, group_E):
@@ -55,21 +55,65 @@ def _gmm_fwd(x_MxA, w_ExAxB, group_E):
 
 def _gmm_bwd(saved, dy_MxB):
   x_MxA, w_ExAxB, group_E = saved
-  dx_MxA = _product(dy_MxB, w_ExAxB, group_E, transpose=True)
-  return dx_MxA, _drhs(x_MxA, dy_MxB, group_E), None
+  dx_MxA = dlhs((dy_MxB,), (w_ExAxB,), group_E)
+  return dx_MxA, *drhs(x_MxA, (dy_MxB,), group_E), None
 
 
 _gmm.defvjp(_gmm_fwd, _gmm_bwd)
 
 
-def _product(x_MxA, w_ExAxB, group_E, transpose):
-  """Rows times their expert's matrix, or its transpose (dlhs)."""
-  M = x_MxA.shape[0]
-  E, B = w_ExAxB.shape[0], w_ExAxB.shape[1 if transpose else 2]
+# The three products, without gradients of their own. The matrices that an
+# expert has for the same rows lie side by side in one product. With a token_M
+# the rows are those of x that it names, gathered tile by tile and never copied
+# as a whole; what it says past the groups does not matter.
+
+
+def fwd(x, ws, group_E, token_M=None):
+  """(y_MxB, ...): the rows times their expert's matrix of each w.
+
+  Args:
+    x: x_MxA, or x_TxA with a token_M.
+    ws: of (w_ExAxB, ...), of one A and of the dtype of x.
+    group_E: as of `gmm`; so is what is undefined.
+    token_M: int32, each row's own in x.
+  """
+  arrays = operands.same_axes((x,), tuple(ws), group_E, token_M)
+  return _product(*arrays, transpose=False)
+
+
+def dlhs(dys, ws, group_E, token_M=None):
+  """dx_MxA: the sum of dy w^T over the pairs of a dy and a w, as one product.
+
+  Args:
+    dys: (dy_MxB, ...), or (dy_TxB, ...) with a token_M.
+    ws, group_E, token_M: as of `fwd`.
+  """
+  arrays = operands.same_axes(tuple(dys), tuple(ws), group_E, token_M)
+  return _product(*arrays, transpose=True)[0]
+
+
+def drhs(x, dys, group_E, x_token_M=None, dy_token_M=None):
+  """(dw_ExAxB, ...): each expert's x^T dy, zero where it has no rows.
+
+  Args:
+    x: x_MxA, or x_TxA with an x_token_M.
+    dys: (dy_MxB, ...), or (dy_TxB, ...) with a dy_token_M.
+    group_E: as of `gmm`.
+    x_token_M, dy_token_M: as token_M of `fwd`.
+  """
+  arrays = operands.same_axes(x, tuple(dys), group_E, x_token_M, dy_token_M)
+  return _drhs(*arrays)
+
+
+def _product(xs, ws, group_E, token_M, transpose):
+  """The products of `fwd`, or with transpose of `dlhs`, as a tuple."""
+  M = (xs[0] if token_M is None else token_M).shape[0]
+  E, A = ws[0].shape[:2]
+  widths = [A] if transpose else [w.shape[2] for w in ws]
   dot = functools.partial(
     lax.dot_general,
     dimension_numbers=(((1,), (1 if transpose else 0,)), ((), ())),
-    preferred_element_type=_wide(x_MxA.dtype),
+    preferred_element_type=_wide(xs[0].dtype),
   )
   # Every tile costs a few passes over its rows, so a tile that is nearly full
   # beats several small ones that fit exactly.
@@ -77,42 +121,55 @@ def _product(x_MxA, w_ExAxB, group_E, transpose):
   tiles = sorted({max(top // d, 1) for d in (1, 2, 4, 8)}, reverse=True)
 
   @jax.custom_batching.sequential_vmap
-  def product(x_MxA, w_ExAxB, group_E):
+  def product(xs, ws, group_E, token_M):
     end_E = lax.cumsum(group_E)
 
-    def expert(e, y_MxB):
+    def expert(e, ys):
       row, end = end_E[e] - group_E[e], end_E[e]
-      w_AxB = lax.dynamic_index_in_dim(w_ExAxB, e, keepdims=False)
+      w_AxB = _side_by_side(
+        lax.dynamic_index_in_dim(w_ExAxB, e, keepdims=False) for w_ExAxB in ws
+      )
 
-      def tile(i, y_MxB, row, R):
+      def tile(i, ys, row, R):
         first, own_Rx1 = _own_rows(row + i * R, end, R, M)
-        y_RxB = dot(_rows(x_MxA, first, R), w_AxB)
-        y_RxB = jnp.where(own_Rx1, y_RxB, _rows(y_MxB, first, R))
-        return lax.dynamic_update_slice_in_dim(y_MxB, y_RxB, first, 0)
+        x_RxA = _side_by_side(_rows(x, first, R, token_M) for x in xs)
+        parts = _columns(dot(x_RxA, w_AxB), widths)
+        return tuple(
+          lax.dynamic_update_slice_in_dim(
+            y_MxB, jnp.where(own_Rx1, y_RxB, _rows(y_MxB, first, R)), first, 0
+          )
+          for y_MxB, y_RxB in zip(ys, parts, strict=True)
+        )
 
       for R in tiles:
         spare = R - 1 if R == tiles[-1] else R // 4
         n = jnp.maximum(end - row + spare, 0) // R
-        y_MxB = lax.fori_loop(
-          jnp.zeros_like(n), n, functools.partial(tile, row=row, R=R), y_MxB
+        ys = lax.fori_loop(
+          jnp.zeros_like(n), n, functools.partial(tile, row=row, R=R), ys
         )
         row = row + n * R
-      return y_MxB
+      return ys
 
     # The carry stays wide: XLA would convert all of a bfloat16 carry at every
     # step.
-    y_MxB = jnp.zeros_like(x_MxA, shape=(M, B), dtype=_wide(x_MxA.dtype))
-    y_MxB = lax.fori_loop(0, E, expert, y_MxB) if M else y_MxB
-    return y_MxB.astype(x_MxA.dtype)
+    dtype = xs[0].dtype
+    ys = tuple(
+      _unwritten(w_ExAxB, (M, B))
+      for w_ExAxB, B in zip(ws[: len(widths)], widths, strict=True)
+    )
+    ys = lax.fori_loop(0, E, expert, ys) if M else ys
+    return tuple(y_MxB.astype(dtype) for y_MxB in ys)
 
-  return product(x_MxA, w_ExAxB, group_E)
+  return product(xs, ws, group_E, token_M)
 
 
 @jax.custom_batching.sequential_vmap
-def _drhs(x_MxA, dy_MxB, group_E):
-  """Each expert's x^T dy, zero where it has no rows."""
-  (M, A), B, E = x_MxA.shape, dy_MxB.shape[1], group_E.shape[0]
-  wide = _wide(x_MxA.dtype)
+def _drhs(x, dys, group_E, x_token_M, dy_token_M):
+  """The products of `drhs`."""
+  A, E = x.shape[1], group_E.shape[0]
+  M = (x if x_token_M is None else x_token_M).shape[0]
+  widths = [dy.shape[1] for dy in dys]
+  wide = _wide(x.dtype)
   top = _top_tile(M, E)
   tiles = sorted({-(-top * d // 4) for d in (1, 2, 3, 4)})
   end_E = lax.cumsum(group_E)
@@ -120,20 +177,23 @@ def _drhs(x_MxA, dy_MxB, group_E):
   def tile(row, end, R):
     first, own_Rx1 = _own_rows(row, end, R, M)
     # Both sides are masked: zero times NaN is NaN.
-    x_RxA, dy_RxB = (
+    x_RxA, *dys_RxB = (
       jnp.where(own_Rx1, a, jnp.zeros_like(a))
-      for a in (_rows(x_MxA, first, R), _rows(dy_MxB, first, R))
+      for a in (
+        _rows(x, first, R, x_token_M),
+        *(_rows(dy, first, R, dy_token_M) for dy in dys),
+      )
     )
     # XLA:CPU is slow where both sides contract their first axis. The barrier
     # keeps it from folding the transpose back into the product.
     x_AxR = lax.optimization_barrier(x_RxA.T)
-    return lax.dot(x_AxR, dy_RxB, preferred_element_type=wide)
+    return lax.dot(x_AxR, _side_by_side(dys_RxB), preferred_element_type=wide)
 
   def empty(row, end):
     del row, end
-    return jnp.zeros_like(x_MxA, shape=(A, B), dtype=wide)
+    return jnp.zeros_like(x, shape=(A, sum(widths)), dtype=wide)
 
-  def expert(e, dw_ExAxB):
+  def expert(e, dws):
     row, end = end_E[e] - group_E[e], end_E[e]
     # Adding is a pass over A x B, so the first product, the one that need not
     # be full, starts the sum; most experts have no other.
@@ -152,11 +212,28 @@ def _drhs(x_MxA, dy_MxB, group_E):
       lambda i, dw_AxB: dw_AxB + tile(row + i * top, end, top),
       dw_AxB,
     )
-    return lax.dynamic_update_index_in_dim(dw_ExAxB, dw_AxB, e, 0)
+    return tuple(
+      lax.dynamic_update_index_in_dim(dw_ExAxB, part_AxB, e, 0)
+      for dw_ExAxB, part_AxB in zip(dws, _columns(dw_AxB, widths), strict=True)
+    )
 
-  dw_ExAxB = jnp.zeros_like(x_MxA, shape=(E, A, B), dtype=wide)
-  dw_ExAxB = lax.fori_loop(0, E, expert, dw_ExAxB) if M else dw_ExAxB
-  return dw_ExAxB.astype(x_MxA.dtype)
+  if not M:
+    return tuple(jnp.zeros_like(dys[0], shape=(E, A, B)) for B in widths)
+  dws = tuple(
+    _unwritten(dy, (E, A, B)) for dy, B in zip(dys, widths, strict=True)
+  )
+  dws = lax.fori_loop(0, E, expert, dws)
+  return tuple(dw_ExAxB.astype(x.dtype) for dw_ExAxB in dws)
+
+
+def _unwritten(a, shape):
+  """An array for a loop to write, full of some number of a.
+
+  Zeros would be one constant for all loops with results of this shape, and XLA
+  would copy it for each of them.
+  """
+  one = a[(0,) * a.ndim]
+  return jnp.broadcast_to(one.astype(_wide(a.dtype)), shape)
 
 
 def _top_tile(M, E):
@@ -169,8 +246,22 @@ def _wide(dtype):
   return dtype if dtype == jnp.float64 else jnp.dtype(jnp.float32)
 
 
-def _rows(x_MxA, first, R):
-  return lax.dynamic_slice_in_dim(x_MxA, first, R)
+def _rows(x, first, R, token_M=None):
+  """R rows of x from `first` on, or those that token_M names there."""
+  if token_M is None:
+    return lax.dynamic_slice_in_dim(x, first, R)
+  token_R = lax.dynamic_slice_in_dim(token_M, first, R)
+  return x.at[token_R].get(mode='clip')
+
+
+def _side_by_side(parts):
+  parts = list(parts)
+  return lax.concatenate(parts, 1) if len(parts) > 1 else parts[0]
+
+
+def _columns(a_AxB, widths):
+  """The parts of these widths; they are all of the columns."""
+  return lax.split(a_AxB, widths, axis=1)
 
 
 def _own_rows(row, end, R, M):

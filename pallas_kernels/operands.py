@@ -23,17 +23,18 @@ def check(x_MxA, w_ExAxB, group_E, dtypes, platform):
     raise NotImplementedError(f'group must be int32, not {group_E.dtype}')
 
 
-def same_axes(*arrays):
+def same_axes(*trees):
   """Lets all vary over the same mesh axes, inside a checked shard_map.
 
   The transpose of this cast sums the gradient of a replicated weight.
   """
+  arrays, structure = jax.tree.flatten(trees)
   axes = [jax.typeof(a).mat.varying for a in arrays]
   every = frozenset().union(*axes)
-  return [
+  return structure.unflatten(
     lax.pcast(a, tuple(every - own), to='varying') if every - own else a
     for a, own in zip(arrays, axes, strict=True)
-  ]
+  )
 
 
 def like(x, shape):

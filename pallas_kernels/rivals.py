@@ -276,18 +276,24 @@ def _whole(rows):
 
 def _with_copies(steps, hlo):
   """Adds a step for the arrays that the program copies around its kernel."""
-  copied = 0
+  bytes_ = copied(hlo)
+  if not bytes_:
+    return steps
+  return steps._replace(
+    bytes_S=np.append(steps.bytes_S, bytes_),
+    macs_SxP=np.pad(steps.macs_SxP, ((0, 1), (0, 0))),
+  )
+
+
+def copied(hlo):
+  """Bytes of the large bfloat16 arrays that a program copies, both ways."""
+  bytes_ = 0
   for dims in re.findall(
     r'= bf16\[([\d,]+)\][^ ]* (?:copy|transpose|fusion|copy-done)\(', hlo
   ):
     size = np.prod([int(d) for d in dims.split(',')], dtype=np.int64)
-    copied += 2 * _BYTES * size if size >= 1 << 19 else 0
-  if not copied:
-    return steps
-  return steps._replace(
-    bytes_S=np.append(steps.bytes_S, copied),
-    macs_SxP=np.pad(steps.macs_SxP, ((0, 1), (0, 0))),
-  )
+    bytes_ += 2 * _BYTES * size if size >= 1 << 19 else 0
+  return int(bytes_)
 
 
 def _mosaic(hlo):

@@ -91,6 +91,158 @@ def _gmm_bwd(tiles, interpret, saved, dy_MxB):
 _gmm.defvjp(_gmm_fwd, _gmm_bwd)
 
 
+def gathered(
+  x_TxA, token_M, w_ExAxB, group_E, tile, *, transpose=False, interpret=False
+):
+  """`product` of the rows x[token_M], which are never copied as a whole.
+
+  A tile's rows come by a DMA each, while the tile before is multiplied. Memory
+  is tiled, so that a row of a matrix is no contiguous piece of it, and two rows
+  of bfloat16 share words; so each row is first made a tile of words of its own:
+  word c holds columns c and c + A / 2 of bfloat16.
+
+  Args:
+    x_TxA: A is a multiple of 128, in bfloat16 of 256.
+    token_M: int32; past the groups any.
+    w_ExAxB, group_E, tile, transpose, interpret: as for `product`.
+  """
+  R, cols = tile.rows, tile.cols
+  (T, A), (M,) = x_TxA.shape, token_M.shape
+  B = w_ExAxB.shape[1 if transpose else 2]
+  w_block = (1, cols, A) if transpose else (1, A, cols)
+  tiles = pl.cdiv(M, R)
+  words_TxSx128 = _words(x_TxA)
+  S = words_TxSx128.shape[1]
+
+  def first_map(j, v, edge_E, expert_V, tile_V):
+    del j, v, edge_E, expert_V, tile_V
+    return 0, 0, 0
+
+  def next_map(j, v, edge_E, expert_V, tile_V):
+    del j, edge_E, expert_V
+    return jnp.minimum(tile_V[v] + 1, tiles - 1), 0, 0
+
+  def w_map(j, v, edge_E, expert_V, tile_V):
+    del edge_E, tile_V
+    return (expert_V[v], j, 0) if transpose else (expert_V[v], 0, j)
+
+  def y_map(j, v, edge_E, expert_V, tile_V):
+    del edge_E, expert_V
+    return tile_V[v], j
+
+  @jax.custom_batching.sequential_vmap
+  def run(words_TxSx128, token_M, w_ExAxB, group_E):
+    visits = _visits(group_E, R, M, empty=0)
+    token_M = jnp.pad(jnp.clip(token_M, 0, T - 1), (0, tiles * R - M))
+    token_Nx1xR = token_M.reshape(tiles, 1, R)
+    tokens = functools.partial(pl.BlockSpec, (1, 1, R), memory_space=pltpu.SMEM)
+    return pl.pallas_call(
+      functools.partial(_gathered_kernel, tile=tile, transpose=transpose),
+      grid_spec=pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=3,
+        grid=(pl.cdiv(B, cols), visits.count),
+        in_specs=[
+          tokens(first_map),
+          tokens(next_map),
+          pl.BlockSpec(memory_space=pltpu.HBM),
+          pl.BlockSpec(w_block, w_map),
+        ],
+        out_specs=pl.BlockSpec((R, cols), y_map),
+        scratch_shapes=[
+          pltpu.VMEM((R * S, 128), words_TxSx128.dtype),
+          pltpu.VMEM((R, A), w_ExAxB.dtype),
+          pltpu.SemaphoreType.DMA,
+        ],
+      ),
+      out_shape=operands.like(w_ExAxB, (M, B)),
+      compiler_params=pltpu.CompilerParams(
+        dimension_semantics=('parallel', 'arbitrary'),
+        vmem_limit_bytes=tile.vmem_bytes,
+        # Most bundles of a fetch would be theirs; token_M is clipped above.
+        disable_bounds_checks=True,
+      ),
+      interpret=interpret,
+      name='gathered_dlhs' if transpose else 'gathered_gmm',
+    )(
+      *(visits.edge_E, visits.expert_V, visits.tile_V),
+      *(token_Nx1xR, token_Nx1xR, words_TxSx128, w_ExAxB),
+    )
+
+  return run(words_TxSx128, token_M, w_ExAxB, group_E)
+
+
+def _gathered_kernel(
+  edge_E, expert_V, tile_V, first_1x1xR, next_1x1xR, words_TxSx128, w_1xAxB,
+  y_RxB, words_Px128, x_RxA, arrived, *, tile, transpose,
+):  # fmt: skip
+  v, R, S = pl.program_id(1), tile.rows, words_TxSx128.shape[1]
+
+  def fetch(token_1x1xR):
+    @pl.loop(0, R, unroll=math.gcd(R, 32))
+    def _(r):
+      from_ = words_TxSx128.at[token_1x1xR[0, 0, r]]
+      to = words_Px128.at[pl.ds(pl.multiple_of(r * S, S), S)]
+      pltpu.make_async_copy(from_, to, arrived).start()
+
+  @pl.when(v == 0)
+  def _():
+    fetch(first_1x1xR)
+
+  # Visits go from each tile to the same or the next.
+  @pl.when((v == 0) | (tile_V[v] != tile_V[jnp.maximum(v - 1, 0)]))
+  def _():
+    # One wait for the bytes of all rows.
+    pltpu.make_async_copy(words_Px128, words_Px128, arrived).wait()
+    _unpack(words_Px128, x_RxA)
+
+    @pl.when((tile_V[v] + 1) * R < edge_E[edge_E.shape[0] - 1])
+    def _():
+      fetch(next_1x1xR)
+
+  _product_kernel(
+    *(edge_E, expert_V, tile_V, x_RxA, w_1xAxB, y_RxB),
+    tile=tile,
+    transpose=transpose,
+  )
+
+
+def _words(x_TxA):
+  """[T, S, 128]: each row as 32-bit words, see `gathered`."""
+  T, A = x_TxA.shape
+  if x_TxA.dtype == jnp.float32:
+    return x_TxA.reshape(T, A // 128, 128)
+  low, high = (
+    lax.bitcast_convert_type(half, jnp.uint16).astype(jnp.uint32)
+    for half in (x_TxA[:, : A // 2], x_TxA[:, A // 2 :])
+  )
+  return (low | (high << jnp.uint32(16))).reshape(T, A // 256, 128)
+
+
+def _unpack(words_Px128, x_RxA):
+  """The rows as a matrix, of their words, S after S."""
+  R, A = x_RxA.shape
+  S, step = words_Px128.shape[0] // R, math.gcd(R, 64)
+
+  @pl.loop(0, R, step=step)
+  def _(r):
+    rows = pl.ds(pl.multiple_of(r, step), step)
+    for s in range(S):
+      if x_RxA.dtype == jnp.float32:
+        x = words_Px128[pl.ds(r * S + s, step, stride=S), :]
+        x_RxA[rows, pl.ds(s * 128, 128)] = x
+        continue
+      # A sublane of bfloat16 holds two rows: the even one has the low half.
+      even, odd = (
+        words_Px128[pl.ds((r + i) * S + s, step // 2, stride=2 * S), :]
+        for i in (0, 1)
+      )
+      half = jnp.uint32(16)
+      low = (even & jnp.uint32(0xFFFF)) | (odd << half)
+      high = (even >> half) | (odd & jnp.uint32(0xFFFF0000))
+      for at, word in (s * 128, low), (A // 2 + s * 128, high):
+        x_RxA[rows, pl.ds(at, 128)] = pltpu.bitcast(word, x_RxA.dtype)
+
+
 def product(x_MxA, w_ExAxB, group_E, tile, *, transpose=False, interpret=False):
   """Rows times their expert's matrix, or its transpose (dlhs).
 

@@ -104,6 +104,15 @@ f = jax.shard_map(
 text = compile(f, specs, many(x), w, many(group), many(dy)).as_text()
 assert text.count('tpu_custom_call') >= 3 and 'all-reduce' in text
 """
+GATHERED = """
+mesh = jax.sharding.Mesh(devices[:1], ('data',))
+x, w, group, _ = arrays(4096, 1024, 512, 8, jnp.bfloat16)
+token = jax.ShapeDtypeStruct((8192,), jnp.int32)
+tile = tiling.choose(8192, 1024, 512, 8, 2, chip).fwd
+f = lambda *args: tpu.gathered(*args, tile)
+text = compile(f, [P()] * 4, x, token, w, group).as_text()
+assert text.count('tpu_custom_call') == 1 and '[8192,1024]' not in text
+"""
 
 
 def compile_in_process(code, chip, folder):
@@ -120,6 +129,11 @@ def compile_in_process(code, chip, folder):
 @pytest.mark.parametrize('chip', tiling.CHIPS)
 def test_compiles_inside_a_checked_shard_map(chip, tmp_path):
   compile_in_process(SHARDED, chip, tmp_path)
+
+
+@pytest.mark.parametrize('chip', ['v5p', 'v6e'])
+def test_gathered_rows_compile(chip, tmp_path):
+  compile_in_process(GATHERED, chip, tmp_path)
 
 
 @pytest.mark.parametrize('chip', ['v5e', 'tpu7x'])

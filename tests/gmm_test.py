@@ -31,9 +31,9 @@ ALL = [
 ]
 
 
-def draw(name, dtype='float32'):
+def draw(name, dtype='float32', cases=CASES):
   """x, w, dy, group as jax arrays; the rows past the groups are NaN."""
-  M, A, B, group = CASES[name]
+  M, A, B, group = cases[name]
   rng = np.random.default_rng(len(name))
   x_MxA, dy_MxB = rng.normal(size=(M, A)), rng.normal(size=(M, B))
   w_ExAxB = rng.normal(size=(len(group), A, B))

@@ -78,6 +78,40 @@ def test_no_race_and_no_uninitialised_memory(name, dtype):
   assert not _races()
 
 
+# Of the contracted axis: as many words as a memory tile has rows, and fewer.
+@pytest.mark.parametrize('A', [512, 2048])
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('transpose', [False, True])
+def test_gathered_rows_are_copied_ones(transpose, dtype, A):
+  """Tiles that experts share, experts without rows, ids that name no token."""
+  rng = np.random.default_rng(0)
+  T, B, M, group = 50, 40, 130, (10, 0, 37, 60, 0)
+  token_M = rng.integers(0, T, M).astype(np.int32)
+  token_M[sum(group) :] = T
+  x_TxA = jnp.asarray(rng.normal(size=(T, A)), dtype)
+  w_ExAxB = jnp.asarray(rng.normal(size=(len(group), A, B)), dtype)
+  group_E = jnp.asarray(group, jnp.int32)
+  interpret = pltpu.InterpretParams(
+    detect_races=True, uninitialized_memory='nan'
+  )
+
+  @jax.jit
+  def run(x_TxA, token_M, w_ExAxB, group_E):
+    w = w_ExAxB.swapaxes(1, 2) if transpose else w_ExAxB
+    return tpu.gathered(
+      *(x_TxA, token_M, w, group_E, tiling.Tile(32, A, B, B, 16, 1 << 25)),
+      transpose=transpose,
+      interpret=interpret,
+    )
+
+  y_MxB = jax.block_until_ready(run(x_TxA, token_M, w_ExAxB, group_E))
+  x_MxA = np.asarray(x_TxA)[np.minimum(token_M, T - 1)]
+  want, _, _ = gmm_test.oracle(x_MxA, w_ExAxB, np.zeros((M, B)), group)
+  got = gmm_test.by_expert(y_MxB, group_E)
+  gmm_test.check(got, want, gmm_test.TOLERANCE[dtype])
+  assert not _races()
+
+
 def _races():
   """What the last kernel under race detection found."""
   module = importlib.import_module(

@@ -25,7 +25,8 @@ LEVELS = (
   | {'planner', 'processes', 'guard', 'nonfinite', 'health', 'preemption'}
   | {'analysis', 'analysis_report', 'families'},
   {'trunk'},
-  {'block', 'routers', 'experts', 'residual', 'attention', 'parallel'},
+  {'block', 'routers', 'experts', 'residual', 'attention', 'parallel'}
+  | {'fused'},
   {'plan', 'balance', 'ops', 'norm', 'init'},
 )
 # Within a level.
@@ -49,6 +50,7 @@ BESIDE = {
   'report': {'figures', 'metrics'},
   'figures': {'metrics'},
   'analysis_report': {'analysis', 'figures', 'report'},
+  'experts': {'fused'},
   'block': {'routers', 'experts', 'residual', 'attention', 'parallel'},
 }
 # Who may import a package that the others must not know.
@@ -138,8 +140,9 @@ def test_kernels_need_jax_alone(path):
     )
 
 
-@pytest.mark.parametrize('path', ['cpu', 'tpu', 'tiling', 'operands'])
+@pytest.mark.parametrize('path', ['cpu', 'tpu', 'gpu', 'tiling', 'operands'])
 def test_kernels_do_not_know_their_tools(path):
   tools = {'bench', 'command', 'cost', 'rivals', 'schedule', 'traffic'}
+  tools |= {'hopper', 'ptx'}
   for name in _imported(f'pallas_kernels/{path}.py'):
     assert not tools & set(name.split('.')[1:]), f'{path} imports {name}'

@@ -29,7 +29,7 @@ WRONG = {
   'model.residual.name': ('leaky', "'leaky'.*heavy_ball"),
   'model.link': ('sum', "'sum'.*replace"),
   'model.name': ('rnn', "'rnn'.*decoder"),
-  'model.gmm': ('gpu', "'gpu'.*xla"),
+  'model.gmm': ('gpu', "'gpu' on cpu.*xla"),
   'model.dtype': ('float16', "dtype='float16'"),
   'mesh.data': (16, 'data=16.*16 devices.*8'),
   'mesh.fsdp': (3, 'batch_size=8.*3'),
@@ -43,6 +43,16 @@ WRONG = {
   'data.source': ('web', "'web'"),
   'data.path': ('/no/such/file', '/no/such/file'),
 }
+
+
+def test_a_kernel_that_has_not_the_dtype_is_refused_first(
+  tmp_path, monkeypatch
+):
+  """On a GPU, before data are read: a named one is not another."""
+  monkeypatch.setattr(jobs.ops, 'choose_gmm', lambda impl, *_: 'gpu')
+  c = small_config('/no/such/file')
+  with pytest.raises(ValueError, match=r"'gpu' has bfloat16.*not float32"):
+    jobs.prepare(c, str(tmp_path / 'run'))
 
 
 def test_several_processes_leave_no_device_idle(corpus, tmp_path, monkeypatch):

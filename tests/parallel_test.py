@@ -24,9 +24,11 @@ CUT = [(1, 1, 8, 1), (1, 2, 2, 2)]  # experts over devices
 CASES = [
   *itertools.product(CUT, ('gather', 'all_to_all', 'ragged')),
   *itertools.product([(2, 2, 2, 1)], ('gather', 'ragged')),
-  *itertools.product([(2, 2, 1, 2)], ('local', 'all_to_all')),
+  *itertools.product([(2, 2, 1, 2)], ('local', 'fused', 'all_to_all')),
 ]
-SCARCE = [c for c in CASES if c[0] != (2, 2, 2, 1) and c[1] != 'local']
+SCARCE = [
+  c for c in CASES if c[0] != (2, 2, 2, 1) and c[1] not in parallel.HERE
+]
 
 
 @pytest.fixture(autouse=True)
@@ -361,7 +363,8 @@ def test_a_network_without_ragged_exchange_gets_the_dense_one(
   'options, told',
   [
     ({'strategy': 'local'}, r"'local'.*mesh\.expert=8"),
-    ({'strategy': 'raged'}, "'raged'; there are auto, local, gather"),
+    ({'strategy': 'fused'}, r"'fused'.*mesh\.expert=8"),
+    ({'strategy': 'raged'}, "'raged'; there are auto, local, fused, gather"),
     ({'factor': 0.0}, 'factor=0.0'),
     ({'factor': -1.0}, 'factor=-1.0'),
   ],

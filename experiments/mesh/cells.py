@@ -68,9 +68,10 @@ class Cell:
     return '-'.join(str(v) for v in dataclasses.astuple(self))
 
   def possible(self) -> bool:
-    """`local` has all experts here; a reference is compared with no other."""
+    """Some have all experts here; a reference is compared with no other."""
     here = MESHES[self.mesh][2] == 1
-    return (here or self.strategy != 'local') and self != self.reference()
+    possible = here or self.strategy not in parallel.HERE
+    return possible and self != self.reference()
 
   def reference(self) -> 'Cell':
     return Cell(

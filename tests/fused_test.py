@@ -1,0 +1,324 @@
+"""The strategy `fused` against `local` and the dense oracle; what it saves."""
+
+import functools
+
+import gmm_test
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import parallel_test
+import pytest
+from flax import nnx
+
+from experiments import fused as measured
+from moe_jax import ops, parallel
+from moe_jax import plan as plans
+from moe_jax.experts import ACTIVATIONS, Experts
+from pallas_kernels import cpu
+from pallas_kernels.shapes import CASES
+
+T, D, F, E, K = 24, 8, 6, 5, 3
+GROUP, C = 8, 2  # where experts choose
+EMPTY = 2  # nobody chooses this expert
+
+
+def _poisoned(impl):
+  """Products with NaN in all rows that they leave undefined."""
+  found = ops.products(impl)
+
+  def past(y_MxB, group_E):
+    row_M = jnp.arange(len(y_MxB), dtype=jnp.int32)
+    own_M = row_M < jnp.sum(group_E, dtype=jnp.int32)
+    return jnp.where(own_M[:, None], y_MxB, jnp.nan)
+
+  def fwd(x, ws, group_E, token_M=None):
+    return tuple(past(y, group_E) for y in found.fwd(x, ws, group_E, token_M))
+
+  def dlhs(dys, ws, group_E, token_M=None):
+    return past(found.dlhs(dys, ws, group_E, token_M), group_E)
+
+  return ops.Products(fwd, dlhs, found.drhs)
+
+
+PRODUCTS = {
+  'cpu': lambda: ops.products('cpu'),
+  'poisoned': lambda: _poisoned('cpu'),
+  'gmm': lambda: ops.by_gradients(parallel_test._worst_gmm),
+  'xla': lambda: ops.products('xla'),
+}
+
+
+@functools.cache
+def _made(activation, bias, products):
+  make = lambda: Experts(
+    *(E, D, F),
+    activation=activation,
+    bias=bias,
+    gmm=functools.partial(ops.gmm, impl='cpu'),
+    products=PRODUCTS[products](),
+    rngs=nnx.Rngs(0),
+  )
+  return nnx.split(nnx.eval_shape(make))
+
+
+def _arguments(activation='swiglu', bias=True):
+  """What gradients are taken of, in float64; experts of different scale."""
+  draw = np.random.default_rng(0)
+  state = nnx.to_pure_dict(_made(activation, bias, 'cpu')[1])
+  scale_E = 10.0 ** np.arange(-2, E - 2)
+  weigh = lambda a: scale_E.reshape(E, *[1] * (a.ndim - 1))
+  weights = {
+    k: draw.normal(0, 0.5, a.shape) * (weigh(a) if k.startswith('down') else 1)
+    for k, a in state.items()
+  }
+  return {
+    'weights': weights,
+    'x_TxD': draw.normal(size=(T, D)),
+    'gate_TxK': draw.random((T, K)),
+    'gate_NxExC': draw.random((T // GROUP, E, C)),
+  }
+
+
+def _choices():
+  """Ids, of which some are E, and places; no token chooses EMPTY."""
+  draw = np.random.default_rng(1)
+  others = np.delete(np.arange(E), EMPTY)
+  expert_TxK = np.array([draw.permutation(others)[:K] for _ in range(T)])
+  expert_TxK[draw.random((T, K)) < 0.3] = E
+  expert_TxK[:2] = E  # tokens without an expert
+  places = [draw.permutation(GROUP)[:C] for _ in range(T // GROUP * E)]
+  place_NxExC = np.reshape(places, (T // GROUP, E, C))
+  return expert_TxK.astype(np.int32), place_NxExC.astype(np.int32)
+
+
+def _answer(strategy, made, args, chosen):
+  """[y_TxD of a plan by token, and of one by expert]"""
+  graph, state = made
+  nnx.replace_by_pure_dict(state, args['weights'])
+  module, (expert_TxK, place_NxExC) = nnx.merge(graph, state), chosen
+  layout = parallel.Layout(strategy=strategy)
+  return [
+    layout(args['x_TxD'], plan, module)[0]
+    for plan in (
+      plans.by_token(expert_TxK, args['gate_TxK'], E),
+      plans.ByExpert(place_NxExC, args['gate_NxExC'], GROUP),
+    )
+  ]
+
+
+def _found(strategy, made, args, chosen):
+  """(answers, gradients)"""
+  r_TxD = np.random.default_rng(2).normal(size=(T, D))
+
+  @jax.jit
+  def run(args, chosen, r_TxD):
+    of = lambda args: _answer(strategy, made, args, chosen)
+    ys, pull = jax.vjp(of, args)
+    return ys, pull([r_TxD, r_TxD[::-1]])[0]
+
+  r_TxD = jnp.asarray(r_TxD, args['x_TxD'].dtype)
+  return jax.device_get(run(args, chosen, r_TxD))
+
+
+@functools.cache
+def _expected(activation, bias):
+  with jax.enable_x64(True):
+    args, made = _arguments(activation, bias), _made(activation, bias, 'cpu')
+    return _found('local', made, args, _choices())
+
+
+def _same(found, expected, tolerance):
+  """By array, and of a weight by expert, relative to the largest there."""
+
+  def one(a, b):
+    assert a.shape == b.shape and a.dtype == b.dtype
+    a, b = np.float64(a), np.float64(b)
+    axes = tuple(range(1, a.ndim)) if len(a) == E else None
+    error, size = np.max(abs(a - b), axes), np.max(abs(b), axes)
+    assert np.all(error <= tolerance * size), error / size
+
+  jax.tree.map(one, found, expected)
+
+
+@pytest.mark.parametrize(
+  'activation, bias, products',
+  [
+    ('swiglu', True, 'cpu'),
+    ('swiglu', True, 'poisoned'),
+    ('swiglu', True, 'gmm'),
+    ('gelu', True, 'poisoned'),
+    ('relu', False, 'xla'),
+  ],
+)
+def test_is_local_in_values_and_gradients(activation, bias, products):
+  with jax.enable_x64(True):
+    args, chosen = _arguments(activation, bias), _choices()
+    found = _found('fused', _made(activation, bias, products), args, chosen)
+  _same(found, _expected(activation, bias), 1e-12)
+
+
+@pytest.mark.parametrize('activation', ACTIVATIONS)
+def test_answers_as_the_loops(activation):
+  with jax.enable_x64(True):
+    args, chosen = _arguments(activation), _choices()
+    made = _made(activation, True, 'cpu')
+    y_TxD, z_TxD = jax.jit(functools.partial(_answer, 'fused', made))(
+      args, chosen
+    )
+  expert_TxK, place_NxExC = chosen
+  start_N = np.arange(T // GROUP)[:, None, None] * GROUP
+  by_expert = lambda a_NxExC: a_NxExC.swapaxes(0, 1).reshape(E, -1)
+  weights, x_TxD = args['weights'], args['x_TxD']
+  expected = [
+    oracle.moe(x_TxD, expert_TxK, args['gate_TxK'], weights, activation),
+    oracle.moe_by_expert(
+      x_TxD,
+      by_expert(place_NxExC + start_N),
+      by_expert(args['gate_NxExC']),
+      weights,
+      activation,
+    ),
+  ]
+  np.testing.assert_allclose([y_TxD, z_TxD], expected, 1e-12, 1e-12)
+  assert not y_TxD[:2].any()
+
+
+def test_who_has_no_rows_has_no_gradient():
+  """Exactly; and neither has the weight of a choice that was dropped."""
+  args, (expert_TxK, _) = _arguments(), _choices()
+  args = jax.tree.map(np.float32, args)
+  made = _made('swiglu', True, 'poisoned')
+
+  @jax.jit
+  @jax.grad
+  def slope(args):
+    graph, state = made
+    nnx.replace_by_pure_dict(state, args['weights'])
+    plan = plans.by_token(expert_TxK, args['gate_TxK'], E)
+    layout = parallel.Layout(strategy='fused')
+    return jnp.sum(layout(args['x_TxD'], plan, nnx.merge(graph, state))[0])
+
+  found = slope(args)
+  for name, d in found['weights'].items():
+    assert not d[EMPTY].any(), name
+    assert np.all([d[e].any() for e in range(E) if e != EMPTY]), name
+  gate_TxK = np.asarray(found['gate_TxK'])
+  np.testing.assert_array_equal(gate_TxK == 0, expert_TxK == E)
+  assert not found['x_TxD'][:2].any()
+
+
+@pytest.mark.parametrize(
+  'dtype, tolerance', [('float32', 1e-5), ('bfloat16', 0.03)]
+)
+def test_is_local_in_less_precision(dtype, tolerance):
+  """Rows in that dtype, parameters and gates in float32."""
+  args = jax.tree.map(np.float32, _arguments())
+  args['x_TxD'] = jnp.asarray(args['x_TxD'], dtype)
+  found = _found('fused', _made('swiglu', True, 'cpu'), args, _choices())
+  assert all(y.dtype == dtype for y in found[0])
+  narrow = lambda a, b: np.asarray(a, b.dtype)
+  expected = jax.tree.map(narrow, _expected('swiglu', True), found)
+  assert found[1]['x_TxD'].dtype == dtype
+  assert found[1]['weights']['up_ExDxF'].dtype == np.float32
+  _same(found, expected, tolerance)
+
+
+# --- what is saved ------------------------------------------------------------
+
+
+def test_saves_tokens_preactivations_and_integers():
+  size = measured.Layer(T, D, E, K, F)
+  kept = measured.saved(
+    measured.layer(size, 'fused'), *measured.arguments(size, 'bfloat16')
+  )
+  M = T * K
+  assert kept.pop(f'bfloat16[{M},{F}]') == 2 * 2 * M * F  # gate and up
+  assert kept.pop(f'bfloat16[{T},{D}]') == 2 * T * D
+  assert not [shape for shape in kept if shape.startswith('bfloat16')]
+  assert sum(kept.values()) <= 4 * (6 * M + E)  # weights and the plan
+
+
+@pytest.mark.parametrize('name', measured.MODELS)
+def test_saves_half_of_what_the_plain_layer_does(name):
+  size = measured.MODELS[name]
+  args = measured.arguments(size, 'bfloat16')
+  fused, local, plain = (
+    sum(measured.saved(measured.layer(size, strategy), *args).values())
+    for strategy in ('fused', 'local', 'plain')
+  )
+  assert fused <= 0.55 * plain
+  assert fused < local < plain
+
+
+def test_saves_no_parameters_in_another_dtype():
+  """With parameters in float32 and rows in bfloat16."""
+  size = measured.Layer(T, D, E, K, F)
+  weights, *_ = measured.arguments(size, 'float32')
+  _, *rest = measured.arguments(size, 'bfloat16')
+  kept = {
+    strategy: measured.saved(measured.layer(size, strategy), weights, *rest)
+    for strategy in ('local', 'fused')
+  }
+  cast = f'bfloat16[{E},{D},{F}]'
+  assert cast in kept['local'] and cast not in kept['fused']
+
+
+def test_the_plain_layer_is_the_layer():
+  size = measured.Layer(T, D, E, K, F)
+  found = measured.timed(size, rounds=1)
+  assert found['fused']['ratio'] > 0
+  *args, _ = measured.draws(size)
+  y_TxD = jax.jit(measured.plain)(*args)
+  expected = jax.jit(measured.layer(size, 'local'))(*args)
+  np.testing.assert_allclose(y_TxD, expected, 1e-4, 1e-5)
+
+
+# --- products whose rows are gathered in their loads --------------------------
+
+
+FEW = ('skewed', 'empty_experts', 'sum_below_M', 'narrow')
+
+
+@pytest.mark.parametrize('name', FEW)
+def test_gathered_rows_are_copied_ones(name):
+  """Of two matrices an expert, at once; ids past the groups are any."""
+  M, A, B, group = CASES[name]
+  rng = np.random.default_rng(len(name))
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  tokens = M // 2 + 1
+  token_M = rng.integers(0, tokens, M).astype(np.int32)
+  token_M[sum(group) :] = tokens
+  x_TxA, y_TxA = draw(tokens, A), draw(tokens, A)
+  ws = draw(len(group), A, B), draw(len(group), A, B + 1)
+  dys = draw(M, B), draw(M, B + 1)
+  group_E = jnp.asarray(group, jnp.int32)
+
+  @jax.jit
+  def run(token_M, x_TxA, y_TxA, ws, dys, group_E):
+    turned = [w_ExAxB.swapaxes(1, 2) for w_ExAxB in ws]
+    return (
+      cpu.fwd(x_TxA, ws, group_E, token_M),
+      cpu.dlhs(dys, ws, group_E),
+      cpu.dlhs((x_TxA, y_TxA), [turned[0]] * 2, group_E, token_M),
+      cpu.drhs(x_TxA, dys, group_E, x_token_M=token_M),
+      cpu.drhs(dys[0], (x_TxA, y_TxA), group_E, dy_token_M=token_M),
+    )
+
+  ys, dx, both, dws, turned = run(token_M, x_TxA, y_TxA, ws, dys, group_E)
+  rows = np.clip(token_M, 0, tokens - 1)
+  x_MxA, y_MxA = np.asarray(x_TxA)[rows], np.asarray(y_TxA)[rows]
+  want = [
+    gmm_test.oracle(x_MxA, w, dy, group) for w, dy in zip(ws, dys, strict=True)
+  ]
+  by_expert = functools.partial(gmm_test.by_expert, group_E=group)
+  sums = lambda *lists: [np.add(*pair) for pair in zip(*lists, strict=True)]
+  for i, (y, _, dw) in enumerate(want):
+    gmm_test.check(by_expert(ys[i]), y, 1e-5)
+    gmm_test.check(dws[i], dw, 1e-5)
+  gmm_test.check(by_expert(dx), sums(want[0][1], want[1][1]), 1e-5)
+  first = want[0][0], gmm_test.oracle(y_MxA, ws[0], dys[0], group)[0]
+  gmm_test.check(by_expert(both), sums(*first), 1e-5)
+  for found, rows_MxA in zip(turned, (x_MxA, y_MxA), strict=True):
+    dw = gmm_test.oracle(rows_MxA, ws[0], dys[0], group)[2]
+    gmm_test.check(found, [d.T for d in dw], 1e-5)
