@@ -519,7 +519,12 @@ def give(workdir: str, target: str, shard: int = SHARD) -> list[str]:
   """
   alone()
   job, folder = routing.load(workdir), pathlib.Path(target).absolute()
-  family, values = expressed(job.config, job.model.c.V)
+  try:
+    family, values = expressed(job.config, job.model.c.V)
+  except KeyError as error:
+    raise ValueError(
+      f'{job.workdir}/config.json is not of this version: {error!r}'
+    ) from error
   state = routing.restore(job, routing.checkpoints(job)[-1])
   leaves = {
     tuple(k.key for k in path): a
@@ -676,6 +681,7 @@ def write(
       made[piece.name] = joined(piece, parts).astype(kind(piece))
       of[piece.name] = name
     safetensors.numpy.save_file(made, folder / name, {'format': 'pt'})
+    (folder / name).chmod(0o644)  # the library lets nobody else read
   if len(files) > 1:
     total = sum(bytes_of(piece) for piece in own)
     _write(

@@ -122,44 +122,61 @@ _CHOICE = same('num_experts_per_tok', 'router.k')
 def _grouped(default_theta):
   """Rotary attention and its positions."""
 
-  def yarn(theirs):
-    if not _extended(theirs):
+  def extended(theirs):
+    kind = _extended(theirs, 'yarn', 'llama3')
+    if not kind:
       return {}
+    fast, slow, amplitude = _TURNS[kind]
+    for name in (fast, slow):
+      if theirs[name] is None:
+        raise ValueError(f'{name} is missing, rope_type is {kind!r}')
     return {
       'attention.yarn_factor': float(theirs['rope.factor']),
-      'attention.yarn_beta_fast': float(theirs['rope.beta_fast']),
-      'attention.yarn_beta_slow': float(theirs['rope.beta_slow']),
-      'attention.yarn_amplitude': theirs['rope.attention_factor'],
+      'attention.yarn_beta_fast': float(theirs[fast]),
+      'attention.yarn_beta_slow': float(theirs[slow]),
+      'attention.yarn_amplitude': theirs.get(amplitude, 1.0),
       'attention.yarn_length': theirs['rope.original_max_position_embeddings'],
+      'attention.yarn_by_turns': kind == 'llama3',
     }
 
   def back(ours):
     if not ours['attention.yarn_factor']:
       return {'rope.rope_type': 'default'}
-    return {
-      'rope.rope_type': 'yarn',
+    kind = 'llama3' if ours['attention.yarn_by_turns'] else 'yarn'
+    fast, slow, amplitude = _TURNS[kind]
+    found = {
+      'rope.rope_type': kind,
       'rope.factor': ours['attention.yarn_factor'],
-      'rope.beta_fast': ours['attention.yarn_beta_fast'],
-      'rope.beta_slow': ours['attention.yarn_beta_slow'],
-      'rope.attention_factor': ours['attention.yarn_amplitude'],
+      fast: ours['attention.yarn_beta_fast'],
+      slow: ours['attention.yarn_beta_slow'],
       'rope.original_max_position_embeddings': ours['attention.yarn_length'],
     }
+    if amplitude:
+      found[amplitude] = ours['attention.yarn_amplitude']
+    return found
 
   return (
     same('num_key_value_heads', 'attention.J'),
     same('rope.rope_theta', 'attention.theta', default_theta),
-    Rule({**_YARN, 'rope.attention_factor': None}, yarn, back),
+    Rule({**_YARN, **_LLAMA3, 'rope.attention_factor': None}, extended, back),
   )
 
 
-def _extended(theirs):
-  """Whether positions are extended, by YaRN."""
+def _extended(theirs, *kinds):
+  """Which of these kinds extends positions; '' if none does."""
   kind = theirs['rope.rope_type']
-  if kind not in ('default', 'yarn'):
-    raise ValueError(
-      f"rope_type={kind!r} is not supported, only 'default' or 'yarn'"
-    )
-  return kind == 'yarn'
+  if kind not in ('default', *kinds):
+    can = ' or '.join(repr(known) for known in ('default', *kinds))
+    raise ValueError(f'rope_type={kind!r} is not supported, only {can}')
+  return '' if kind == 'default' else kind
+
+
+# Of a kind: turns of pairs that are kept, of those slowed, and the amplitude.
+_TURNS = {
+  'yarn': ('rope.beta_fast', 'rope.beta_slow', 'rope.attention_factor'),
+  'llama3': ('rope.high_freq_factor', 'rope.low_freq_factor', None),
+}
+_LLAMA3 = {'rope.high_freq_factor': None, 'rope.low_freq_factor': None}
 
 
 # `rope.` are the fields of rope_scaling or rope_parameters, see `plain`.
@@ -176,7 +193,7 @@ def _latent():
   """Latent attention and its positions."""
 
   def yarn(theirs):
-    if not _extended(theirs):
+    if not _extended(theirs, 'yarn'):
       return {}
     mscale, all_dim = theirs['rope.mscale'], theirs['rope.mscale_all_dim']
     if bool(mscale) != bool(all_dim):

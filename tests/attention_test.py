@@ -437,6 +437,27 @@ def test_latent_may_have_its_pairs_apart():
   _close(call(weights, _x(), _view()), expected)
 
 
+def test_llama_3_slows_pairs_by_their_wavelength():
+  """Factor 8, kept below 8192 / 4 tokens a turn, slowed above 8192 / 1."""
+  plain = 500_000.0 ** (-np.arange(0, 64, 2) / 64)
+  found = attention.Yarn(8.0, 4.0, 1.0, 8192, by_turns=True).frequency(5e5, 64)
+  kinds = set()
+  for before, after in zip(plain, found, strict=True):
+    wavelength = 2 * np.pi / before
+    if wavelength < 8192 / 4:
+      kinds.add('kept')
+      expected = before
+    elif wavelength > 8192:
+      kinds.add('slowed')
+      expected = before / 8
+    else:
+      kinds.add('between')
+      part = (8192 / wavelength - 1) / (4 - 1)
+      expected = part * before + (1 - part) * before / 8
+    np.testing.assert_allclose(after, expected, rtol=1e-12)
+  assert kinds == {'kept', 'between', 'slowed'}
+
+
 def test_yarn_slows_the_slow_pairs_and_sharpens_the_scores():
   """Pair i turns 40 / (2 pi 50^(i/2)) times in 40 tokens: 6.4 and 0.9 times."""
   call, weights = _setup('latent', **YARN)

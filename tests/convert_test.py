@@ -480,8 +480,9 @@ def test_published_models_have_their_published_size(name):
     (
       'llama',
       {'rope_scaling': {'rope_type': 'llama3', 'factor': 8.0}},
-      "rope_type='llama3'",
+      "high_freq_factor is missing, rope_type is 'llama3'",
     ),
+    ('llama', {'rope_scaling': {'rope_type': 'linear'}}, "'yarn' or 'llama3'"),
     (
       'qwen3',
       {'layer_types': ['full_attention'] * 2 + ['sliding_attention']},
@@ -755,6 +756,14 @@ def test_a_run_that_was_trained_goes_out_and_comes_back(corpus, tmp_path):
   job, weights = generate.newest(str(tmp_path / 'again'))
   prompt = generate.prompt_ids(job, '7 squared is')
   assert job.dataset.tokenizer.decode(prompt) == '7 squared is'
+
+  path = tmp_path / 'run' / 'config.json'
+  old = json.loads(path.read_text())
+  del old['model']['attention']['size']  # as a version before it has it
+  path.write_text(json.dumps(old))
+  with pytest.raises(ValueError, match='is not of this version'):
+    convert.give(str(tmp_path / 'run'), str(tmp_path / 'further'))
+  assert not (tmp_path / 'further').exists()
 
 
 def test_an_imported_model_holds_no_text_and_is_not_trained_further(tmp_path):

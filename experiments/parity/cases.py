@@ -30,6 +30,13 @@ YARN = {
   'beta_slow': 1,
   'original_max_position_embeddings': 16,
 }
+LLAMA3 = {
+  'rope_type': 'llama3',
+  'factor': 8.0,
+  'high_freq_factor': 4.0,
+  'low_freq_factor': 1.0,
+  'original_max_position_embeddings': 32,
+}
 QWEN3 = dict(intermediate_size=24, moe_intermediate_size=8, head_dim=8)
 LATENT = dict(
   intermediate_size=24,
@@ -66,7 +73,8 @@ CASES = {
       num_key_value_heads=1,
       num_hidden_layers=3,
       tie_word_embeddings=True,
-      rope_scaling=YARN,
+      head_dim=12,
+      rope_scaling=LLAMA3,
     ),
   ),
   'qwen3-plain': (

@@ -263,18 +263,26 @@ class Yarn:
     beta_fast: pairs that turn more often in `length` keep their frequency.
     beta_slow: those that turn less often are slowed by the factor.
     length: of the context before.
+    by_turns: between the two a pair is slowed by how often it turns (Llama
+      3.1, arXiv 2407.21783), else by its place among the pairs.
   """
 
   factor: float
   beta_fast: float
   beta_slow: float
   length: int
+  by_turns: bool = False
 
   def frequency(self, theta: float, P: int) -> np.ndarray:
     """float64 [P/2], radians per token."""
     frequency = theta ** (-np.arange(0, P, 2) / P)
     if not self.factor:
       return frequency
+    if self.by_turns:
+      turns = self.length * frequency / (2 * math.pi)
+      width = self.beta_fast - self.beta_slow
+      slowed = np.clip((self.beta_fast - turns) / width, 0, 1)
+      return frequency * (1 - slowed + slowed / self.factor)
     # The pair, as a real number, that turns so many times in the length.
     pair = lambda turns: (
       P * math.log(self.length / (turns * 2 * math.pi)) / (2 * math.log(theta))

@@ -25,7 +25,7 @@ class Attention(attention.Attention):
       each 'head', with one scale for all heads (Qwen3); or 'all' heads as one
       vector (OLMoE).
     eps: of these norms.
-    yarn_factor, yarn_beta_fast, yarn_beta_slow, yarn_length: of
+    yarn_factor, yarn_beta_fast, yarn_beta_slow, yarn_length, yarn_by_turns: of
       attention.Yarn; a factor of 0 extends nothing.
     yarn_amplitude: factor on queries and keys; 1 + ln(yarn_factor) / 10 if
       None.
@@ -54,6 +54,7 @@ class Attention(attention.Attention):
     yarn_beta_slow: float = 1.0,
     yarn_amplitude: float | None = None,
     yarn_length: int = 4096,
+    yarn_by_turns: bool = False,
     rngs: nnx.Rngs,
   ):
     J = H if J is None else J
@@ -61,7 +62,8 @@ class Attention(attention.Attention):
     _check(D, H, J, S, window, qk_norm)
     self.window, self.bias, self.qk_norm = window, bias, qk_norm
     yarn = attention.Yarn(
-      yarn_factor, yarn_beta_fast, yarn_beta_slow, yarn_length
+      *(yarn_factor, yarn_beta_fast, yarn_beta_slow),
+      *(yarn_length, yarn_by_turns),
     )
     self.frequency_P = tuple(yarn.frequency(theta, S).tolist())
     self.amplitude = yarn_amplitude

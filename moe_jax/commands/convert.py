@@ -6,8 +6,7 @@
 
 A folder as the Hugging Face Hub has it, config.json with safetensors, becomes a
 work directory for moe-analyze; a work directory becomes such a folder, which
-transformers and vLLM open. Llama, Qwen3, Mixtral, OLMoE, Qwen3-MoE, DeepSeek-V2
-and -V3.
+transformers opens: Llama, Qwen3, Mixtral, OLMoE, Qwen3-MoE, DeepSeek-V2, -V3.
 
 With --upcycle the model in a work directory grows: a dense one gets E experts
 for each feed-forward (slices=4 cuts it first), any gets iterations=2; it
