@@ -80,11 +80,11 @@ def arguments(size: Layer, dtype: str) -> tuple:
   )
 
 
-def layer(size: Layer, strategy: str):
+def layer(size: Layer, strategy: str, gmm: str | None = None):
   """f of `arguments`: the answer y_TxD of a strategy, or of `plain`."""
   if strategy == 'plain':
     return plain
-  gmm = ops.choose_gmm(None)
+  gmm = gmm or ops.choose_gmm(None)
   make = lambda: Experts(
     *(size.E, size.D, size.F),
     activation='swiglu',

@@ -186,11 +186,24 @@ def by_gradients(gmm: Callable[..., jax.Array]) -> Products:
 def _mosaic(interpret: bool) -> Products:
   """Those of the TPU kernels, of which some do more than a product."""
   kernels = importlib.import_module('pallas_kernels.tpu')
-  by_gmm = by_gradients(functools.partial(kernels.gmm, interpret=interpret))
+
+  def fwd(x, ws, group_E, token_M=None):
+    x_MxA = _taken(x, token_M)
+    return tuple(
+      kernels.gmm(x_MxA, w_ExAxB, group_E, interpret=interpret)
+      for w_ExAxB in ws
+    )
 
   def dlhs(dys, ws, group_E, token_M=None):
     rows = [_taken(dy, token_M) for dy in dys]
     return kernels.dlhs(rows, ws, group_E, interpret=interpret)
+
+  def drhs(x, dys, group_E, x_token_M=None, dy_token_M=None):
+    x_MxA = _taken(x, x_token_M)
+    return tuple(
+      kernels.drhs(x_MxA, _taken(dy, dy_token_M), group_E, interpret=interpret)
+      for dy in dys
+    )
 
   def into(of, x, ws, group_E, biases=(), token_M=None):
     x_MxA = _taken(x, token_M)
@@ -200,7 +213,7 @@ def _mosaic(interpret: bool) -> Products:
     arrays = _taken(dy, token_M), w_ExAxB, pre, weight_M, group_E
     return kernels.slope(of, *arrays, interpret=interpret)
 
-  return dataclasses.replace(by_gmm, dlhs=dlhs, into=into, slope=slope)
+  return Products(fwd, dlhs, drhs, into, slope)
 
 
 def _taken(x, token_M):

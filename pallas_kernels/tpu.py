@@ -572,17 +572,22 @@ def _write(own, window, head, y_RxB, cols, y):
     y_RxB[rest, cols] = y[head:]
 
 
-def drhs(x_MxA, dy_MxB, group_E, tile, *, interpret=False):
+def drhs(x_MxA, dy_MxB, group_E, tile=None, *, interpret=False):
   """[E, A, B]: each expert's x^T dy, zero where it has no rows.
 
   Args:
     x_MxA, dy_MxB, group_E: as for `gmm`.
     tile: `tiling.Tile`: rows R of one visit, and the part of A x B that one
-      block of the result holds.
+      block of the result holds; None lets the model in `tiling` choose.
     interpret: as for `gmm`.
   """
-  R, depth, cols = tile.rows, tile.depth, tile.cols
   (M, A), B, E = x_MxA.shape, dy_MxB.shape[1], group_E.shape[0]
+  if not M:
+    return jnp.zeros((E, A, B), x_MxA.dtype)
+  w_ExAxB = jax.ShapeDtypeStruct((E, A, B), dy_MxB.dtype)
+  _check_widths(w_ExAxB, interpret)
+  tile = tile or _tile(tiling.DRHS, M, w_ExAxB, interpret)
+  R, depth, cols = tile.rows, tile.depth, tile.cols
 
   def x_map(i, j, v, edge_E, expert_V, tile_V):
     del j, edge_E, expert_V
@@ -620,7 +625,7 @@ def drhs(x_MxA, dy_MxB, group_E, tile, *, interpret=False):
       name='drhs',
     )(visits.edge_E, visits.expert_V, visits.tile_V, x_MxA, dy_MxB)
 
-  return run(x_MxA, dy_MxB, group_E)
+  return run(*operands.same_axes(x_MxA, dy_MxB, group_E))
 
 
 def _drhs_kernel(
