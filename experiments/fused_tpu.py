@@ -100,6 +100,11 @@ def measure(chip_name: str, model: str, strategy: str) -> list[dict]:
     return lines
 
 
+def beyond(line: dict) -> int:
+  """Bytes of a program's peak that are no weights, inputs or gradients."""
+  return line['peak_bytes'] - line['argument_bytes'] - line['output_bytes']
+
+
 # --- kernels ------------------------------------------------------------------
 
 
@@ -107,23 +112,19 @@ def kernels(f, args, entry, chip):
   """{name in the program: modelled cycles} of all Mosaic kernels of f."""
   folder = os.environ['MOE_JAX_SCHEDULE']
   listed = set(schedule.kernels(folder))
-  calls = {}  # of the program, by what they are
+  calls = {}  # names of the program, by what they are
   for i in entry:
     if i.kind == 'custom-call':
       calls.setdefault((_stem(i.name), i.outs), []).append(i.name)
+  alike = {what: list(names) for what, names in calls.items()}
   found = {}
   for walk in traffic.walks(f, *args):
-    alike = calls[
-      walk.name, tuple(','.join(map(str, dims)) for dims in walk.outs)
-    ]
+    what = walk.name, tuple(','.join(map(str, dims)) for dims in walk.outs)
     # Of equal kernels the compiler lists one.
-    name = alike[sum(walk.name == _stem(k) for k in found) % len(alike)]
-    read = schedule.read(
-      folder, next(k for k in alike if k in listed), chip.unit
-    )
-    while name in found:
-      name += "'"
-    found[name] = cost.model(read, _steps(walk, chip), chip)
+    name = next(name for name in alike[what] if name in listed)
+    read = schedule.read(folder, name, chip.unit)
+    cycles = cost.model(read, _steps(walk, chip), chip)
+    found[calls[what].pop(0)] = cycles
   return found
 
 
@@ -189,10 +190,8 @@ def others(entry) -> dict[str, int]:
 
 def parse(text: str) -> list[Instruction]:
   """The instructions of a compiled program's entry."""
-  bodies = {
-    m[1]: m[2]
-    for m in re.finditer(r'^%?([\w.\-]+) .*?\{\n(.*?)^\}', text, re.M | re.S)
-  }
+  computation = r'^%([\w.\-]+) [^\n]*\{\n(.*?)^\}'
+  bodies = dict(re.findall(computation, text, re.M | re.S))
   entry = text[re.search(r'^ENTRY', text, re.M).start() :]
   found = []
   for line in entry.splitlines():
