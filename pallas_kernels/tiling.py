@@ -276,4 +276,6 @@ def _tile(kernel, rows, depth, cols, itemsize, chip):
   blocks += 2 * kernel.thin * rows * _THIN
   sums = 4 * depth * cols if kind == 'drhs' else 0
   result = 4 * run * (cols if kind == 'drhs' else rows)
+  if kernel.ys > 1:  # so much is there beside them, by compiled programs
+    result *= 5 * kernel.ys + kernel.ws
   return Tile(rows, depth, cols, run, step, blocks + sums + result)

@@ -198,7 +198,7 @@ def _check_layer(name, dtype, gated, bias, rows, step, run, interpret):
     ('one_row', 16, 16, None),
     ('no_rows_used', 16, 16, None),
     ('no_rows', 16, 16, None),
-    ('many_small', 48, 48, None),
+    ('one_hot', 48, 48, None),
     ('narrow', 48, 48, None),
   ],
 )
