@@ -1,6 +1,6 @@
-"""The strategy `fused` beside `local`: what is saved, and the time.
+"""The strategy `fused` beside `local`: what is saved, time, and a TPU's both.
 
-  python -m experiments.fused --what=saved,time --json=fused.jsonl
+  python -m experiments.fused --what=saved,time,tpu --json=fused.jsonl
 
 `saved` counts the bytes that one routed layer keeps between its forward and its
 backward pass: those results of the forward pass, in the jaxpr of `jax.vjp`,
@@ -10,13 +10,21 @@ it down, with `jax.lax.ragged_dot` and jax's own gradients.
 
 `time` runs forward and backward pass, to x, gates and all weights, in float32
 on the platform at hand: each strategy has a turn in every round, in rotating
-order, a call that does not count and one that does. Ratios are to `local` in
-the same round. Choices are even: k of E, drawn for each token. `temp` is what
-the compiled program takes besides arguments and results. On CPU freed memory is
-kept, as in moe-train (malloc.keep).
+order, a call that does not count and one that does. Seconds are those of the
+CPU, of all threads, which other work changes little. Ratios are to `local` in
+the same round. Choices are even: k of E, drawn for each token. `dense` is nine
+products of the same FLOPs and nothing else, all rows with one expert. `temp` is
+what the compiled program takes besides arguments and results. On CPU freed
+memory is kept, as in moe-train (malloc.keep).
+
+`tpu` compiles the published layers for --chip, one process each, and tells what
+memory the program takes and its modelled time, see fused_tpu. It needs the
+extra `aot`.
 """
 
 import functools
+import importlib.util
+import itertools
 import json
 import os
 import time
@@ -32,10 +40,14 @@ from flax import nnx
 from moe_jax import malloc, ops, parallel
 from moe_jax import plan as plans
 from moe_jax.experts import Experts
-from pallas_kernels import command, shapes
+from pallas_kernels import command, shapes, tiling
 
 _WHAT = flags.DEFINE_list('what', ['saved', 'time'], 'What is looked at.')
 _ROUNDS = flags.DEFINE_integer('rounds', 10, 'Turns of each.', lower_bound=1)
+_CHIP = flags.DEFINE_list(
+  'chip', ['v5p', 'v6e'], 'Chips that tpu compiles for.'
+)
+_LAYER = flags.DEFINE_list('layer', None, 'Layers that tpu compiles; all.')
 _JSON = flags.DEFINE_string('json', None, 'A file that gets a line a result.')
 
 STRATEGIES = ('local', 'fused')
@@ -80,11 +92,11 @@ def arguments(size: Layer, dtype: str) -> tuple:
   )
 
 
-def layer(size: Layer, strategy: str):
+def layer(size: Layer, strategy: str, gmm: str | None = None):
   """f of `arguments`: the answer y_TxD of a strategy, or of `plain`."""
   if strategy == 'plain':
     return plain
-  gmm = ops.choose_gmm(None)
+  gmm = gmm or ops.choose_gmm(None)
   make = lambda: Experts(
     *(size.E, size.D, size.F),
     activation='swiglu',
@@ -164,8 +176,20 @@ def draws(size: Layer) -> tuple:
   ))  # fmt: skip
 
 
+def dense(weights, x_TxD, gate_TxK, expert_TxK, dy_TxD):
+  """As many products as `passes` has, of rows that one expert has."""
+  K = expert_TxK.shape[1]
+  up_DxF, down_FxD = (weights[k][0] for k in ('up_ExDxF', 'down_ExFxD'))
+  x_MxD, dy_MxD = (jnp.tile(a, (K, 1)) for a in (x_TxD, dy_TxD))
+  x_DxM, dy_DxM = (jax.lax.optimization_barrier(a.T) for a in (x_MxD, dy_MxD))
+  first_MxF, second_MxF = x_MxD @ up_DxF, x_MxD @ weights['gate_ExDxF'][0]
+  third_MxF = dy_MxD @ down_FxD.T
+  rows = first_MxF @ down_FxD, first_MxF @ up_DxF.T, second_MxF @ up_DxF.T
+  return rows, x_DxM @ first_MxF, x_DxM @ second_MxF, dy_DxM @ third_MxF
+
+
 def timed(size: Layer, rounds: int) -> dict[str, dict]:
-  """{strategy: what is told of it}; ValueError if their answers differ."""
+  """{row: what is told of it}; ValueError if the strategies' answers differ."""
   args, calls, found = draws(size), {}, {}
   expected = None
   for name in STRATEGIES:
@@ -178,13 +202,16 @@ def timed(size: Layer, rounds: int) -> dict[str, dict]:
     temp = compiled.memory_analysis().temp_size_in_bytes
     calls[name] = functools.partial(compiled, *args)
     found[name] = {'relative_error': error, 'temp_bytes': temp, 'seconds': []}
+  compiled = jax.jit(dense).lower(*args).compile()
+  calls['dense'] = functools.partial(compiled, *args)
+  found['dense'] = {'seconds': []}
   for i in range(rounds):
     start = i % len(calls)
     for name in [*list(calls)[start:], *list(calls)[:start]]:
       jax.block_until_ready(calls[name]())
-      began = time.perf_counter()
+      began = time.process_time()
       jax.block_until_ready(calls[name]())
-      found[name]['seconds'].append(time.perf_counter() - began)
+      found[name]['seconds'].append(time.process_time() - began)
   base = np.array(found[STRATEGIES[0]]['seconds'])
   for about in found.values():
     ratios = np.array(about['seconds']) / base
@@ -226,8 +253,8 @@ def report_time(write, rounds):
     for name, about in found.items():
       print(
         f'{name:10}{about["seconds"]:8.3f} s  {about["ratio"]:.2f}'
-        f' ({about["ratio_q1"]:.2f}-{about["ratio_q3"]:.2f}) of local,'
-        f' temp {about["temp_bytes"] / 2**20:.0f} MiB',
+        f' ({about["ratio_q1"]:.2f}-{about["ratio_q3"]:.2f}) of local'
+        + _temp(about),
         flush=True,
       )
       load = {'load': round(os.getloadavg()[0], 2), 'rounds': rounds}
@@ -235,12 +262,52 @@ def report_time(write, rounds):
       write({**line, **load, **here})
 
 
+def _temp(about):
+  bytes_ = about.get('temp_bytes')
+  return '' if bytes_ is None else f', temp {bytes_ / 2**20:.0f} MiB'
+
+
+def report_tpu(write, chips, layers):
+  from experiments import fused_tpu  # it needs this module, and libtpu
+
+  print('of plain: peak memory, and without weights and gradients;')
+  print('modelled ms of forward and backward pass, even groups and Zipf')
+  for chip in chips:
+    for name in layers:
+      found = {
+        strategy: fused_tpu.in_process(chip, name, strategy)
+        for strategy in ('plain', *STRATEGIES)
+      }
+      for line in itertools.chain(*found.values()):
+        write(line)
+      plain = found['plain'][0]
+      for strategy in STRATEGIES:
+        line, zipf = found[strategy]
+        peak = line['peak_bytes'] / plain['peak_bytes']
+        over = fused_tpu.beyond(line) / fused_tpu.beyond(plain)
+        ms = [
+          f'{a["ms"]:9.3f} {a["ms"] / b["ms"]:.2f}'
+          for a, b in zip((line, zipf), found['local'], strict=True)
+        ]
+        print(
+          f'{chip:5} {name:10}{strategy:8}{peak:8.2f}{over:8.2f}{"".join(ms)}',
+          flush=True,
+        )
+
+
 def main(argv: list[str]) -> None:
   del argv
-  known = ('saved', 'time')
-  for value in _WHAT.value or ['']:
-    if value not in known:
-      command.stop(f'--what={value}; there are {", ".join(known)}')
+  layers = list(MODELS) if _LAYER.value is None else _LAYER.value
+  for name, values, known in (
+    ('what', _WHAT.value, ('saved', 'time', 'tpu')),
+    ('chip', _CHIP.value, tuple(tiling.CHIPS)),
+    ('layer', layers, tuple(MODELS)),
+  ):
+    for value in values or ['']:
+      if value not in known:
+        command.stop(f'--{name}={value}; there are {", ".join(known)}')
+  if 'tpu' in _WHAT.value and importlib.util.find_spec('libtpu') is None:
+    command.stop("libtpu is missing: pip install -e '.[aot]'")
   try:
     file = open(_JSON.value or os.devnull, 'a')
   except OSError as error:
@@ -251,6 +318,8 @@ def main(argv: list[str]) -> None:
       report_saved(write)
     if 'time' in _WHAT.value:
       report_time(write, _ROUNDS.value)
+    if 'tpu' in _WHAT.value:
+      report_tpu(write, _CHIP.value, layers)
 
 
 if __name__ == '__main__':

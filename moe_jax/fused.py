@@ -64,20 +64,18 @@ def experts(
 def _forward(act, products, weights, x_TxD, rows):
   into = [name for name in INTO if name in weights]
   w = {name: a.astype(x_TxD.dtype) for name, a in weights.items()}
-  bias = 'bias_down_ExD' in w
-  expert_M = plans.expert_of(rows.group_E, len(rows.token_M)) if bias else None
-  pre = products.fwd(
-    x_TxD, [w[name] for name in into], rows.group_E, rows.token_M
+  hidden_MxF, pre = products.into(
+    functools.partial(_hidden, act),
+    x_TxD,
+    [w[name] for name in into],
+    rows.group_E,
+    [w[INTO[name]] for name in into if INTO[name] in w],
+    rows.token_M,
   )
-  if bias:
-    pre = tuple(
-      a_MxF + _of_expert(w[INTO[name]], expert_M)
-      for name, a_MxF in zip(into, pre, strict=True)
-    )
-  hidden_MxF = _hidden(act, *pre)
   (y_MxD,) = products.fwd(hidden_MxF, [w['down_ExFxD']], rows.group_E)
-  if bias:
-    y_MxD += _of_expert(w['bias_down_ExD'], expert_M)
+  if 'bias_down_ExD' in w:
+    expert_M = plans.expert_of(rows.group_E, len(rows.token_M))
+    y_MxD += w['bias_down_ExD'].at[expert_M].get(mode='fill', fill_value=0)
   y_TxD = plans.total(y_MxD, rows, len(x_TxD), rows.weight_M)
   return y_TxD, (weights, x_TxD, rows, pre)
 
@@ -89,23 +87,18 @@ def _backward(act, products, saved, dy_TxD):
   group_E, weight_M = rows.group_E, rows.weight_M
   into = [name for name in INTO if name in weights]
   w = {name: a.astype(x_TxD.dtype) for name, a in weights.items()}
-  wide = np.promote_types(x_TxD.dtype, weight_M.dtype)
-  weight_Mx1 = weight_M[:, None].astype(wide)
-  gated = lambda a_MxF: (a_MxF.astype(wide) * weight_Mx1).astype(a_MxF.dtype)
 
-  # Of the hidden rows as if each weight were 1.
-  dh_MxF = products.dlhs([dy_TxD], [w['down_ExFxD']], group_E, token_M)
-  hidden_MxF, pull = jax.vjp(functools.partial(_hidden, act), *pre)
-  d_weight_M = jnp.sum(dh_MxF.astype(wide) * hidden_MxF.astype(wide), axis=1)
-  d_pre = pull(gated(dh_MxF))
-  d_down = products.drhs(
-    gated(hidden_MxF), [dy_TxD], group_E, dy_token_M=token_M
+  d_pre, hidden_MxF, d_weight_M = products.slope(
+    functools.partial(_hidden, act),
+    *(dy_TxD, w['down_ExFxD'], pre, weight_M, group_E, token_M),
   )
+  d_down = products.drhs(hidden_MxF, [dy_TxD], group_E, dy_token_M=token_M)
   d_into = products.drhs(x_TxD, d_pre, group_E, x_token_M=token_M)
   dx_MxD = products.dlhs(d_pre, [w[name] for name in into], group_E)
   dx_TxD = plans.total(dx_MxD, rows, len(x_TxD))
   d = dict(zip((*into, 'down_ExFxD'), (*d_into, *d_down), strict=True))
   if 'bias_down_ExD' in weights:
+    wide = np.promote_types(x_TxD.dtype, weight_M.dtype)
     expert_M = plans.expert_of(group_E, len(token_M))
     for name, d_MxF in zip(into, d_pre, strict=True):
       d[INTO[name]] = jax.ops.segment_sum(
@@ -129,10 +122,6 @@ experts.defvjp(_forward, _backward)
 def _hidden(act, first_MxF, up_MxF=None):
   """The hidden rows: what is activated is the gate, or up where none is."""
   return act(first_MxF) if up_MxF is None else act(first_MxF) * up_MxF
-
-
-def _of_expert(bias_ExB, expert_M):
-  return bias_ExB.at[expert_M].get(mode='fill', fill_value=0)
 
 
 def _bias_down(dy_TxD, bias_ExD, rows, expert_M):

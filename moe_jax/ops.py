@@ -8,6 +8,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from moe_jax import plan as plans
 
 GMM = ('cpu', 'tpu', 'interpret', 'gpu', 'xla', 'tokamax')
 _PACKAGES = {
@@ -131,21 +134,28 @@ class Products:
   """The products of a grouped matmul and of its gradients, each by itself.
 
   For who has gradients of his own, `fused`. Rows from sum(group_E) on are
-  undefined in what fwd and dlhs return, and reach nothing else. With a token_M,
-  int32 [M], the rows are x[token_M], and what it says past the groups does not
-  matter. Several matrices of the same experts are one product where the
-  implementation can.
+  undefined in what fwd, dlhs, into and slope return, and reach nothing else.
+  With a token_M, int32 [M], the rows are x[token_M], and what it says past the
+  groups does not matter. Several matrices of the same experts are one product
+  where the implementation can.
 
   Attributes:
     fwd: (x, ws, group_E, token_M=None) -> (y_MxB, ...), x w of each w.
     dlhs: (dys, ws, group_E, token_M=None) -> dx_MxA, the sum of dy w^T.
     drhs: (x, dys, group_E, x_token_M=None, dy_token_M=None) ->
       (dw_ExAxB, ...), each expert's x^T dy, zero where it has no rows.
+    into: (of, x, ws, group_E, biases=(), token_M=None) -> hidden_MxB, pre:
+      those of fwd, with a bias_ExB for each or none, and of(*pre), elementwise.
+    slope: (of, dy, w, pre, weight_M, group_E, token_M=None) -> d_pre,
+      weight * hidden, sum over A of dh * hidden; with dh = dy w^T, hidden =
+      of(*pre), and d_pre what weight * dh is before `of`.
   """
 
   fwd: Callable[..., tuple[jax.Array, ...]]
   dlhs: Callable[..., jax.Array]
   drhs: Callable[..., tuple[jax.Array, ...]]
+  into: Callable[..., tuple[jax.Array, tuple[jax.Array, ...]]]
+  slope: Callable[..., tuple[tuple[jax.Array, ...], jax.Array, jax.Array]]
 
 
 def products(impl: str) -> Products:
@@ -154,10 +164,38 @@ def products(impl: str) -> Products:
   Those of 'cpu' gather in the loads of the product; of the others, which have
   no such kernel, the gathered rows are an array that lives as long as one.
   """
-  if impl == 'cpu':
-    kernels = importlib.import_module('pallas_kernels.cpu')
-    return Products(kernels.fwd, kernels.dlhs, kernels.drhs)
+  match impl:
+    case 'cpu':
+      kernels = importlib.import_module('pallas_kernels.cpu')
+      return composed(kernels.fwd, kernels.dlhs, kernels.drhs)
+    case 'tpu' | 'interpret':
+      return _mosaic(interpret=impl == 'interpret')
   return by_gradients(functools.partial(gmm, impl=impl))
+
+
+def composed(fwd, dlhs, drhs) -> Products:
+  """Products of which nobody does elementwise work in their stores."""
+
+  def into(of, x, ws, group_E, biases=(), token_M=None):
+    pre = fwd(x, ws, group_E, token_M)
+    if biases:
+      expert_M = plans.expert_of(group_E, len(pre[0]))
+      pre = tuple(
+        a_MxB + bias_ExB.at[expert_M].get(mode='fill', fill_value=0)
+        for a_MxB, bias_ExB in zip(pre, biases, strict=True)
+      )
+    return of(*pre), pre
+
+  def slope(of, dy, w_ExAxB, pre, weight_M, group_E, token_M=None):
+    dh_MxA = dlhs([dy], [w_ExAxB], group_E, token_M)
+    wide = np.promote_types(dh_MxA.dtype, weight_M.dtype)
+    weight_Mx1 = weight_M[:, None].astype(wide)
+    gated = lambda a_MxA: (a_MxA.astype(wide) * weight_Mx1).astype(a_MxA.dtype)
+    hidden_MxA, pull = jax.vjp(of, *pre)
+    d_weight_M = jnp.sum(dh_MxA.astype(wide) * hidden_MxA.astype(wide), axis=1)
+    return pull(gated(dh_MxA)), gated(hidden_MxA), d_weight_M
+
+  return Products(fwd, dlhs, drhs, into, slope)
 
 
 def by_gradients(gmm: Callable[..., jax.Array]) -> Products:
@@ -187,7 +225,40 @@ def by_gradients(gmm: Callable[..., jax.Array]) -> Products:
       found.extend(jax.vjp(of_w, zeros_ExAxB)[1](dy_MxB))
     return tuple(found)
 
-  return Products(fwd, dlhs, drhs)
+  return composed(fwd, dlhs, drhs)
+
+
+def _mosaic(interpret: bool) -> Products:
+  """Those of the TPU kernels, of which some do more than a product."""
+  kernels = importlib.import_module('pallas_kernels.tpu')
+
+  def fwd(x, ws, group_E, token_M=None):
+    x_MxA = _taken(x, token_M)
+    return tuple(
+      kernels.gmm(x_MxA, w_ExAxB, group_E, interpret=interpret)
+      for w_ExAxB in ws
+    )
+
+  def dlhs(dys, ws, group_E, token_M=None):
+    rows = [_taken(dy, token_M) for dy in dys]
+    return kernels.dlhs(rows, ws, group_E, interpret=interpret)
+
+  def drhs(x, dys, group_E, x_token_M=None, dy_token_M=None):
+    x_MxA = _taken(x, x_token_M)
+    return tuple(
+      kernels.drhs(x_MxA, _taken(dy, dy_token_M), group_E, interpret=interpret)
+      for dy in dys
+    )
+
+  def into(of, x, ws, group_E, biases=(), token_M=None):
+    x_MxA = _taken(x, token_M)
+    return kernels.into(of, x_MxA, ws, group_E, biases, interpret=interpret)
+
+  def slope(of, dy, w_ExAxB, pre, weight_M, group_E, token_M=None):
+    arrays = _taken(dy, token_M), w_ExAxB, pre, weight_M, group_E
+    return kernels.slope(of, *arrays, interpret=interpret)
+
+  return Products(fwd, dlhs, drhs, into, slope)
 
 
 def _taken(x, token_M):

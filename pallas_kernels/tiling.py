@@ -16,6 +16,8 @@ from pallas_kernels import shapes
 _MB = 1 << 20
 # Bundles of a visit that are not its products'.
 _VISIT = 200
+# Bytes of a row of float32 that is one number.
+_THIN = 4 * 128
 # A window of rows starts at a multiple of this: the sublanes of a packed tile.
 ALIGN = 16
 
@@ -90,6 +92,37 @@ class Tiles(NamedTuple):
   drhs: Tile
 
 
+class Kernel(NamedTuple):
+  """What a kernel of x [M, A] and w [E, A, B] holds beside one array of each.
+
+  kind: 'fwd' contracts A, 'dlhs' contracts B, 'drhs' contracts M.
+  """
+
+  kind: str
+  xs: int = 1  # arrays of rows that are contracted
+  ws: int = 1
+  ys: int = 1  # arrays of rows as wide as the result, read or written
+  thin: int = 0  # float32 arrays of rows that are one number, in 128 lanes
+
+
+FWD, DLHS, DRHS = Kernel('fwd'), Kernel('dlhs'), Kernel('drhs')
+
+
+def into(n):
+  """The kernel of n matrices and what their products become, see tpu.into."""
+  return Kernel('fwd', ws=n, ys=n + 1)
+
+
+def slope(n):
+  """The kernel that goes back through n pre-activations, see tpu.slope."""
+  return Kernel('dlhs', ys=2 * n + 1, thin=2)
+
+
+def dlhs(n):
+  """The sum of n products, see tpu.dlhs."""
+  return Kernel('dlhs', xs=n, ws=n)
+
+
 def this_chip(interpret=False):
   """The chip that is being compiled for; interpreters get v5e's tiles.
 
@@ -105,9 +138,15 @@ def this_chip(interpret=False):
   return CHIPS[_VERSIONS[version]]
 
 
-@functools.cache
 def choose(M, A, B, E, itemsize, chip):
-  """`Tiles` for x [M, A], w [E, A, B]: those of least modelled time.
+  """`Tiles` for x [M, A], w [E, A, B], see `best`."""
+  shape = M, A, B, E, itemsize, chip
+  return Tiles(best(FWD, *shape), best(DLHS, *shape), best(DRHS, *shape))
+
+
+@functools.cache
+def best(kernel, M, A, B, E, itemsize, chip):
+  """The `Tile` of least modelled time for x [M, A], w [E, A, B].
 
   Group sizes are not known when a kernel is compiled, so the time is that of
   even and of Zipf groups together.
@@ -115,28 +154,25 @@ def choose(M, A, B, E, itemsize, chip):
   Raises NotImplementedError where no tile fits the chip's memory.
   """
   groups = shapes.even(M, E), shapes.zipf(M, E)
-
-  def best(kind, depth, width):
-    candidates = (
-      _tile(kind, rows, d, cols, itemsize, chip)
-      for rows in _heights(M)
-      for d in (_widths(depth, chip) if kind == 'drhs' else [depth])
-      for cols in _widths(width, chip)
+  depth, width = (B, A) if kernel.kind == 'dlhs' else (A, B)
+  candidates = (
+    _tile(kernel, rows, d, cols, itemsize, chip)
+    for rows in _heights(M)
+    for d in (_widths(depth, chip) if kernel.kind == 'drhs' else [depth])
+    for cols in _widths(width, chip)
+  )
+  limit = chip.vmem * 15 // 16
+  tiles = [t for t in candidates if t.vmem_bytes <= limit]
+  if not tiles:
+    raise NotImplementedError(
+      f'gmm on tpu: no tile of {kernel.kind} with {depth} x {width} weights '
+      f'fits the {chip.vmem >> 20} MiB of {chip.name}'
     )
-    limit = chip.vmem * 15 // 16
-    tiles = [t for t in candidates if t.vmem_bytes <= limit]
-    if not tiles:
-      raise NotImplementedError(
-        f'gmm on tpu: no tile of {kind} with {depth} x {width} weights fits '
-        f'the {chip.vmem >> 20} MiB of {chip.name}'
-      )
-    time = {
-      t: sum(_cycles(kind, t, width, depth, itemsize, g, chip) for g in groups)
-      for t in tiles
-    }
-    return min(tiles, key=time.get)._replace(vmem_bytes=limit)
-
-  return Tiles(best('fwd', A, B), best('dlhs', B, A), best('drhs', A, B))
+  time = {
+    t: sum(_cycles(kernel, t, width, depth, itemsize, g, chip) for g in groups)
+    for t in tiles
+  }
+  return min(tiles, key=time.get)._replace(vmem_bytes=limit)
 
 
 def windows(tile):
@@ -180,18 +216,20 @@ def parts(window_V, tile):
   return (window_V[:, None] // tile.step & sizes // tile.step) * tile.step
 
 
-def _cycles(kind, tile, width, depth, itemsize, group_E, chip):
+def _cycles(kernel, tile, width, depth, itemsize, group_E, chip):
   """Modelled cycles of one kernel: each visit the largest of its bounds."""
+  kind = kernel.kind
   expert_V, tile_V, window_V = visit(group_E, tile)
   new_tile_V = np.diff(tile_V, prepend=-1) != 0
   new_expert_V = np.diff(expert_V, prepend=-1) != 0
-  rows = tile.rows * (tile.depth + tile.cols)
-  weights = tile.depth * tile.cols
-  moved_V = new_tile_V * rows + new_expert_V * weights
+  held = tile.rows * (kernel.xs * tile.depth + kernel.ys * tile.cols)
+  held += tile.rows * kernel.thin * _THIN // itemsize
+  weights = kernel.ws * tile.depth * tile.cols
+  moved_V = new_tile_V * held + new_expert_V * weights
   runs = (tile.depth if kind == 'drhs' else tile.cols) // tile.run
   peak_V = window_V * (weights / chip.macs)
   pace = chip.pace[kind == 'drhs']
-  fills_V = runs * np.count_nonzero(parts(window_V, tile), axis=1)
+  fills_V = runs * np.count_nonzero(parts(window_V, tile), axis=1) * kernel.ws
   bundles_V = _VISIT + fills_V * chip.fill + pace * peak_V
   compute_V = np.maximum(bundles_V, peak_V)
   visits = np.maximum(compute_V, moved_V * itemsize / chip.bytes).sum()
@@ -215,14 +253,16 @@ def _widths(B, chip):
   return sorted({-(-units // n) * chip.unit for n in range(1, units + 1)})
 
 
-def _tile(kind, rows, depth, cols, itemsize, chip):
+def _tile(kernel, rows, depth, cols, itemsize, chip):
   """The `Tile` of these blocks; vmem_bytes is what it needs."""
+  kind = kernel.kind
   whole, rest = (depth, cols) if kind == 'drhs' else (cols, depth)
   parts = [whole]
   if whole % chip.unit == 0:
     units = whole // chip.unit
     parts = [whole // n for n in range(1, units + 1) if units % n == 0]
-  short = [p for p in parts if rows * rest * p <= chip.region]
+  region = chip.region / kernel.ws
+  short = [p for p in parts if rows * rest * p <= region]
   run = short[0] if short else parts[-1]
   # Fewer rows than that take as long: a product has to push its weights, and
   # a drhs contracts as many rows as a matrix unit has.
@@ -231,7 +271,11 @@ def _tile(kind, rows, depth, cols, itemsize, chip):
     chip.unit if kind == 'drhs' else 64, rows // 16
   ):
     step //= 2
-  blocks = 2 * itemsize * (rows * depth + depth * cols + rows * cols)
+  blocks = kernel.xs * rows * depth + kernel.ws * depth * cols
+  blocks = 2 * itemsize * (blocks + kernel.ys * rows * cols)
+  blocks += 2 * kernel.thin * rows * _THIN
   sums = 4 * depth * cols if kind == 'drhs' else 0
   result = 4 * run * (cols if kind == 'drhs' else rows)
+  if kernel.ys > 1:  # so much is there beside them, by compiled programs
+    result *= 5 * kernel.ys + kernel.ws
   return Tile(rows, depth, cols, run, step, blocks + sums + result)

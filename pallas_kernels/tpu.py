@@ -13,6 +13,7 @@ Axes: M rows, E experts, A contracted, B output, R rows of one tile, V visits.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -54,19 +55,34 @@ def gmm(x_MxA, w_ExAxB, group_E, *, tiles=None, interpret=False):
       fits the chip's memory, or Mosaic has not the shape.
   """
   operands.check(x_MxA, w_ExAxB, group_E, _DTYPES, 'tpu')
-  (M, A), (E, _, B) = x_MxA.shape, w_ExAxB.shape
-  if 1 in (A, B) and x_MxA.dtype == jnp.bfloat16 and not interpret:
-    raise NotImplementedError(
-      f'gmm on tpu has no bfloat16 matrices of width 1: {w_ExAxB.shape}'
-    )
+  (M, _), B = x_MxA.shape, w_ExAxB.shape[2]
+  _check_widths(w_ExAxB, interpret)
   if not M:
     return jnp.zeros((M, B), x_MxA.dtype)
   if tiles is None:
-    chip = tiling.this_chip(interpret=bool(interpret))
-    # An interpreter compiles each window of a tile: small tiles have few.
-    rows = min(M, 64) if interpret else M
-    tiles = tiling.choose(rows, A, B, E, x_MxA.dtype.itemsize, chip)
+    tiles = tiling.Tiles(
+      *(
+        _tile(kernel, M, w_ExAxB, interpret)
+        for kernel in (tiling.FWD, tiling.DLHS, tiling.DRHS)
+      )
+    )
   return _gmm(*operands.same_axes(x_MxA, w_ExAxB, group_E), tiles, interpret)
+
+
+def _check_widths(w_ExAxB, interpret):
+  if 1 in w_ExAxB.shape[1:] and w_ExAxB.dtype == jnp.bfloat16 and not interpret:
+    raise NotImplementedError(
+      f'gmm on tpu has no bfloat16 matrices of width 1: {w_ExAxB.shape}'
+    )
+
+
+def _tile(kernel, M, w_ExAxB, interpret):
+  """The `tiling.Tile` of one of tiling's kernels."""
+  E, A, B = w_ExAxB.shape
+  chip = tiling.this_chip(interpret=bool(interpret))
+  # An interpreter compiles each window of a tile: small tiles have few.
+  rows = min(M, 64) if interpret else M
+  return tiling.best(kernel, rows, A, B, E, w_ExAxB.dtype.itemsize, chip)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -89,6 +105,114 @@ def _gmm_bwd(tiles, interpret, saved, dy_MxB):
 
 
 _gmm.defvjp(_gmm_fwd, _gmm_bwd)
+
+
+# The products of a layer with gradients of its own, see `fused`. Nothing that a
+# strip of them becomes on its way to memory is a pass of its own. None has
+# gradients; rows past the groups are as those of `gmm`.
+
+
+def into(of, x_MxA, ws, group_E, biases=(), *, tile=None, interpret=False):
+  """The pre-activations of the rows, of each w, and the hidden rows of them.
+
+  Args:
+    of: (pre, ...) -> hidden, elementwise; it gets and returns float32.
+    x_MxA, group_E: as for `gmm`.
+    ws: (w_ExAxB, ...), of one shape and of the dtype of x.
+    biases: none, or for each w a bias_ExB.
+    tile: a `tiling.Tile`; None lets the model in `tiling` choose.
+    interpret: as for `gmm`.
+
+  Returns:
+    hidden_MxB, (pre_MxB, ...), in the dtype of x.
+
+  Raises:
+    ValueError, NotImplementedError: as `gmm`.
+  """
+  for w_ExAxB in ws:
+    operands.check(x_MxA, w_ExAxB, group_E, _DTYPES, 'tpu')
+  _check_widths(ws[0], interpret)
+  M, B = len(x_MxA), ws[0].shape[2]
+  if not M:
+    empty_MxB = jnp.zeros((M, B), x_MxA.dtype)
+    return empty_MxB, (empty_MxB,) * len(ws)
+  tile = tile or _tile(tiling.into(len(ws)), M, ws[0], interpret)
+
+  def finish(products, sides):
+    if sides:
+      products = [y + b for y, b in zip(products, sides, strict=True)]
+    return (of(*products), *products), ()
+
+  form = _Form('into', False, finish, ys=1 + len(ws))
+  sides = [bias_ExB[:, None, :] for bias_ExB in biases]
+  arrays = operands.same_axes((x_MxA,), tuple(ws), sides, group_E)
+  (hidden_MxB, *pre), _ = _products(form, *arrays, tile, interpret)
+  return hidden_MxB, tuple(pre)
+
+
+def slope(
+  of, dy_MxB, w_ExAxB, pre, weight_M, group_E, *, tile=None, interpret=False
+):
+  """Back through hidden w, times a weight for each row, and through `of`.
+
+  With dh = dy w^T, and d the derivatives of `of` at the pre-activations:
+
+  Args:
+    of: as of `into`.
+    dy_MxB: of the rows, as if each weight were 1.
+    w_ExAxB: what hidden rows of width A meet.
+    pre: (pre_MxA, ...), as `into` returns them.
+    weight_M: float.
+    group_E, tile, interpret: as of `into`.
+
+  Returns:
+    (weight * dh * d of each), weight * hidden, sum of dh * hidden over A; the
+    last is float32 [M], the others are [M, A] in the dtype of dy.
+
+  Raises:
+    ValueError, NotImplementedError: as `gmm`.
+  """
+  turned = jax.ShapeDtypeStruct(
+    (w_ExAxB.shape[0], *w_ExAxB.shape[:0:-1]), w_ExAxB.dtype
+  )
+  operands.check(dy_MxB, turned, group_E, _DTYPES, 'tpu')
+  _check_widths(w_ExAxB, interpret)
+  M = len(dy_MxB)
+  if not M:
+    return tuple(pre), pre[0], jnp.zeros((M,), jnp.float32)
+  tile = tile or _tile(tiling.slope(len(pre)), M, w_ExAxB, interpret)
+
+  def finish(products, sides):
+    (dh,), (*pre, weight) = products, sides
+    hidden, pull = jax.vjp(of, *pre)
+    return (*pull(dh * weight), hidden * weight), (dh * hidden,)
+
+  form = _Form('slope', True, finish, ys=len(pre) + 1, sums=1)
+  sides = (*pre, weight_M.astype(jnp.float32)[:, None])
+  arrays = operands.same_axes((dy_MxB,), (w_ExAxB,), sides, group_E)
+  ys, (d_weight_M,) = _products(form, *arrays, tile, interpret)
+  return ys[:-1], ys[-1], d_weight_M
+
+
+def dlhs(dys, ws, group_E, *, tile=None, interpret=False):
+  """dx_MxA: the sum of dy w^T over pairs of a dy_MxB and a w_ExAxB.
+
+  Accumulated as one product; other arguments are those of `into`.
+  """
+  turned = jax.ShapeDtypeStruct(
+    (ws[0].shape[0], *ws[0].shape[:0:-1]), ws[0].dtype
+  )
+  for dy_MxB in dys:
+    operands.check(dy_MxB, turned, group_E, _DTYPES, 'tpu')
+  _check_widths(ws[0], interpret)
+  M = len(dys[0])
+  if not M:
+    return jnp.zeros((M, ws[0].shape[1]), dys[0].dtype)
+  tile = tile or _tile(tiling.dlhs(len(ws)), M, ws[0], interpret)
+  form = _Form('dlhs', True, _as_they_are, ys=1)
+  arrays = operands.same_axes(tuple(dys), tuple(ws), (), group_E)
+  (dx_MxA,), _ = _products(form, *arrays, tile, interpret)
+  return dx_MxA
 
 
 def gathered(
@@ -202,7 +326,7 @@ def _gathered_kernel(
   _product_kernel(
     *(edge_E, expert_V, tile_V, x_RxA, w_1xAxB, y_RxB),
     tile=tile,
-    transpose=transpose,
+    form=_Form('gathered', transpose, _as_they_are, ys=1),
   )
 
 
@@ -247,15 +371,45 @@ def product(x_MxA, w_ExAxB, group_E, tile, *, transpose=False, interpret=False):
   """Rows times their expert's matrix, or its transpose (dlhs).
 
   Args:
-    x_MxA, w_ExAxB, group_E: as for `gmm`; with transpose, x is [M, B].
+    x_MxA, w_ExAxB: as for `gmm`; with transpose, x is [M, B].
+    group_E: as for `gmm`.
     tile: `tiling.Tile`: rows R of one visit, columns of one block of y.
     transpose: contracts the last axis of w instead of the middle one.
     interpret: as for `gmm`.
   """
-  R, cols = tile.rows, tile.cols
-  M, A = x_MxA.shape
-  B = w_ExAxB.shape[1 if transpose else 2]
-  w_block = (1, cols, A) if transpose else (1, A, cols)
+  form = _Form('dlhs' if transpose else 'gmm', transpose, _as_they_are, ys=1)
+  arrays = (x_MxA,), (w_ExAxB,), ()
+  return _products(form, *arrays, group_E, tile, interpret)[0][0]
+
+
+class _Form(NamedTuple):
+  """A kernel of products, and what it makes of them before it writes.
+
+  of: (products, sides) -> (ys, sums), all float32, of some rows and columns. A
+  side is an array's part there: of [M, B], of [M, 1] the rows, of [E, 1, B] the
+  expert's. Of sums, which are functions of the rows, the sum over B is written.
+  """
+
+  name: str
+  transpose: bool
+  of: Callable
+  ys: int
+  sums: int = 0
+
+
+def _as_they_are(products, sides):
+  del sides
+  return products, ()
+
+
+def _products(form, xs, ws, sides, group_E, tile, interpret):
+  """([M, B] in the dtype of x, ...), (float32 [M], ...): what `form` writes.
+
+  One x meets each w, or each x its own w, and then it is one product, the sum.
+  """
+  R, cols, transpose = tile.rows, tile.cols, form.transpose
+  M, B = xs[0].shape[0], ws[0].shape[1 if transpose else 2]
+  lanes = 128 if tile.run % 128 == 0 else 1
 
   def x_map(j, v, edge_E, expert_V, tile_V):
     del j, edge_E, expert_V
@@ -265,75 +419,175 @@ def product(x_MxA, w_ExAxB, group_E, tile, *, transpose=False, interpret=False):
     del edge_E, tile_V
     return (expert_V[v], j, 0) if transpose else (expert_V[v], 0, j)
 
+  def bias_map(j, v, edge_E, expert_V, tile_V):
+    del edge_E, tile_V
+    return expert_V[v], 0, j
+
   def y_map(j, v, edge_E, expert_V, tile_V):
     del edge_E, expert_V
     return tile_V[v], j
 
+  def sum_map(j, v, edge_E, expert_V, tile_V):
+    del edge_E, expert_V
+    return j, tile_V[v], 0
+
+  def w_spec(w_ExAxB):
+    A = w_ExAxB.shape[2 if transpose else 1]
+    return pl.BlockSpec((1, cols, A) if transpose else (1, A, cols), w_map)
+
+  def side_spec(side):
+    if side.ndim == 3:
+      return pl.BlockSpec((1, 1, cols), bias_map)
+    if side.shape[1] == B:
+      return pl.BlockSpec((R, cols), y_map)
+    return pl.BlockSpec((R, 1), x_map)
+
+  blocks = pl.cdiv(B, cols)
+
   @jax.custom_batching.sequential_vmap
-  def run(x_MxA, w_ExAxB, group_E):
+  def run(xs, ws, sides, group_E):
     visits = _visits(group_E, R, M, empty=0)
-    return pl.pallas_call(
-      functools.partial(_product_kernel, tile=tile, transpose=transpose),
+    y_MxB = operands.like(xs[0], (M, B))
+    sum_JxMxL = operands.like(xs[0], (blocks, M, lanes))
+    found = pl.pallas_call(
+      functools.partial(
+        _product_kernel,
+        tile=tile,
+        form=form,
+        counts=(len(xs), len(ws), len(sides)),
+        edge=B % cols,
+      ),
       grid_spec=pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=3,
-        grid=(pl.cdiv(B, cols), visits.count),
-        in_specs=[pl.BlockSpec((R, A), x_map), pl.BlockSpec(w_block, w_map)],
-        out_specs=pl.BlockSpec((R, cols), y_map),
+        grid=(blocks, visits.count),
+        in_specs=[
+          *(pl.BlockSpec((R, x.shape[1]), x_map) for x in xs),
+          *map(w_spec, ws),
+          *map(side_spec, sides),
+        ],
+        out_specs=[
+          *[pl.BlockSpec((R, cols), y_map)] * form.ys,
+          *[pl.BlockSpec((1, R, lanes), sum_map)] * form.sums,
+        ],
       ),
-      out_shape=operands.like(x_MxA, (M, B)),
+      out_shape=[
+        *[y_MxB] * form.ys,
+        *[sum_JxMxL.update(dtype=jnp.float32)] * form.sums,
+      ],
       compiler_params=pltpu.CompilerParams(
         dimension_semantics=('parallel', 'arbitrary'),
         vmem_limit_bytes=tile.vmem_bytes,
       ),
       interpret=interpret,
-      name='dlhs' if transpose else 'gmm',
-    )(visits.edge_E, visits.expert_V, visits.tile_V, x_MxA, w_ExAxB)
+      name=form.name,
+    )(visits.edge_E, visits.expert_V, visits.tile_V, *xs, *ws, *sides)
+    sums = [jnp.sum(part, axis=(0, 2)) for part in found[form.ys :]]
+    return tuple(found[: form.ys]), tuple(sums)
 
-  return run(x_MxA, w_ExAxB, group_E)
+  return run(tuple(xs), tuple(ws), tuple(sides), group_E)
 
 
 def _product_kernel(
-  edge_E, expert_V, tile_V, x_RxA, w_1xAxB, y_RxB, *, tile, transpose
+  edge_E, expert_V, tile_V, *refs, tile, form, counts=(1, 1, 0), edge=0
 ):
   own = _own_rows(edge_E, expert_V, tile_V, pl.program_id(1), tile.rows)
+  j, last = pl.program_id(0), pl.num_programs(0) - 1
+  xs, ws, sides, ys, sums = _cut(refs, (*counts, form.ys, form.sums))
 
   def compute(window, start):
     # The first window starts this much before the own rows, at most.
     head = min(tile.step + tiling.ALIGN, window.size)
+    write = functools.partial(_write, own, window, head)
+    totals = [0.0] * len(sums)
     # One strip of results after the other leaves the matrix units while the
     # next one's products run.
     for cols in _strips(start, tile):
-      y = lax.dot_general(
-        x_RxA[window, :],
-        w_1xAxB[0, cols, :] if transpose else w_1xAxB[0, :, cols],
-        (((1,), (1 if transpose else 0,)), ((), ())),
-        precision=_precision(x_RxA.dtype),
-        preferred_element_type=jnp.float32,
-      ).astype(y_RxB.dtype)
-      # Rows below the own ones belong to the experts before; those above are
-      # written by the experts after.
-      top = y[:head]
-      keep = _mask(own, window.start, top.shape)
-      top = jnp.where(keep, top, y_RxB[pl.ds(window.start, head), cols])
-      y_RxB[pl.ds(window.start, head), cols] = top
-      if head < window.size:
-        rest = pl.ds(window.start + head, window.size - head)
-        y_RxB[rest, cols] = y[head:]
+      dot = functools.partial(_dot, window, cols, form.transpose)
+      found = [dot(*pair) for pair in zip(_as_many(xs, ws), ws, strict=True)]
+      found = found if len(xs) == 1 else [functools.reduce(jnp.add, found)]
+      parts, terms = form.of(found, [_side(a, window, cols) for a in sides])
+      for y_RxB, part in zip(ys, parts, strict=True):
+        write(y_RxB, cols, part.astype(y_RxB.dtype))
+      for i, term in enumerate(terms):
+        if edge:
+          column = cols.start + lax.broadcasted_iota(jnp.int32, term.shape, 1)
+          term = jnp.where((j < last) | (column < edge), term, 0.0)
+        totals[i] += _lane_sums(term, sums[i].shape[-1])
+    for sum_1xRxL, total in zip(sums, totals, strict=True):
+      sum_RxL = sum_1xRxL.at[0]
+      before = sum_RxL[window, :]
+      total += jnp.where(start > 0, before, jnp.zeros_like(before))
+      write(sum_RxL, slice(None), total)
 
   _cover(own, tile, tile.cols, compute)
 
 
-def drhs(x_MxA, dy_MxB, group_E, tile, *, interpret=False):
+def _cut(refs, counts):
+  """The refs in consecutive lists of these lengths."""
+  refs = iter(refs)
+  return [[next(refs) for _ in range(n)] for n in counts]
+
+
+def _as_many(xs, ws):
+  return xs if len(xs) == len(ws) else xs * len(ws)
+
+
+def _dot(window, cols, transpose, x_RxA, w_1xAxB):
+  return lax.dot_general(
+    x_RxA[window, :],
+    w_1xAxB[0, cols, :] if transpose else w_1xAxB[0, :, cols],
+    (((1,), (1 if transpose else 0,)), ((), ())),
+    precision=_precision(x_RxA.dtype),
+    preferred_element_type=jnp.float32,
+  )
+
+
+def _side(ref, window, cols):
+  """The part of a side, see `_Form`, for these rows and columns."""
+  if len(ref.shape) == 3:
+    part = ref[0, :, cols]
+  else:
+    part = ref[window, cols] if ref.shape[1] > 1 else ref[window, :]
+  return part.astype(jnp.float32)
+
+
+def _lane_sums(a_RxB, lanes):
+  """[R, lanes]: sums over columns, as far as it goes without moving them."""
+  if lanes == 1:
+    return jnp.sum(a_RxB, axis=1, keepdims=True)
+  parts = range(0, a_RxB.shape[1], lanes)
+  return functools.reduce(jnp.add, [a_RxB[:, p : p + lanes] for p in parts])
+
+
+def _write(own, window, head, y_RxB, cols, y):
+  """Rows below the own ones belong to the experts before, and are not touched.
+
+  Those above are written by the experts after.
+  """
+  keep = _mask(own, window.start, (head, y.shape[1]))
+  top = jnp.where(keep, y[:head], y_RxB[pl.ds(window.start, head), cols])
+  y_RxB[pl.ds(window.start, head), cols] = top
+  if head < window.size:
+    rest = pl.ds(window.start + head, window.size - head)
+    y_RxB[rest, cols] = y[head:]
+
+
+def drhs(x_MxA, dy_MxB, group_E, tile=None, *, interpret=False):
   """[E, A, B]: each expert's x^T dy, zero where it has no rows.
 
   Args:
     x_MxA, dy_MxB, group_E: as for `gmm`.
     tile: `tiling.Tile`: rows R of one visit, and the part of A x B that one
-      block of the result holds.
+      block of the result holds; None lets the model in `tiling` choose.
     interpret: as for `gmm`.
   """
-  R, depth, cols = tile.rows, tile.depth, tile.cols
   (M, A), B, E = x_MxA.shape, dy_MxB.shape[1], group_E.shape[0]
+  if not M:
+    return jnp.zeros((E, A, B), x_MxA.dtype)
+  w_ExAxB = jax.ShapeDtypeStruct((E, A, B), dy_MxB.dtype)
+  _check_widths(w_ExAxB, interpret)
+  tile = tile or _tile(tiling.DRHS, M, w_ExAxB, interpret)
+  R, depth, cols = tile.rows, tile.depth, tile.cols
 
   def x_map(i, j, v, edge_E, expert_V, tile_V):
     del j, edge_E, expert_V
@@ -371,7 +625,7 @@ def drhs(x_MxA, dy_MxB, group_E, tile, *, interpret=False):
       name='drhs',
     )(visits.edge_E, visits.expert_V, visits.tile_V, x_MxA, dy_MxB)
 
-  return run(x_MxA, dy_MxB, group_E)
+  return run(*operands.same_axes(x_MxA, dy_MxB, group_E))
 
 
 def _drhs_kernel(

@@ -13,30 +13,44 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 from jax._src.state import discharge
+from jax.interpreters import partial_eval as pe
 
 
 class Walk(NamedTuple):
   """One kernel's grid, step by step; S steps in the order they run."""
 
+  name: str
+  shapes: list[tuple[int, ...]]  # of the operands that are not prefetched
+  outs: list[tuple[int, ...]]
   grid_SxG: np.ndarray  # the position of each step
   bytes_S: np.ndarray  # moved to and from HBM
   scalars: list[np.ndarray]  # the prefetched operands
 
 
 def walk(f, *args):
-  """The `Walk` of the only Pallas kernel that f(*args) calls.
+  """The `Walk` of the only Pallas kernel that f(*args) calls, see `walks`."""
+  (found,) = walks(f, *args)
+  return found
+
+
+def walks(f, *args):
+  """A `Walk` of each Pallas kernel that f(*args) calls, in order.
 
   Args:
-    f: a traceable function of arrays.
-    args: ShapeDtypeStructs for the operands; whatever the grid and the
+    f: a traceable function of arrays, or of trees of them.
+    args: ShapeDtypeStructs for the operands; whatever the grids and the
       prefetched scalars depend on must be a numpy array.
   """
   calls = []
-  known = [a if isinstance(a, np.ndarray) else None for a in args]
+  known = [
+    a if isinstance(a, np.ndarray) else None for a in jax.tree.leaves(args)
+  ]
   jaxpr = jax.make_jaxpr(f)(*args)
-  _run(jaxpr.jaxpr, jaxpr.consts, known, calls)
-  (call,) = calls
-  return _walk(*call)
+  # What nobody uses, as the compiler will drop it.
+  live, used = pe.dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars))
+  known = [value for value, use in zip(known, used, strict=True) if use]
+  _run(live, jaxpr.consts, known, calls)
+  return [_walk(*call) for call in calls]
 
 
 def count(blocks):
@@ -71,7 +85,16 @@ def _walk(eqn, values):
     _block(b, grid_SxG, scalars, written=i >= mapping.num_inputs)
     for i, b in enumerate(mapping.block_mappings)
   ]
-  return Walk(grid_SxG, count(blocks), scalars)
+  return Walk(
+    name=eqn.params['name'],
+    shapes=[b.array_aval.shape for b in mapping.block_mappings][
+      : mapping.num_inputs
+    ],
+    outs=[v.aval.shape for v in eqn.outvars],
+    grid_SxG=grid_SxG,
+    bytes_S=count(blocks),
+    scalars=scalars,
+  )
 
 
 def _block(mapping, grid_SxG, scalars, written):
@@ -93,6 +116,8 @@ def _block(mapping, grid_SxG, scalars, written):
   first_SxD = index_SxD * np.array(shape)
   # The last block of an axis may reach past the array's end.
   held_SxD = np.minimum(np.array(array.shape) - first_SxD, shape)
+  if array.shape[-1] == 1:  # in memory a row of one number has all lanes
+    held_SxD[:, -1] = 128
   return index_SxD, held_SxD.prod(axis=1) * array.dtype.itemsize, written
 
 
@@ -107,14 +132,7 @@ def _run(jaxpr, consts, args, calls):
 
   for eqn in jaxpr.eqns:
     values = read(eqn.invars)
-    inner = next(
-      (
-        p
-        for p in eqn.params.values()
-        if isinstance(p, jax.extend.core.ClosedJaxpr)
-      ),
-      None,
-    )
+    inner = next(filter(_is_jaxpr, eqn.params.values()), None)
     if eqn.primitive.name == 'pallas_call':
       calls.append((eqn, values))
       outs = [None] * len(eqn.outvars)
@@ -122,8 +140,13 @@ def _run(jaxpr, consts, args, calls):
       outs = eqn.primitive.bind(*values, **eqn.params)
       outs = outs if eqn.primitive.multiple_results else [outs]
     elif inner is not None:
-      outs = _run(inner.jaxpr, inner.consts, values, calls)
+      consts = getattr(inner, 'consts', [])
+      outs = _run(getattr(inner, 'jaxpr', inner), consts, values, calls)
     else:
       outs = [None] * len(eqn.outvars)
     env.update(zip(eqn.outvars, outs, strict=True))
   return read(jaxpr.outvars)
+
+
+def _is_jaxpr(p):
+  return isinstance(p, (jax.extend.core.ClosedJaxpr, jax.extend.core.Jaxpr))

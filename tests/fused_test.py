@@ -27,18 +27,30 @@ def _poisoned(impl):
   """Products with NaN in all rows that they leave undefined."""
   found = ops.products(impl)
 
-  def past(y_MxB, group_E):
-    row_M = jnp.arange(len(y_MxB), dtype=jnp.int32)
+  def past(group_E, *arrays):
+    row_M = jnp.arange(len(arrays[0]), dtype=jnp.int32)
     own_M = row_M < jnp.sum(group_E, dtype=jnp.int32)
-    return jnp.where(own_M[:, None], y_MxB, jnp.nan)
+    own = lambda a: own_M.reshape(-1, *[1] * (a.ndim - 1))
+    return tuple(jnp.where(own(a), a, jnp.nan) for a in arrays)
 
   def fwd(x, ws, group_E, token_M=None):
-    return tuple(past(y, group_E) for y in found.fwd(x, ws, group_E, token_M))
+    return past(group_E, *found.fwd(x, ws, group_E, token_M))
 
   def dlhs(dys, ws, group_E, token_M=None):
-    return past(found.dlhs(dys, ws, group_E, token_M), group_E)
+    return past(group_E, found.dlhs(dys, ws, group_E, token_M))[0]
 
-  return ops.Products(fwd, dlhs, found.drhs)
+  def into(of, x, ws, group_E, biases=(), token_M=None):
+    hidden, pre = found.into(of, x, ws, group_E, biases, token_M)
+    hidden, *pre = past(group_E, hidden, *pre)
+    return hidden, tuple(pre)
+
+  def slope(of, dy, w, pre, weight_M, group_E, token_M=None):
+    args = dy, w, pre, weight_M, group_E, token_M
+    d_pre, hidden, d_weight_M = found.slope(of, *args)
+    *d_pre, hidden, d_weight_M = past(group_E, *d_pre, hidden, d_weight_M)
+    return tuple(d_pre), hidden, d_weight_M
+
+  return ops.Products(fwd, dlhs, found.drhs, into, slope)
 
 
 PRODUCTS = {
@@ -46,6 +58,7 @@ PRODUCTS = {
   'poisoned': lambda: _poisoned('cpu'),
   'gmm': lambda: ops.by_gradients(parallel_test._worst_gmm),
   'xla': lambda: ops.products('xla'),
+  'interpret': lambda: _poisoned('interpret'),
 }
 
 
@@ -209,16 +222,26 @@ def test_who_has_no_rows_has_no_gradient():
 
 
 @pytest.mark.parametrize(
-  'dtype, tolerance', [('float32', 1e-5), ('bfloat16', 0.03)]
+  'activation, bias, products, dtype, tolerance',
+  [
+    ('swiglu', True, 'cpu', 'float32', 1e-5),
+    ('swiglu', True, 'cpu', 'bfloat16', 0.03),
+    ('swiglu', True, 'interpret', 'float32', 1e-5),
+    ('swiglu', True, 'interpret', 'bfloat16', 0.03),
+    ('gelu', True, 'interpret', 'float32', 1e-5),
+    ('relu', False, 'interpret', 'float32', 1e-5),
+  ],
 )
-def test_is_local_in_less_precision(dtype, tolerance):
+def test_is_local_in_less_precision(
+  activation, bias, products, dtype, tolerance
+):
   """Rows in that dtype, parameters and gates in float32."""
-  args = jax.tree.map(np.float32, _arguments())
+  args = jax.tree.map(np.float32, _arguments(activation, bias))
   args['x_TxD'] = jnp.asarray(args['x_TxD'], dtype)
-  found = _found('fused', _made('swiglu', True, 'cpu'), args, _choices())
+  found = _found('fused', _made(activation, bias, products), args, _choices())
   assert all(y.dtype == dtype for y in found[0])
   narrow = lambda a, b: np.asarray(a, b.dtype)
-  expected = jax.tree.map(narrow, _expected('swiglu', True), found)
+  expected = jax.tree.map(narrow, _expected(activation, bias), found)
   assert found[1]['x_TxD'].dtype == dtype
   assert found[1]['weights']['up_ExDxF'].dtype == np.float32
   _same(found, expected, tolerance)

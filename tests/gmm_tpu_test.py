@@ -112,6 +112,118 @@ def test_gathered_rows_are_copied_ones(transpose, dtype, A):
   assert not _races()
 
 
+# --- a layer's kernels --------------------------------------------------------
+
+
+def _hidden(gate, up=1.0):
+  return jax.nn.silu(gate) * up
+
+
+def _layer(name, dtype, gated, bias):
+  """(x, dy, ws, down, biases, weight_M, group_E); NaN past the groups."""
+  M, A, B, group = CASES[name]
+  x, up, _, group_E = gmm_test.draw(name, 'float32')
+  rng = np.random.default_rng(len(name))
+  # Pre-activations of order one, where the activation is no line, or zero.
+  ws = [up / jnp.max(abs(up), axis=(1, 2), keepdims=True)]
+  ws += [jnp.asarray(rng.normal(size=up.shape), 'float32')] * gated
+  x = jnp.where(jnp.isnan(x), x, rng.normal(size=x.shape)) / A**0.5
+  biases = [rng.normal(size=(len(group), B)) for _ in ws] if bias else []
+  down_ExBxA = rng.normal(size=(len(group), B, A)) * 10.0 ** rng.integers(
+    -3, 4, size=(len(group), 1, 1)
+  )
+  dy_MxA = np.where(np.isnan(x), np.nan, rng.normal(size=(M, A)))
+  weight_M = rng.normal(size=M)
+  weight_M[::5] = 0.0
+  weight_M[sum(group) :] = np.nan
+  cast = lambda tree: jax.tree.map(lambda a: jnp.asarray(a, dtype), tree)
+  arrays = cast((x, dy_MxA, ws, down_ExBxA, biases))
+  return *arrays, jnp.asarray(weight_M, jnp.float32), group_E
+
+
+def _check_layer(name, dtype, gated, bias, rows, step, run, interpret):
+  """Every result by expert, against float64 that is dense and dumb."""
+  x, dy, ws, down, biases, weight_M, group = _layer(name, dtype, gated, bias)
+  _, A, B, _ = CASES[name]
+  into = tiling.Tile(rows, A, run or B, run or B, step, 1 << 25)
+  dlhs = tiling.Tile(rows, B, A, A, step, 1 << 25)
+
+  @jax.jit
+  def run_all(x, dy, ws, down, biases, weight_M, group):
+    hidden, pre = tpu.into(
+      _hidden, x, ws, group, biases, tile=into, interpret=interpret
+    )
+    arrays = dy, down, pre, weight_M, group
+    d_pre, gated_MxB, d_weight_M = tpu.slope(
+      _hidden, *arrays, tile=into, interpret=interpret
+    )
+    dx = tpu.dlhs(d_pre, ws, group, tile=dlhs, interpret=interpret)
+    return hidden, pre, d_pre, gated_MxB, d_weight_M[:, None], dx
+
+  found = jax.block_until_ready(
+    run_all(x, dy, ws, down, biases, weight_M, group)
+  )
+  wide = lambda tree: jax.tree.map(lambda a: np.float64(a), tree)
+  x, dy, ws, down, biases, weight_M = wide((x, dy, ws, down, biases, weight_M))
+  split = functools.partial(gmm_test.by_expert, group_E=group)
+  expected = []
+  with jax.enable_x64(True):
+    for e, rows_e in enumerate(
+      zip(*map(split, (x, dy, weight_M)), strict=True)
+    ):
+      x_e, dy_e, weight = rows_e[0], rows_e[1], rows_e[2][:, None]
+      pre = [x_e @ w[e] for w in ws]
+      if biases:
+        pre = [a + b[e] for a, b in zip(pre, biases, strict=True)]
+      hidden, pull = jax.vjp(_hidden, *map(jnp.asarray, pre))
+      dh = dy_e @ down[e].T
+      d_pre = pull(jnp.asarray(dh * weight))
+      d_weight = np.sum(dh * hidden, axis=1, keepdims=True)
+      dx = sum(d @ w[e].T for d, w in zip(d_pre, ws, strict=True))
+      one = hidden, pre, d_pre, weight * hidden, d_weight, dx
+      expected.append(jax.tree.leaves(jax.tree.map(np.asarray, one)))
+  tolerance = gmm_test.TOLERANCE[dtype]
+  for i, array in enumerate(jax.tree.leaves(found)):
+    want = [one[i] for one in expected]
+    gmm_test.check(split(array), want, tolerance)
+
+
+@pytest.mark.parametrize(
+  'name, rows, step, run',
+  [
+    ('skewed', 48, 48, None),
+    ('empty_experts', 64, 16, None),
+    ('sum_below_M', 64, 16, 8),
+    ('odd_rows', 64, 16, 16),  # blocks that reach past the matrices
+    ('one_row', 16, 16, None),
+    ('no_rows_used', 16, 16, None),
+    ('no_rows', 16, 16, None),
+    ('one_hot', 48, 48, None),
+    ('narrow', 48, 48, None),
+  ],
+)
+@pytest.mark.parametrize('gated, bias', [(True, True), (False, False)])
+def test_a_layer_with_its_activation_inside(name, rows, step, run, gated, bias):
+  _check_layer(name, 'float32', gated, bias, rows, step, run, interpret=True)
+
+
+# Sums over columns lane by lane, of whole lanes and with a block past the end.
+@pytest.mark.parametrize('B', [256, 384])
+def test_sums_over_columns_are_of_those_that_exist(B, monkeypatch):
+  monkeypatch.setitem(CASES, 'wide', (70, 16, B, (30, 0, 33)))
+  _check_layer('wide', 'float32', True, False, 32, 16, 256, interpret=True)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('name', ['empty_experts', 'sum_below_M'])
+def test_a_layer_has_no_race_and_reads_nothing_unwritten(name, dtype):
+  interpret = pltpu.InterpretParams(
+    detect_races=True, uninitialized_memory='nan'
+  )
+  _check_layer(name, dtype, True, True, 64, 16, None, interpret)
+  assert not _races()
+
+
 def _races():
   """What the last kernel under race detection found."""
   module = importlib.import_module(

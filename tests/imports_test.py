@@ -51,6 +51,7 @@ BESIDE = {
   'figures': {'metrics'},
   'analysis_report': {'analysis', 'figures', 'report'},
   'experts': {'fused'},
+  'ops': {'plan'},
   'block': {'routers', 'experts', 'residual', 'attention', 'parallel'},
 }
 # Who may import a package that the others must not know.

@@ -5,6 +5,7 @@ The full grid is `python -m experiments.mesh`.
 
 import itertools
 import json
+import random
 
 import jax
 import numpy as np
@@ -29,9 +30,15 @@ FACTORS = (
 )  # fmt: skip
 
 
+ONE = '1x1x1'
+# What they exchange with one device is tested on eight, in replicas.
+EXCHANGES = set(parallel.STRATEGIES) - set(parallel.HERE)
+
+
 def _possible():
   every = itertools.starmap(cells.Cell, itertools.product(*FACTORS))
-  return [cell for cell in every if cell.possible()]
+  alone = lambda cell: cell.mesh == ONE and cell.strategy in EXCHANGES
+  return [cell for cell in every if cell.possible() and not alone(cell)]
 
 
 def _pairs(cell):
@@ -41,6 +48,7 @@ def _pairs(cell):
 
 def _covering(possible):
   """Cells that have every pair which a possible cell has."""
+  random.Random(19).shuffle(possible)  # an order of which few are enough
   left, chosen = set().union(*map(_pairs, possible)), []
   while left:  # the first of those with the most new pairs
     best = max(possible, key=lambda cell: len(_pairs(cell) & left))
@@ -54,7 +62,7 @@ CELLS = _covering(_possible())
 
 def test_the_cells_cover_all_pairs():
   """By counting, pair of factors by pair of factors."""
-  assert len(CELLS) <= 34
+  assert len(CELLS) <= 30
   for i, j in itertools.combinations(range(len(FACTORS)), 2):
     found = {
       (tuple(vars(c).values())[i], tuple(vars(c).values())[j]) for c in CELLS
@@ -63,6 +71,7 @@ def test_the_cells_cover_all_pairs():
     if FACTORS[i] is FACTORS[3] and FACTORS[j] is FACTORS[4]:
       cut = [m for m, sizes in cells.MESHES.items() if sizes[2] > 1]
       expected -= set(itertools.product(cut, parallel.HERE))
+      expected -= set(itertools.product([ONE], EXCHANGES))
     assert found == expected
 
 
