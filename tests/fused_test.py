@@ -11,7 +11,7 @@ import parallel_test
 import pytest
 from flax import nnx
 
-from experiments import fused as measured
+from experiments.fused import layers, saved, seconds
 from moe_jax import ops, parallel
 from moe_jax import plan as plans
 from moe_jax.experts import ACTIVATIONS, Experts
@@ -251,9 +251,9 @@ def test_is_local_in_less_precision(
 
 
 def test_saves_tokens_preactivations_and_integers():
-  size = measured.Layer(T, D, E, K, F)
-  kept = measured.saved(
-    measured.layer(size, 'fused'), *measured.arguments(size, 'bfloat16')
+  size = layers.Layer(T, D, E, K, F)
+  kept = saved.saved(
+    layers.layer(size, 'fused'), *layers.arguments(size, 'bfloat16')
   )
   M = T * K
   assert kept.pop(f'bfloat16[{M},{F}]') == 2 * 2 * M * F  # gate and up
@@ -262,12 +262,12 @@ def test_saves_tokens_preactivations_and_integers():
   assert sum(kept.values()) <= 4 * (6 * M + E)  # weights and the plan
 
 
-@pytest.mark.parametrize('name', measured.MODELS)
+@pytest.mark.parametrize('name', layers.MODELS)
 def test_saves_half_of_what_the_plain_layer_does(name):
-  size = measured.MODELS[name]
-  args = measured.arguments(size, 'bfloat16')
+  size = layers.MODELS[name]
+  args = layers.arguments(size, 'bfloat16')
   fused, local, plain = (
-    sum(measured.saved(measured.layer(size, strategy), *args).values())
+    sum(saved.saved(layers.layer(size, strategy), *args).values())
     for strategy in ('fused', 'local', 'plain')
   )
   assert fused <= 0.55 * plain
@@ -276,11 +276,11 @@ def test_saves_half_of_what_the_plain_layer_does(name):
 
 def test_saves_no_parameters_in_another_dtype():
   """With parameters in float32 and rows in bfloat16."""
-  size = measured.Layer(T, D, E, K, F)
-  weights, *_ = measured.arguments(size, 'float32')
-  _, *rest = measured.arguments(size, 'bfloat16')
+  size = layers.Layer(T, D, E, K, F)
+  weights, *_ = layers.arguments(size, 'float32')
+  _, *rest = layers.arguments(size, 'bfloat16')
   kept = {
-    strategy: measured.saved(measured.layer(size, strategy), weights, *rest)
+    strategy: saved.saved(layers.layer(size, strategy), weights, *rest)
     for strategy in ('local', 'fused')
   }
   cast = f'bfloat16[{E},{D},{F}]'
@@ -288,12 +288,12 @@ def test_saves_no_parameters_in_another_dtype():
 
 
 def test_the_plain_layer_is_the_layer():
-  size = measured.Layer(T, D, E, K, F)
-  found = measured.timed(size, rounds=1)
+  size = layers.Layer(T, D, E, K, F)
+  found = seconds.timed(size, rounds=1)
   assert found['fused']['ratio'] > 0
-  *args, _ = measured.draws(size)
-  y_TxD = jax.jit(measured.plain)(*args)
-  expected = jax.jit(measured.layer(size, 'local'))(*args)
+  *args, _ = seconds.draws(size)
+  y_TxD = jax.jit(layers.plain)(*args)
+  expected = jax.jit(layers.layer(size, 'local'))(*args)
   np.testing.assert_allclose(y_TxD, expected, 1e-4, 1e-5)
 
 

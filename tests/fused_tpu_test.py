@@ -1,10 +1,10 @@
-"""What experiments/fused_tpu reads of a compiled program, without libtpu."""
+"""What experiments/fused/tpu.py reads of a compiled program, without libtpu."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import fused, fused_tpu
+from experiments.fused import layers, tpu
 from pallas_kernels import tiling, traffic
 
 # The forms that libtpu prints: tiles of layouts, VMEM, asynchronous gathers.
@@ -41,10 +41,10 @@ ENTRY %main.3 (x: bf16[8192,2048], g: s32[64]) -> (bf16[64,2048]) {{
 
 
 def test_bytes_are_those_of_what_is_no_kernel():
-  entry = fused_tpu.parse(PROGRAM)
+  entry = tpu.parse(PROGRAM)
   rows = 64 * 2048 * 2
   ids = 128 * 4  # a whole tile of lanes
-  assert fused_tpu.others(entry) == {
+  assert tpu.others(entry) == {
     'done.x': 2 * rows,  # a gather reads what it writes
     'here': 2 * rows + ids,
     'twice': 3 * rows,
@@ -57,14 +57,14 @@ def test_bytes_are_those_of_what_is_no_kernel():
 
 def test_every_kernel_of_a_layer_is_known():
   """Which it is, by what it holds, and the products that it computes."""
-  size = fused.Layer(T=64, D=256, E=4, K=2, F=128)
-  f = fused_tpu.slopes(fused.layer(size, 'fused', gmm='interpret'))
-  *known, expert_TxK = fused.arguments(size, 'bfloat16')
+  size = layers.Layer(T=64, D=256, E=4, K=2, F=128)
+  f = tpu.slopes(layers.layer(size, 'fused', gmm='interpret'))
+  *known, expert_TxK = layers.arguments(size, 'bfloat16')
   expert_TxK = np.arange(128, dtype=np.int32).reshape(64, 2) % 4
   walks = traffic.walks(f, *known, expert_TxK)
   found = {}
   for walk in walks:
-    kernel, shape = fused_tpu._kernel(walk)
+    kernel, shape = tpu._kernel(walk)
     found.setdefault(walk.name, []).append((kernel, shape))
   up, down = (128, 256, 128, 4), (128, 128, 256, 4)
   assert {k: sorted(v) for k, v in found.items()} == {
@@ -80,5 +80,5 @@ def test_the_gradient_waits_for_the_answer():
   """Or the backward pass's gathers would be done, and kept, before it."""
   f = lambda weights, x, gate, expert: x * weights['w'] * gate[0, 0]
   args = {'w': jnp.float32(3.0)}, jnp.float32(2.0), jnp.full((1, 1), 5.0), None
-  weights, x, gate = jax.jit(fused_tpu.slopes(f))(*args)
+  weights, x, gate = jax.jit(tpu.slopes(f))(*args)
   np.testing.assert_allclose([weights['w'], x, gate[0, 0]], [300, 450, 180])

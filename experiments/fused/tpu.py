@@ -14,6 +14,7 @@ writes. One thing after the other: what SparseCores could do beside the
 TensorCore is not credited to anyone.
 """
 
+import itertools
 import json
 import math
 import os
@@ -28,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 
-from experiments import fused
+from experiments.fused import layers
 from pallas_kernels import cost, rivals, schedule, shapes, tiling, traffic
 
 _BYTES = {'bf16': 2, 'f32': 4, 's32': 4, 'u32': 4, 'pred': 1}
@@ -65,9 +66,9 @@ def slopes(f):
 
 def measure(chip_name: str, model: str, strategy: str) -> list[dict]:
   """What is told of one program; modelled for groups that are even and Zipf."""
-  chip, size = tiling.CHIPS[chip_name], fused.MODELS[model]
-  f = slopes(fused.layer(size, strategy, gmm='tpu'))
-  args = fused.arguments(size, 'bfloat16')
+  chip, size = tiling.CHIPS[chip_name], layers.MODELS[model]
+  f = slopes(layers.layer(size, strategy, gmm='tpu'))
+  args = layers.arguments(size, 'bfloat16')
   devices = topologies.get_topology_desc(chip.topology, 'tpu').devices
   mesh = jax.sharding.Mesh(devices[:1], ('x',))
   one = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -237,7 +238,7 @@ def in_process(chip: str, model: str, strategy: str) -> list[dict]:
   """`measure` in a process of its own; ValueError says why not."""
   with tempfile.TemporaryDirectory() as folder:
     done = subprocess.run(
-      [sys.executable, '-m', 'experiments.fused_tpu', chip, model, strategy],
+      [sys.executable, '-m', 'experiments.fused.tpu', chip, model, strategy],
       env=cost.environment(folder),
       capture_output=True,
       text=True,
@@ -246,6 +247,32 @@ def in_process(chip: str, model: str, strategy: str) -> list[dict]:
   if done.returncode:
     raise ValueError(f'{chip} {model} {strategy}: {done.stderr[-1000:]}')
   return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def report(write, chips, models):
+  print('of plain: peak memory, and without weights and gradients;')
+  print('modelled ms of forward and backward pass, even groups and Zipf')
+  for chip in chips:
+    for name in models:
+      found = {
+        strategy: in_process(chip, name, strategy)
+        for strategy in ('plain', *layers.STRATEGIES)
+      }
+      for line in itertools.chain(*found.values()):
+        write(line)
+      plain = found['plain'][0]
+      for strategy in layers.STRATEGIES:
+        line, zipf = found[strategy]
+        peak = line['peak_bytes'] / plain['peak_bytes']
+        over = beyond(line) / beyond(plain)
+        ms = [
+          f'{a["ms"]:9.3f} {a["ms"] / b["ms"]:.2f}'
+          for a, b in zip((line, zipf), found['local'], strict=True)
+        ]
+        print(
+          f'{chip:5} {name:10}{strategy:8}{peak:8.2f}{over:8.2f}{"".join(ms)}',
+          flush=True,
+        )
 
 
 if __name__ == '__main__':
