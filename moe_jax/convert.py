@@ -13,13 +13,11 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 from flax import nnx
 
 from moe_jax import (
@@ -29,217 +27,20 @@ from moe_jax import (
   models,
   ops,
   parallel,
+  pieces,
   routing,
+  shards,
   tokenizer,
 )
 from moe_jax.programs import Weights
 
-INDEX, WHOLE = 'model.safetensors.index.json', 'model.safetensors'
 ASIDE = 'published'  # of a work directory: their small files, as they were
-SHARD = 5 * 10**9  # bytes of a file, at the most
 # What stands beside the weights and is carried along.
 SMALL = (
   'config.json generation_config.json tokenizer.json tokenizer_config.json'
   ' special_tokens_map.json tokenizer.model vocab.json merges.txt'
   ' chat_template.jinja'.split()
 )
-DTYPES = {'F32', 'BF16', 'F16'}  # not those of 8 bits, which need their scales
-
-
-class Leaf(NamedTuple):
-  """A parameter of ours, or of stacked ones that of one layer."""
-
-  path: tuple[str, ...]
-  index: tuple[int, ...]
-  shape: tuple[int, ...]  # without the axes of the index
-  letters: tuple[str, ...]  # of the shape
-
-
-class Piece(NamedTuple):
-  """A tensor of theirs, and the leaves that follow one another in it."""
-
-  name: str
-  axes: tuple[str, ...]
-  leaves: tuple[Leaf, ...]
-  wide: bool
-
-  def factors(self) -> list[list[tuple[int, ...]]]:
-    """Of each axis and each of its letters the sizes, of every leaf at '+'."""
-    size = lambda leaf, a: leaf.shape[leaf.letters.index(self._letter(leaf, a))]
-    of = lambda a: self.leaves if a == '+' else self.leaves[:1]
-    return [
-      [tuple(size(leaf, a) for leaf in of(a)) for a in axis]
-      for axis in self.axes
-    ]
-
-  @property
-  def shape(self) -> tuple[int, ...]:
-    of = lambda axis: int(np.prod([sum(sizes) for sizes in axis]))
-    return tuple(of(axis) for axis in self.factors())
-
-  def letters(self, part: int) -> list[str]:
-    """Of a leaf, in the order of the tensor's axes."""
-    leaf = self.leaves[part]
-    return [self._letter(leaf, a) for axis in self.axes for a in axis]
-
-  def _letter(self, leaf, a):
-    if a != '+':
-      return a
-    (left,) = set(leaf.letters) - set(''.join(self.axes))
-    return left
-
-
-# --- which tensor is what -----------------------------------------------------
-
-
-def pieces(
-  tensors: tuple[families.Tensor, ...], c: Any, tree: dict[tuple[str, ...], Any]
-) -> list[Piece]:
-  """The tensors that a model of this config has.
-
-  Args:
-    c: of a decoder with pools of one layer.
-    tree: path -> array or shape, of parameters and router state.
-  """
-  found = []
-  for tensor in tensors:
-    layers = range(c.N) if '{layer}' in tensor.name else [None]
-    experts = range(c.E) if '{expert}' in tensor.name else [None]
-    for layer in layers:
-      where = place(c, layer)
-      for expert in experts:
-        leaves = [
-          _leaf(name, tensor.axes.split(), where, expert, tree)
-          for name in tensor.leaves
-        ]
-        if all(leaves):
-          name = tensor.name.format(layer=layer, expert=expert)
-          axes = tuple(tensor.axes.split())
-          found.append(Piece(name, axes, tuple(leaves), tensor.wide))
-  return found
-
-
-class Place(NamedTuple):
-  """Where a layer lies in our tree, and its pool if it has one."""
-
-  path: tuple[str, ...]
-  index: tuple[int, ...]
-  pools: tuple[str, ...] = ()
-  pool: tuple[int, ...] = ()
-
-
-def place(c: Any, layer: int | None) -> Place:
-  """Of a layer of a decoder with pools of one layer; None is the model."""
-  if layer is None:
-    return Place((), ())
-  if layer < c.first:
-    return Place(('trunk', 'first'), (layer,))
-  layer -= c.first
-  for name, (G, R, pattern) in zip(
-    ('body', 'ragged'), c.segments, strict=False
-  ):
-    if layer < G * R * len(pattern):
-      group, at = divmod(layer, len(pattern))
-      here = ('trunk', name)
-      if pattern[at] == 'm':
-        stack = *here, 'moe'
-        return Place(stack, (group, 0), (*here, 'pools'), (group,))
-      d = pattern[:at].count('d')
-      return Place((*here, 'dense'), (group, 0, d))
-    layer -= G * R * len(pattern)
-  raise ValueError(f'there is no layer {layer}')
-
-
-def _leaf(name, axes, place, expert, tree):
-  """The leaf of that name at that place; None if the model has none."""
-  *outer, last = name.split('.')
-  path, index = place.path, place.index
-  if outer[:1] == ['pools']:
-    path, index, outer = place.pools, place.pool, outer[1:]
-    if not path:
-      return None
-  elif outer[:2] == ['feed', 'routers']:
-    index = *index, 0  # of one iteration
-  path = *path, *outer, last
-  if path not in tree:
-    return None
-  letters = last.rsplit('_', 1)[1].split('x')
-  if letters[0] == 'E' and not any('E' in axis for axis in axes):
-    index, letters = (*index, expert or 0), letters[1:]
-  shape = tree[path].shape[len(index) :]
-  return Leaf(path, index, shape, tuple(letters))
-
-
-# --- their files --------------------------------------------------------------
-
-
-class Shards:
-  """Tensors by name, in the safetensors files of a folder.
-
-  Raises:
-    ValueError: one line; no file, one that is missing or damaged.
-  """
-
-  def __init__(self, folder: pathlib.Path):
-    self._files, self._of = {}, {}
-    for file, names in sorted(_listed(folder).items()):
-      path = folder / file
-      try:
-        opened = safetensors.safe_open(path, framework='np', backend='pread')
-      except FileNotFoundError:
-        raise ValueError(f'{path} is missing') from None
-      except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f'{path} is damaged: {error}') from None
-      self._files[file] = opened
-      there = set(opened.keys())
-      for name in there if names is None else names:
-        if name not in there:
-          raise ValueError(f'{path} has no tensor {name}, {INDEX} says it has')
-        self._of[name] = file
-
-  def names(self) -> set[str]:
-    return set(self._of)
-
-  def check(self, name: str, shape: tuple[int, ...]) -> None:
-    """ValueError if the tensor has another shape, or no floats."""
-    found = self._slice(name)
-    if tuple(found.get_shape()) != shape:
-      raise ValueError(
-        f'{name} has the shape {tuple(found.get_shape())}, config.json says'
-        f' {shape}'
-      )
-    if found.get_dtype() not in DTYPES:
-      raise ValueError(
-        f'{name} is of {found.get_dtype()}, which is not supported, only'
-        f' {", ".join(sorted(DTYPES))}'
-      )
-
-  def read(self, name: str, where: tuple[slice, ...]) -> np.ndarray:
-    return self._slice(name)[where]
-
-  def _slice(self, name):
-    return self._files[self._of[name]].get_slice(name)
-
-
-def _listed(folder):
-  """{file: names of its tensors, or None for all that it has}"""
-  if not folder.is_dir():
-    raise ValueError(f'{folder} is no folder')
-  index = folder / INDEX
-  if not index.exists():
-    if not (folder / WHOLE).exists():
-      raise ValueError(f'{folder} has neither {INDEX} nor {WHOLE}')
-    return {WHOLE: None}
-  try:
-    listed = json.loads(index.read_text(encoding='utf-8'))['weight_map']
-  except (ValueError, KeyError, TypeError) as error:
-    raise ValueError(f'{index} is no index of tensors: {error!r}') from None
-  found = collections.defaultdict(list)
-  for name, file in listed.items():
-    if pathlib.PurePath(file).name != file:
-      raise ValueError(f'{index}: {file!r} is no name of a file')
-    found[file].append(name)
-  return found
 
 
 # --- import -------------------------------------------------------------------
@@ -359,20 +160,20 @@ def load(
   Of stacked layers one at a time is read, and of it what a device holds.
   """
   model, tree = abstract(c)
-  shards = Shards(folder)
-  chosen, skipped = _chosen(family, model.c, tree, shards.names())
+  files = shards.Shards(folder)
+  chosen, skipped = _chosen(family, model.c, tree, files.names())
   for piece in chosen:
-    shards.check(piece.name, piece.shape)
+    files.check(piece.name, piece.shape)
   units = collections.defaultdict(lambda: collections.defaultdict(list))
   for piece in chosen:
     for part, leaf in enumerate(piece.leaves):
-      stack = leaf.index[: _stacked(leaf.path, tree)]
+      stack = leaf.index[: pieces.stacked(leaf.path, tree)]
       units[leaf.path][stack].append((piece, part))
   for path in tree:
     if path not in units:
       raise ValueError(f'no tensor of {family.model_type} is {".".join(path)}')
   filled = {
-    path: _fill(shards, path, tree[path], units[path], mesh) for path in tree
+    path: _fill(files, path, tree[path], units[path], mesh) for path in tree
   }
   params, router_state = models.split(model)
   pick = lambda like: jax.tree_util.tree_map_with_path(
@@ -398,14 +199,9 @@ def abstract(c: dict[str, Any]) -> tuple[Any, dict[tuple[str, ...], Any]]:
   return model, {tuple(k.key for k in path): a for path, a in leaves}
 
 
-def _stacked(path, tree):
-  """How many axes of a leaf come before those of its name."""
-  return len(tree[path].shape) - len(path[-1].rsplit('_', 1)[1].split('x'))
-
-
 def _chosen(family, c, tree, names):
   """The pieces of the layout that these tensors are in, and those left out."""
-  found = [pieces(tensors, c, tree) for tensors in family.layouts]
+  found = [pieces.find(tensors, c, tree) for tensors in family.layouts]
   missing = [[p.name for p in own if p.name not in names] for own in found]
   best = min(range(len(found)), key=lambda i: len(missing[i]))
   if missing[best]:
@@ -431,18 +227,18 @@ def _layer_of(name):
   return int(found[1]) if found else None
 
 
-def _fill(shards, path, like, units, mesh):
+def _fill(files, path, like, units, mesh):
   """The whole of a leaf, one stacked layer after the other."""
   spec = parallel.spec(
     tuple(jax.tree_util.DictKey(k) for k in path), like.shape, mesh
   )
   whole = jax.NamedSharding(mesh, spec)
-  ahead = _stacked(path, {path: like})
+  ahead = pieces.stacked(path, {path: like})
   one = jax.NamedSharding(mesh, jax.P(*spec[ahead:]))
   shape = like.shape[ahead:]
 
   def read(index, where):
-    return _read_unit(shards, units[index], where)
+    return _read_unit(files, units[index], where)
 
   filled = jax.jit(
     lambda: jnp.zeros(like.shape, like.dtype), out_shardings=whole
@@ -461,49 +257,21 @@ def _fill(shards, path, like, units, mesh):
   return filled
 
 
-def _read_unit(shards, unit, where):
+def _read_unit(files, unit, where):
   """A slice of a leaf of one layer, from one tensor or one for each expert."""
   piece, part = unit[0]
   leaf = piece.leaves[part]
   ahead = len(where) - len(leaf.shape)
   if not ahead:
-    return read_piece(shards, piece, part, where)
+    return shards.read_piece(files, piece, part, where)
   chosen = unit[where[0]]
-  return np.stack([read_piece(shards, *one, where[1:]) for one in chosen])
-
-
-def read_piece(
-  shards: Shards, piece: Piece, part: int, where: tuple[slice, ...]
-) -> np.ndarray:
-  """A slice of a leaf: only those rows and columns that hold it are read."""
-  leaf, factors = piece.leaves[part], piece.factors()
-  wanted = dict(zip(leaf.letters, where, strict=True))
-  size = dict(zip(leaf.letters, leaf.shape, strict=True))
-  letters = piece.letters(part)
-  outer, inner, shape, at = [], [], [], 0
-  for axis, sizes in zip(piece.axes, factors, strict=True):
-    own = letters[at : at + len(axis)]
-    at += len(axis)
-    spans = []
-    for letter, of in zip(own, sizes, strict=True):
-      first, last, _ = wanted[letter].indices(size[letter])
-      before = sum(of[:part]) if len(of) > 1 else 0
-      spans.append((first + before, last + before, sum(of)))
-    # All of the inner letters' rows are read, and cut afterwards.
-    (first, last, _), rest = spans[0], spans[1:]
-    step = int(np.prod([n for *_, n in rest], dtype=int))
-    outer.append(slice(first * step, last * step))
-    shape += [last - first, *(n for *_, n in rest)]
-    inner += [slice(None), *(slice(a, b) for a, b, _ in rest)]
-  got = shards.read(piece.name, tuple(outer)).reshape(shape)[tuple(inner)]
-  order = [letters.index(letter) for letter in leaf.letters]
-  return np.ascontiguousarray(got.transpose(order))
+  return np.stack([shards.read_piece(files, *one, where[1:]) for one in chosen])
 
 
 # --- export -------------------------------------------------------------------
 
 
-def give(workdir: str, target: str, shard: int = SHARD) -> list[str]:
+def give(workdir: str, target: str, shard: int = shards.SHARD) -> list[str]:
   """Writes the newest weights of a work directory as the Hub has them.
 
   Args:
@@ -531,7 +299,7 @@ def give(workdir: str, target: str, shard: int = SHARD) -> list[str]:
     for tree in (state.params, state.router_state)
     for path, a in jax.tree_util.tree_leaves_with_path(tree)
   }
-  own = _by_layer(pieces(family.layouts[0], job.model.c, leaves))
+  own = _by_layer(pieces.find(family.layouts[0], job.model.c, leaves))
   covered = {leaf.path for piece in own for leaf in piece.leaves}
   for path in leaves:
     if path not in covered:
@@ -543,7 +311,7 @@ def give(workdir: str, target: str, shard: int = SHARD) -> list[str]:
     kept = _beside(job, part)
     kept = {k: v for k, v in kept.items() if k in family.kept}
     _write(part / 'config.json', {**kept, **values})
-    count = write(own, leaves, dtype, part, shard)
+    count = shards.write(own, leaves, dtype, part, shard)
   return [f'{family.model_type}, {len(own)} tensors in {count} files: {folder}']
 
 
@@ -646,63 +414,6 @@ def _by_layer(own):
   """Pieces in the order of layers, the model's own first."""
   layer = lambda piece: -1 if (n := _layer_of(piece.name)) is None else n
   return sorted(own, key=layer)
-
-
-def write(
-  own: list[Piece],
-  leaves: dict[tuple[str, ...], jax.Array],
-  dtype: np.dtype,
-  folder: pathlib.Path,
-  shard: int,
-) -> int:
-  """Writes tensors in files of at most that size; returns how many files."""
-  kind = lambda piece: np.dtype(np.float32) if piece.wide else dtype
-  bytes_of = lambda p: int(np.prod(p.shape, dtype=int)) * kind(p).itemsize
-  files, room = [[]], shard
-  for piece in own:
-    if files[-1] and bytes_of(piece) > room:
-      files.append([])
-      room = shard
-    files[-1].append(piece)
-    room -= bytes_of(piece)
-  of, last = {}, (None, None)
-  for i, some in enumerate(files, 1):
-    name = f'model-{i:05}-of-{len(files):05}.safetensors'
-    name = WHOLE if len(files) == 1 else name
-    made = {}
-    for piece in some:
-      parts = []
-      for leaf in piece.leaves:
-        ahead = _stacked(leaf.path, leaves)
-        key = leaf.path, leaf.index[:ahead]
-        if last[0] != key:  # experts of a layer follow one another
-          last = key, np.asarray(jax.device_get(leaves[leaf.path][key[1]]))
-        parts.append(last[1][leaf.index[ahead:]])
-      made[piece.name] = joined(piece, parts).astype(kind(piece))
-      of[piece.name] = name
-    safetensors.numpy.save_file(made, folder / name, {'format': 'pt'})
-    (folder / name).chmod(0o644)  # the library lets nobody else read
-  if len(files) > 1:
-    total = sum(bytes_of(piece) for piece in own)
-    _write(
-      folder / INDEX, {'metadata': {'total_size': total}, 'weight_map': of}
-    )
-  return len(files)
-
-
-def joined(piece: Piece, parts: list[np.ndarray]) -> np.ndarray:
-  """Their tensor of our leaves."""
-  turned, along = [], 0
-  for part, (leaf, a) in enumerate(zip(piece.leaves, parts, strict=True)):
-    order = [leaf.letters.index(letter) for letter in piece.letters(part)]
-    turned.append(a.transpose(order))
-  marks = ''.join(piece.axes)
-  if '+' in marks:
-    along = marks.index('+')
-    whole = np.concatenate(turned, axis=along)
-  else:
-    (whole,) = turned
-  return np.ascontiguousarray(whole.reshape(piece.shape))
 
 
 # --- folders ------------------------------------------------------------------

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import checkpoint, config, convert, programs, routing
+from moe_jax import checkpoint, config, convert, pieces, programs, routing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,7 +226,7 @@ def _layers(c):
   """{where layers are stacked in our tree: their numbers, as stacked}"""
   found = {}
   for layer in range(c.N):
-    place = convert.place(c, layer)
+    place = pieces.place(c, layer)
     for path, index in ((place.path, place.index), (place.pools, place.pool)):
       if path:
         found.setdefault(path, {})[index] = layer

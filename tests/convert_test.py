@@ -21,7 +21,9 @@ from moe_jax import (
   families,
   generate,
   parallel,
+  pieces,
   routing,
+  shards,
   train,
 )
 from moe_jax import job as jobs
@@ -96,7 +98,7 @@ def drawn(theirs, layout=0):
   )
   return {
     piece.name: value(piece).astype(wide(piece))
-    for piece in convert.pieces(family.layouts[layout], model.c, tree)
+    for piece in pieces.find(family.layouts[layout], model.c, tree)
   }
 
 
@@ -111,7 +113,7 @@ def publish(folder, theirs, tensors=None, files=2):
     save_file(some, folder / f'model-{i}.safetensors', {'format': 'pt'})
     listed |= dict.fromkeys(some, f'model-{i}.safetensors')
   index = {'metadata': {}, 'weight_map': listed}
-  (folder / convert.INDEX).write_text(json.dumps(index))
+  (folder / shards.INDEX).write_text(json.dumps(index))
   return folder
 
 
@@ -452,7 +454,7 @@ def test_published_models_have_their_published_size(name):
   """As shapes: tensors and leaves; the config goes there and back."""
   count, theirs = PUBLISHED[name]
   family, model, tree = abstract(theirs)
-  own = convert.pieces(family.layouts[0], model.c, tree)
+  own = pieces.find(family.layouts[0], model.c, tree)
   assert sum(math.prod(piece.shape) for piece in own) == count
   assert sum(math.prod(a.shape) for a in tree.values()) == count
   c, size = convert.model_config(families.ours(theirs)[1])
@@ -574,19 +576,19 @@ def _eight_bits(folder):
 
 
 def _outside(folder):
-  index = json.loads((folder / convert.INDEX).read_text())
+  index = json.loads((folder / shards.INDEX).read_text())
   index['weight_map']['model.norm.weight'] = '../model-1.safetensors'
-  (folder / convert.INDEX).write_text(json.dumps(index))
+  (folder / shards.INDEX).write_text(json.dumps(index))
 
 
 def _wrong_index(folder):
-  index = json.loads((folder / convert.INDEX).read_text())
+  index = json.loads((folder / shards.INDEX).read_text())
   index['weight_map']['other'] = 'model-1.safetensors'
-  (folder / convert.INDEX).write_text(json.dumps(index))
+  (folder / shards.INDEX).write_text(json.dumps(index))
 
 
 def _no_index(folder):
-  (folder / convert.INDEX).unlink()
+  (folder / shards.INDEX).unlink()
 
 
 def _large_tokenizer(folder):

@@ -23,7 +23,7 @@ LEVELS = (
   | {'hub', 'corpus', 'cache', 'optimizer', 'metrics', 'report', 'figures'}
   | {'checkpoint', 'models', 'config', 'malloc', 'beam', 'translate'}
   | {'planner', 'processes', 'guard', 'nonfinite', 'health', 'preemption'}
-  | {'analysis', 'analysis_report', 'families'},
+  | {'analysis', 'analysis_report', 'families', 'pieces', 'shards'},
   {'trunk'},
   {'block', 'routers', 'experts', 'residual', 'attention', 'parallel'}
   | {'fused'},
@@ -47,6 +47,8 @@ BESIDE = {
   'corpus': {'cache'},
   'planner': {'models', 'optimizer'},
   'checkpoint': {'processes'},
+  'pieces': {'families'},
+  'shards': {'pieces'},
   'report': {'figures', 'metrics'},
   'figures': {'metrics'},
   'analysis_report': {'analysis', 'figures', 'report'},

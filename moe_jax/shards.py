@@ -1,0 +1,155 @@
+"""safetensors files of a published model: read by slices, written by files."""
+
+import collections
+import json
+import pathlib
+
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from moe_jax.pieces import joined, Piece, stacked
+
+INDEX, WHOLE = 'model.safetensors.index.json', 'model.safetensors'
+SHARD = 5 * 10**9  # bytes of a file, at the most
+DTYPES = {'F32', 'BF16', 'F16'}  # not those of 8 bits, which need their scales
+
+
+class Shards:
+  """Tensors by name, in the safetensors files of a folder.
+
+  Raises:
+    ValueError: one line; no file, one that is missing or damaged.
+  """
+
+  def __init__(self, folder: pathlib.Path):
+    self._files, self._of = {}, {}
+    for file, names in sorted(_listed(folder).items()):
+      path = folder / file
+      try:
+        opened = safetensors.safe_open(path, framework='np', backend='pread')
+      except FileNotFoundError:
+        raise ValueError(f'{path} is missing') from None
+      except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f'{path} is damaged: {error}') from None
+      self._files[file] = opened
+      there = set(opened.keys())
+      for name in there if names is None else names:
+        if name not in there:
+          raise ValueError(f'{path} has no tensor {name}, {INDEX} says it has')
+        self._of[name] = file
+
+  def names(self) -> set[str]:
+    return set(self._of)
+
+  def check(self, name: str, shape: tuple[int, ...]) -> None:
+    """ValueError if the tensor has another shape, or no floats."""
+    found = self._slice(name)
+    if tuple(found.get_shape()) != shape:
+      raise ValueError(
+        f'{name} has the shape {tuple(found.get_shape())}, config.json says'
+        f' {shape}'
+      )
+    if found.get_dtype() not in DTYPES:
+      raise ValueError(
+        f'{name} is of {found.get_dtype()}, which is not supported, only'
+        f' {", ".join(sorted(DTYPES))}'
+      )
+
+  def read(self, name: str, where: tuple[slice, ...]) -> np.ndarray:
+    return self._slice(name)[where]
+
+  def _slice(self, name):
+    return self._files[self._of[name]].get_slice(name)
+
+
+def _listed(folder):
+  """{file: names of its tensors, or None for all that it has}"""
+  if not folder.is_dir():
+    raise ValueError(f'{folder} is no folder')
+  index = folder / INDEX
+  if not index.exists():
+    if not (folder / WHOLE).exists():
+      raise ValueError(f'{folder} has neither {INDEX} nor {WHOLE}')
+    return {WHOLE: None}
+  try:
+    listed = json.loads(index.read_text(encoding='utf-8'))['weight_map']
+  except (ValueError, KeyError, TypeError) as error:
+    raise ValueError(f'{index} is no index of tensors: {error!r}') from None
+  found = collections.defaultdict(list)
+  for name, file in listed.items():
+    if pathlib.PurePath(file).name != file:
+      raise ValueError(f'{index}: {file!r} is no name of a file')
+    found[file].append(name)
+  return found
+
+
+def read_piece(
+  files: Shards, piece: Piece, part: int, where: tuple[slice, ...]
+) -> np.ndarray:
+  """A slice of a leaf: only those rows and columns that hold it are read."""
+  leaf, factors = piece.leaves[part], piece.factors()
+  wanted = dict(zip(leaf.letters, where, strict=True))
+  size = dict(zip(leaf.letters, leaf.shape, strict=True))
+  letters = piece.letters(part)
+  outer, inner, shape, at = [], [], [], 0
+  for axis, sizes in zip(piece.axes, factors, strict=True):
+    own = letters[at : at + len(axis)]
+    at += len(axis)
+    spans = []
+    for letter, of in zip(own, sizes, strict=True):
+      first, last, _ = wanted[letter].indices(size[letter])
+      before = sum(of[:part]) if len(of) > 1 else 0
+      spans.append((first + before, last + before, sum(of)))
+    # All of the inner letters' rows are read, and cut afterwards.
+    (first, last, _), rest = spans[0], spans[1:]
+    step = int(np.prod([n for *_, n in rest], dtype=int))
+    outer.append(slice(first * step, last * step))
+    shape += [last - first, *(n for *_, n in rest)]
+    inner += [slice(None), *(slice(a, b) for a, b, _ in rest)]
+  got = files.read(piece.name, tuple(outer)).reshape(shape)[tuple(inner)]
+  order = [letters.index(letter) for letter in leaf.letters]
+  return np.ascontiguousarray(got.transpose(order))
+
+
+def write(
+  own: list[Piece],
+  leaves: dict[tuple[str, ...], jax.Array],
+  dtype: np.dtype,
+  folder: pathlib.Path,
+  shard: int,
+) -> int:
+  """Writes tensors in files of at most that size; returns how many files."""
+  kind = lambda piece: np.dtype(np.float32) if piece.wide else dtype
+  bytes_of = lambda p: int(np.prod(p.shape, dtype=int)) * kind(p).itemsize
+  files, room = [[]], shard
+  for piece in own:
+    if files[-1] and bytes_of(piece) > room:
+      files.append([])
+      room = shard
+    files[-1].append(piece)
+    room -= bytes_of(piece)
+  of, last = {}, (None, None)
+  for i, some in enumerate(files, 1):
+    name = f'model-{i:05}-of-{len(files):05}.safetensors'
+    name = WHOLE if len(files) == 1 else name
+    made = {}
+    for piece in some:
+      parts = []
+      for leaf in piece.leaves:
+        ahead = stacked(leaf.path, leaves)
+        key = leaf.path, leaf.index[:ahead]
+        if last[0] != key:  # experts of a layer follow one another
+          last = key, np.asarray(jax.device_get(leaves[leaf.path][key[1]]))
+        parts.append(last[1][leaf.index[ahead:]])
+      made[piece.name] = joined(piece, parts).astype(kind(piece))
+      of[piece.name] = name
+    safetensors.numpy.save_file(made, folder / name, {'format': 'pt'})
+    (folder / name).chmod(0o644)  # the library lets nobody else read
+  if len(files) > 1:
+    total = sum(bytes_of(piece) for piece in own)
+    index = {'metadata': {'total_size': total}, 'weight_map': of}
+    text = json.dumps(index, indent=2) + '\n'
+    (folder / INDEX).write_text(text, encoding='utf-8')
+  return len(files)
