@@ -4,6 +4,7 @@ import pathlib
 import statistics
 from collections.abc import Sequence
 
+import adjustText
 import matplotlib
 
 matplotlib.use('Agg')
@@ -12,6 +13,7 @@ import matplotlib.pyplot as plt
 from experiments import claims
 
 INK, SOFT, GRID = '#1f2328', '#6e7781', '#d8dee4'
+SMALL = {'fontsize': 6.5, 'color': SOFT}
 COLOURS = {
   claims.SUPPORTED: '#1a7f37',
   claims.CONTRADICTED: '#cf222e',
@@ -57,6 +59,7 @@ def means(
   axes, rows: list[dict], x: str, y: str, labels: tuple[str, str], scale=1.0
 ) -> None:
   """A point an arm: a cost and a metric, the latter with its deviation."""
+  names = []
   for arm in dict.fromkeys(row['arm'] for row in rows):
     those = [
       row for row in rows if row['arm'] == arm and row.get(y) is not None
@@ -67,12 +70,12 @@ def means(
     values = [row[y] for row in those]
     spread = statistics.stdev(values) if len(values) > 1 else 0
     axes.errorbar(at, statistics.mean(values), yerr=spread, fmt='o', capsize=2)
-    axes.annotate(
-      arm, (at, statistics.mean(values)), fontsize=6.5, color=SOFT,
-      xytext=(4, 3), textcoords='offset points',
-    )  # fmt: skip
+    names.append(axes.text(at, statistics.mean(values), arm, **SMALL))
   axes.set_xlabel(labels[0])
   axes.set_ylabel(labels[1])
+  if names:
+    line = {'arrowstyle': '-', 'color': SOFT, 'lw': 0.5}
+    adjustText.adjust_text(names, ax=axes, arrowprops=line, time_lim=5)
 
 
 def curves(axes, rows: list[dict], names: Sequence[str], unit: str) -> None:
