@@ -285,8 +285,7 @@ def model(g: golden.Golden) -> None:
   assert not a, f'unchecked: {sorted(a)}'
 
   latent = block.at(block.at(like.trunk.body.moe, 0), 0).attention
-  scale = latent.yarn.scale * (meta['qk_nope'] + meta['qk_rope']) ** -0.5
-  golden.near(scale, np.asarray(meta['softmax_scale']), TOL)
+  golden.near(latent.scale, np.asarray(meta['softmax_scale']), TOL)
 
 
 CHECKS = {'coe_it': layer, 'coe_model_': model}
