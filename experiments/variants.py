@@ -21,7 +21,7 @@ def table() -> str:
     link = f'[{name}](experiments/{name}/README.md)'
     for claim in shown if rows else ():
       body.append([*tables.finding(study, claim, rows), link])
-  return pages.table(heads, body)
+  return pages.table(heads, body) if body else 'No study has been run yet.\n'
 
 
 def main(argv: list[str]) -> None:
