@@ -186,7 +186,7 @@ def shapes(workdir: pathlib.Path, step: int) -> dict[str, Any]:
   except Exception as error:
     told = ' '.join(f'{type(error).__name__}: {error}'.split())[:200]
     raise OSError(f'{folder} cannot be read: {told}') from error
-  return {_name(path): a for path, a in jax.tree.leaves_with_path(tree)}
+  return {name(path): a for path, a in jax.tree.leaves_with_path(tree)}
 
 
 def read(workdir: pathlib.Path, step: int, like: Any) -> Any:
@@ -283,11 +283,12 @@ def _sums(state):
   whole = jax.NamedSharding(leaves[0][1].sharding.mesh, jax.P())
   arrays = [a for _, a in leaves]
   found = jax.jit(_add_up, out_shardings=whole)(arrays)
-  names = (_name(path) for path, _ in leaves)
+  names = (name(path) for path, _ in leaves)
   return dict(zip(names, jax.device_get(found).tolist(), strict=True))
 
 
-def _name(path):
+def name(path: Any) -> str:
+  """'params.embed_VxD': of a leaf of a state, by its path."""
   return jax.tree_util.keystr(path, simple=True, separator='.')
 
 

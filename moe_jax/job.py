@@ -1,7 +1,6 @@
 """What a config asks for, checked before anything is compiled or written."""
 
 import dataclasses
-import functools
 import hashlib
 import json
 import pathlib
@@ -204,9 +203,8 @@ def _shapes(c, model):
     wide = lambda a: jax.ShapeDtypeStruct(a.shape, np.float64)
     params = jax.tree.map(wide, params)
   own = {'params': params, 'router_state': router_state}
-  name = functools.partial(jax.tree_util.keystr, simple=True, separator='.')
   return {
-    name(path): f'{np.dtype(a.dtype)}{list(a.shape)}'
+    checkpoint.name(path): f'{np.dtype(a.dtype)}{list(a.shape)}'
     for path, a in jax.tree.leaves_with_path(own)
   }
 

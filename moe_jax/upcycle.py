@@ -137,10 +137,10 @@ def grow(
 
 def _said(growth):
   default = Growth()
-  values = dataclasses.asdict(growth).items()
-  return ', '.join(
-    f'{k}={v}' for k, v in values if v != getattr(default, k) or k == 'k'
-  )
+  told = {k: v for k, v in vars(growth).items() if v != getattr(default, k)}
+  if growth.E:
+    told['k'] = growth.k
+  return ', '.join(f'{k}={v}' for k, v in told.items())
 
 
 def model_config(old: dict[str, Any], growth: Growth) -> dict[str, Any]:

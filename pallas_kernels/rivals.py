@@ -64,19 +64,31 @@ def _ours(kind, shape, chip):
 
   def steps(group_E, hlo):
     walk = traffic.walk(f, *args[:2], group_E)
-    edge_E, expert_V, tile_V = walk.scalars
-    v_S = walk.grid_SxG[:, -1]
-    expert_S, row_S = expert_V[v_S], tile_V[v_S] * tile.rows
-    low_S = np.maximum(edge_E[expert_S] - row_S, 0)
-    high_S = np.minimum(edge_E[expert_S + 1] - row_S, tile.rows)
-    window_S = tiling.window_of(low_S, high_S, tile)
-    whole = tile.depth if kind == 'drhs' else tile.cols
-    macs_SxP = tiling.parts(window_S, tile) * tile.depth * tile.cols
     compulsory = _compulsory(kind, shape, tile.depth, tile.cols, group_E)
-    trips = whole // tile.run
-    return _with_copies(Steps(walk.bytes_S, macs_SxP, trips, compulsory), hlo)
+    return _with_copies(ours(walk, tile, kind, compulsory=compulsory), hlo)
 
   return Program(f, args, {'fwd': 'gmm'}.get(kind, kind), steps)
+
+
+def ours(walk, tile, kind, *, ws=1, compulsory=0):
+  """The `Steps` of one of our kernels for TPUs.
+
+  Args:
+    walk: a `traffic.Walk` of it.
+    tile: its `tiling.Tile`.
+    kind: 'fwd', 'dlhs' or 'drhs'.
+    ws: products that it makes of each block.
+    compulsory: bytes that its tiling cannot avoid.
+  """
+  edge_E, expert_V, tile_V = walk.scalars
+  v_S = walk.grid_SxG[:, -1]
+  expert_S, row_S = expert_V[v_S], tile_V[v_S] * tile.rows
+  low_S = np.maximum(edge_E[expert_S] - row_S, 0)
+  high_S = np.minimum(edge_E[expert_S + 1] - row_S, tile.rows)
+  window_S = tiling.window_of(low_S, high_S, tile)
+  whole = tile.depth if kind == 'drhs' else tile.cols
+  macs_SxP = tiling.parts(window_S, tile) * tile.depth * tile.cols * ws
+  return Steps(walk.bytes_S, macs_SxP, whole // tile.run, compulsory)
 
 
 def _megablox(kind, shape, chip):

@@ -12,7 +12,7 @@ os.environ['XLA_FLAGS'] = (
   + ' --xla_backend_optimization_level=0'
   + ' --xla_cpu_parallel_codegen_split_count=1'
 )
-if metadata.version('jaxlib') < '0.11':
+if tuple(map(int, metadata.version('jaxlib').split('.')[:2])) < (0, 11):
   # It still has what it had before its fusion emitters, which compiles in 3/5
   # of the time; a newer one knows no such flag.
   os.environ['XLA_FLAGS'] += ' --xla_cpu_use_fusion_emitters=false'

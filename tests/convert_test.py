@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tokenizers
 from safetensors.numpy import load_file, save_file
-from small import small_config
+from small import command, small_config
 
 from moe_jax import (
   config,
@@ -790,23 +790,15 @@ def test_an_imported_model_holds_no_text_and_is_not_trained_further(tmp_path):
 # The command, and memory.
 
 
-def run(*arguments):
-  return subprocess.run(
-    [sys.executable, '-m', 'moe_jax.commands.convert', *map(str, arguments)],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    check=False,
-  )
-
-
 def test_the_command_goes_both_ways_and_mistakes_are_one_line(tmp_path):
   source = publish(tmp_path / 'source', values('olmoe'))
-  there = run(f'--from={source}', f'--to={tmp_path / "run"}')
+  there = command('convert', f'--from={source}', f'--to={tmp_path / "run"}')
   assert there.returncode == 0 and 'olmoe' in there.stdout, there.stderr
-  back = run(f'--from={tmp_path / "run"}', f'--to={tmp_path / "out"}')
+  back = command(
+    'convert', f'--from={tmp_path / "run"}', f'--to={tmp_path / "out"}'
+  )
   assert back.returncode == 0 and '1 files' in back.stdout, back.stderr
-  again = run(f'--from={source}', f'--to={tmp_path / "run"}')
+  again = command('convert', f'--from={source}', f'--to={tmp_path / "run"}')
   assert again.returncode == 2
   assert again.stderr.startswith('moe-convert: ')
   assert len(again.stderr.splitlines()) == 1

@@ -3,15 +3,13 @@
 import functools
 import json
 import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from convert_test import drawn, publish, values
-from small import small_config
+from small import command, small_config
 
 from moe_jax import (
   checkpoint,
@@ -233,16 +231,6 @@ def test_models_that_cannot_write(section, name, message, small, tmp_path):
     generate.writer(job, 1)
 
 
-def run(*arguments):
-  return subprocess.run(
-    [sys.executable, '-m', 'moe_jax.commands.generate', *arguments],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    check=False,
-  )
-
-
 def untrained(workdir, c):
   """The work directory of a run that has just begun, with its tokenizer."""
   workdir.mkdir()
@@ -262,15 +250,15 @@ def test_the_command(corpus, tmp_path):
   workdir, routes = tmp_path / 'run', tmp_path / 'routes.npz'
   untrained(workdir, small_config(corpus, **changes))
   common = f'--workdir={workdir}', '--prompt=4 squared', '--max_new_tokens=5'
-  first = run(*common, '--json', f'--record={routes}')
+  first = command('generate', *common, '--json', f'--record={routes}')
   assert first.returncode == 0, first.stderr
   told = json.loads(first.stdout)
   assert len(told['ids']) == 5 and len(told['prompt_ids']) == 9
   job, weights = generate.newest(str(workdir))
   assert greedy(job, weights, [told['prompt_ids']], 5) == [told['ids']]
   assert generate.load_routes(routes)[0].shape == (1, 1, 2, 1, 14, 2)
-  again = run(*common, '--json', f'--replay={routes}')
+  again = command('generate', *common, '--json', f'--replay={routes}')
   assert json.loads(again.stdout) == told, again.stderr
-  wrong = run(*common, '--prompt_ids=1,2')
+  wrong = command('generate', *common, '--prompt_ids=1,2')
   assert wrong.returncode == 2
   assert wrong.stderr == 'moe-generate: give either --prompt or --prompt_ids\n'

@@ -1,8 +1,13 @@
-"""The config of a run so small that a test can make it, and its metrics."""
+"""The config of a run so small that a test can make it, and what one says."""
 
 import json
+import pathlib
+import subprocess
+import sys
 
 from moe_jax import config
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 def small_config(corpus, **changes):
@@ -32,3 +37,14 @@ def without_clocks(lines):
     {k: v for k, v in line.items() if k != 'tokens_per_second'}
     for line in lines
   ]
+
+
+def command(name, *arguments):
+  """What moe-<name> does, in a process of its own."""
+  return subprocess.run(
+    [sys.executable, '-m', f'moe_jax.commands.{name}', *map(str, arguments)],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
+  )

@@ -1,8 +1,6 @@
 """Models that have grown answer as before, until they are trained."""
 
 import json
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +8,7 @@ import numpy as np
 import pytest
 from convert_test import publish, ROOT, values
 from init_from_test import first_loss
-from small import small_config
+from small import command, small_config
 
 from moe_jax import (
   checkpoint,
@@ -290,20 +288,13 @@ def test_models_that_cannot_grow(changes, given, message, tmp_path):
 
 
 def test_the_command(dense, tmp_path):
-  def run(*arguments):
-    return subprocess.run(
-      [sys.executable, '-m', 'moe_jax.commands.convert', *map(str, arguments)],
-      cwd=ROOT,
-      capture_output=True,
-      text=True,
-      check=False,
-    )
-
   there = f'--from={dense[0]}', f'--to={tmp_path / "run"}'
-  found = run(*there, '--upcycle=E=4,k=2')
+  found = command('convert', *there, '--upcycle=E=4,k=2')
   assert found.returncode == 0 and 'E=4' in found.stdout, found.stderr
   assert routing.load(str(tmp_path / 'run')).model.c.E == 4
-  wrong = run(f'--from={ROOT}', f'--to={tmp_path / "no"}', '--upcycle=E=4')
+  wrong = command(
+    'convert', f'--from={ROOT}', f'--to={tmp_path / "no"}', '--upcycle=E=4'
+  )
   assert wrong.returncode == 2 and not (tmp_path / 'no').exists()
   assert wrong.stderr.startswith('moe-convert: ')
   assert len(wrong.stderr.splitlines()) == 1

@@ -124,24 +124,12 @@ def kernels(f, args, entry, chip):
     # Of equal kernels the compiler lists one.
     name = next(name for name in alike[what] if name in listed)
     read = schedule.read(folder, name, chip.unit)
-    cycles = cost.model(read, _steps(walk, chip), chip)
+    kernel, shape = _kernel(walk)
+    tile = tiling.best(kernel, *shape, 2, chip)
+    steps = rivals.ours(walk, tile, kernel.kind, ws=kernel.ws)
+    cycles = cost.model(read, steps, chip)
     found[calls[what].pop(0)] = cycles
   return found
-
-
-def _steps(walk, chip):
-  """The `rivals.Steps` of one of our kernels."""
-  kernel, (M, A, B, E) = _kernel(walk)
-  tile = tiling.best(kernel, M, A, B, E, 2, chip)
-  edge_E, expert_V, tile_V = walk.scalars
-  v_S = walk.grid_SxG[:, -1]
-  expert_S, row_S = expert_V[v_S], tile_V[v_S] * tile.rows
-  low_S = np.maximum(edge_E[expert_S] - row_S, 0)
-  high_S = np.minimum(edge_E[expert_S + 1] - row_S, tile.rows)
-  window_S = tiling.window_of(low_S, high_S, tile)
-  whole = tile.depth if kernel.kind == 'drhs' else tile.cols
-  macs_SxP = tiling.parts(window_S, tile) * tile.depth * tile.cols * kernel.ws
-  return rivals.Steps(walk.bytes_S, macs_SxP, whole // tile.run, 0)
 
 
 def _kernel(walk):
