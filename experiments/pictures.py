@@ -62,7 +62,9 @@ def means(
   names = []
   for arm in dict.fromkeys(row['arm'] for row in rows):
     those = [
-      row for row in rows if row['arm'] == arm and row.get(y) is not None
+      row
+      for row in rows
+      if row['arm'] == arm and None not in (row.get(x), row.get(y))
     ]
     if not those:
       continue

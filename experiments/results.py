@@ -1,8 +1,9 @@
 """results.jsonl of a study: a line a run, and what may stand beside what.
 
 A line has the arm, the seed, what the run measured and cost, and digests of
-what it was made with: `code`, `config`, `data` and `versions`. Lines of one
-file have the same, or nothing is added to it.
+what it was made with: `code`, `config`, `data`, `versions` and `device`. Lines
+of one file have the same, or nothing is added to it. cost.jsonl has a line an
+arm.
 """
 
 import hashlib
@@ -13,15 +14,16 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import jax
 import ml_collections
 
 import experiments
 from experiments import sources
+from moe_jax import cache, metrics, train
 from moe_jax import config as configs
-from moe_jax import train
 
 ROOT = pathlib.Path(__file__).parents[1]
-FILE, MEASURE = 'results.jsonl', 'measure.py'
+FILE, COSTS, MEASURE = 'results.jsonl', 'cost.jsonl', 'measure.py'
 # Folders of moe_jax in which a config names the file that it uses.
 BY_NAME = ('routers', 'attention', 'models')
 
@@ -66,23 +68,48 @@ def made_with(
 ) -> dict[str, dict[str, Any]]:
   """{arm: what a line of it has to have been made with}"""
   read, versions = sources.digests(data, study.DATA), train.versions()
+  device = jax.devices()[0].device_kind
   found = {}
   for arm, c in arms.items():
     values = configs.resolve(c)
     text = json.dumps({**values, 'seed': None}, sort_keys=True)
-    text = text.replace(str(data), '')  # wherever it lies
+    for place in data, cache.directory():
+      text = text.replace(str(place), '')  # wherever it lies
     found[arm] = {
       'code': _code(study, values),
       'config': hashlib.sha256(text.encode()).hexdigest()[:16],
       'data': read,
       'versions': versions,
+      'device': device,
     }
   return found
 
 
 def read(study: ModuleType) -> list[dict]:
   """The lines, none where there is no file yet."""
-  path = folder(study) / FILE
+  return _lines(folder(study) / FILE)
+
+
+def costs(study: ModuleType) -> dict[str, dict]:
+  """{arm: its line of cost.jsonl}, empty where there is no such file."""
+  return {line['arm']: line for line in _lines(folder(study) / COSTS)}
+
+
+def put_costs(study: ModuleType, lines: list[dict]) -> None:
+  """Replaces cost.jsonl."""
+  text = ''.join(json.dumps(line) + '\n' for line in lines)
+  metrics.replace(folder(study) / COSTS, text)
+
+
+def with_costs(study: ModuleType, rows: list[dict]) -> list[dict]:
+  """The lines, with `step_seconds` and `step_bytes` of their arms if known."""
+  found = costs(study)
+  keys = 'step_seconds', 'step_bytes'
+  of = lambda arm: {k: found[arm][k] for k in keys} if arm in found else {}
+  return [row | of(row['arm']) for row in rows]
+
+
+def _lines(path):
   if not path.exists():
     return []
   return [json.loads(line) for line in path.read_text().splitlines()]

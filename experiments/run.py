@@ -4,7 +4,12 @@
 
 Adds a line a run to experiments/<name>/results.jsonl. Runs that stand there are
 not made again; a run that was killed goes on. Lines of other code, configs,
-data or packages are not added to: the command says what differs, and ends.
+data, packages or devices are not added to: the command says what differs, and
+ends. Several jobs may share a GPU; it is shared better under NVIDIA's MPS.
+
+  python -m experiments.run coe --cost --data=DIR
+
+times a step of each arm, and writes cost.jsonl; the machine should be idle.
 """
 
 import pathlib
@@ -20,6 +25,7 @@ _JOBS = flags.DEFINE_integer(
 )
 _DATA = flags.DEFINE_string('data', 'data', 'A folder of data sets.')
 _WORKDIR = flags.DEFINE_string('workdir', 'runs', 'Runs go to WORKDIR/<name>.')
+_COST = flags.DEFINE_bool('cost', False, 'No runs, what a step of each costs.')
 _TABLES = flags.DEFINE_bool('tables', False, 'No runs, only what they say.')
 
 
@@ -30,7 +36,9 @@ def main(argv: list[str]) -> None:
     pathlib.Path(flag.value).absolute() for flag in (_DATA, _WORKDIR)
   )
   try:
-    if not _TABLES.value:
+    if _COST.value:
+      runner.costs(argv[1], data, workdir, _JOBS.value)
+    elif not _TABLES.value:
       runner.run(argv[1], data, workdir, _SEEDS.value, _JOBS.value)
     runner.write(argv[1])
   except (ValueError, OSError, runner.Failed) as error:

@@ -1,22 +1,24 @@
 """The tables of a study, from its lines alone."""
 
+import math
 import statistics
 from types import ModuleType
 
-from experiments import claims, pages
+from experiments import claims, pages, results
 
 
 def arms(study: ModuleType, rows: list[dict]) -> str:
   """Each arm's numbers, and what they cost: mean (deviation over seeds)."""
   heads = [
     *('arm', 'seeds', *study.COLUMNS.values(), 'parameters', 'active'),
-    *('MFLOPs a token', 'tokens', 'CPU seconds', 'peak GB'),
+    *('MFLOPs a token', 'tokens', 'ms a step', 'MiB of a step'),
   ]
-  body = []
+  body, rows = [], results.with_costs(study, rows)
   for arm in dict.fromkeys(row['arm'] for row in rows):
     those = [row for row in rows if row['arm'] == arm]
+    # A cost is not known of every arm.
     middle = lambda key, those=those: statistics.median(
-      row[key] for row in those
+      row.get(key, math.nan) for row in those
     )
     body.append(
       [
@@ -26,8 +28,8 @@ def arms(study: ModuleType, rows: list[dict]) -> str:
         f'{middle("params_active"):,.0f}',
         f'{middle("flops_per_token") / 1e6:.2f}',
         f'{middle("tokens"):,.0f}',
-        f'{middle("train_seconds"):.0f}',
-        f'{middle("peak_bytes") / 1e9:.2f}',
+        f'{1e3 * middle("step_seconds"):.2f}',
+        f'{middle("step_bytes") / 2**20:.0f}',
       ]
     )
   return pages.table(heads, body)

@@ -1,24 +1,27 @@
-"""One run of a study, in a process of its own.
+"""Runs of a study, one after the other, in a process of its own.
 
-  python -m experiments.trial STUDY ARM SEED DATA WORKDIR
+  python -m experiments.trial STUDY DATA < orders
 
-trains, measures and writes WORKDIR/row.json. Killed, the same command goes on.
+An order is a line of JSON, {"what": "run" or "cost", "arm": ..., "seed": ...,
+"workdir": ...}. A run trains, measures and writes WORKDIR/row.json; killed, the
+same order goes on. A cost is what a step of an arm takes (cost.py), alone, and
+goes to WORKDIR/cost.json. An answer is a line, too: the file that was written.
 """
 
 import json
+import os
 import pathlib
-import resource
 import sys
-import time
 from types import ModuleType
 
+import jax
 from absl import logging
 
-from experiments import results
+from experiments import cost, results
+from moe_jax import checkpoint, malloc, metrics, programs, train
 from moe_jax import job as jobs
-from moe_jax import malloc, metrics, programs, routing, train
 
-ROW = 'row.json'
+ROW, COST = 'row.json', 'cost.json'
 KEPT = (
   'initial_loss eval_loss eval_bits_per_byte eval_accuracy eval_consistency'
   ' eval_bleu eval_chrf steps tokens params_total params_active flops_per_token'
@@ -39,21 +42,23 @@ def run(
   # A run that ended without a line is to be measured still.
   (workdir / 'summary.json').unlink(missing_ok=True)
   job = jobs.prepare(c, str(workdir))
-  # Of the CPU: other work beside takes little of that.
-  summary = train.run(job, clock=time.process_time)
+  summary = train.run(job)
   row = {
     'arm': arm,
     'seed': seed,
     **{key: summary[key] for key in KEPT if key in summary},
-    'train_seconds': summary['tokens'] / summary['tokens_per_second'],
-    'peak_bytes': 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
     'curve': _curve(workdir),
   }
   measure = results.measure(study)
   if measure:
     with programs.precision(job):
-      row |= measure(job, routing.restore(job, summary['steps']))
+      row |= measure(job, _trained(job))
   return {**metrics.jsonable(row, digits=9), **made_with}
+
+
+def _trained(job):
+  with checkpoint.Checkpoints(job.workdir, keep=1) as saved:
+    return saved.restore(programs.abstract_state(job)).state
 
 
 def _curve(workdir):
@@ -62,13 +67,35 @@ def _curve(workdir):
   return [[x['step'], x['eval_loss']] for x in lines if 'eval_loss' in x]
 
 
+def obey(study: ModuleType, data: pathlib.Path, order: dict) -> pathlib.Path:
+  """Carries an order out; returns the file with what it found."""
+  workdir, arm = pathlib.Path(order['workdir']), order['arm']
+  if order['what'] == 'run':
+    found = run(study, arm, order['seed'], data, workdir)
+    path = workdir / ROW
+  else:
+    c = study.arms(data)[arm]
+    made_with = results.made_with(study, {arm: c}, data)[arm]
+    lock = workdir.parents[1] / 'alone.lock'
+    found = {'arm': arm, **cost.of(c, lock), **made_with}
+    workdir.mkdir(parents=True, exist_ok=True)
+    path = workdir / COST
+  metrics.replace(path, json.dumps(found) + '\n')
+  jax.clear_caches()  # of programs that no other run has
+  return path
+
+
 def main() -> None:
-  name, arm, seed, data, workdir = sys.argv[1:]
+  name, data = sys.argv[1:]
   logging.set_verbosity(logging.WARNING)
   malloc.keep()
-  workdir = pathlib.Path(workdir)
-  row = run(results.study(name), arm, int(seed), pathlib.Path(data), workdir)
-  metrics.replace(workdir / ROW, json.dumps(row) + '\n')
+  # What a run prints is not an answer.
+  answers = os.fdopen(os.dup(1), 'w')
+  os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+  study = results.study(name)
+  for line in sys.stdin:
+    path = obey(study, pathlib.Path(data), json.loads(line))
+    print(path, file=answers, flush=True)
 
 
 if __name__ == '__main__':

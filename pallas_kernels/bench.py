@@ -12,11 +12,14 @@ stand one dense product of the same FLOPs, [M,A]@[A,B], [M,B]@[B,A] or
                   is left when no group ends within the rows
   batched         one batched product of equal groups, whatever `group` says:
                   what static, equal groups would cost
+  mgpu            on Hopper: jax's own example kernels, not chosen by default
+  torch           on NVIDIA: PyTorch's grouped_mm on the same arrays, likewise
 
 Each round times every candidate once, in rotating order, so that a slow moment
 of the machine hits neighbours alike; a ratio is to the dense product of its own
-round. A sample is as many calls as take 20 ms, each waited for. Who needs over
-half a second, and four times the dense product, is timed in one call only.
+round. A sample is as many calls as take 20 ms: on CPU each is waited for,
+elsewhere the last. Who needs over half a second, and four times the dense
+product, is timed in one call only. mgpu and torch must agree with IMPL.
 """
 
 import contextlib
@@ -34,7 +37,7 @@ import numpy as np
 from absl import flags, logging
 
 import pallas_kernels
-from pallas_kernels import command, shapes
+from pallas_kernels import command, hopper, shapes
 
 _SHAPE = flags.DEFINE_list('shape', 'A,B,C', 'Names in shapes, or MxAxBxE.')
 _GROUPS = flags.DEFINE_list('groups', 'even,zipf', 'Names in shapes.GROUPS.')
@@ -50,7 +53,7 @@ _RIVALS = flags.DEFINE_list(
 _ROUNDS = flags.DEFINE_integer('rounds', 15, 'Samples of each.', lower_bound=1)
 _JSON = flags.DEFINE_string('json', None, 'A file that gets a line a result.')
 
-RIVALS = ('ragged_dot', 'one_group', 'batched')
+RIVALS = ('ragged_dot', 'one_group', 'batched', 'mgpu', 'torch')
 SAMPLE = 0.02  # seconds that a sample takes at least
 PATIENCE = 0.5  # seconds of a call that may be repeated in every round
 NOTES = {
@@ -88,6 +91,47 @@ def batched(x_MxA, w_ExAxB, group_E):
   return jnp.einsum('era,eab->erb', x_ExRxA, w_ExAxB).reshape(M, B)
 
 
+def mgpu(kind, shape, arrays, group_E):
+  """A call of jax's example kernels of one pass on Hopper."""
+  left, right = _operands(kind, *arrays)
+  f = jax.jit(hopper.build('mgpu', kind, shape).f)
+  return functools.partial(f, left, right, jnp.asarray(group_E))
+
+
+def torch(kind, shape, arrays, group_E):
+  """A call of PyTorch's grouped_mm on the same arrays."""
+  del shape
+  library = importlib.import_module('torch')
+  left, right = map(library.from_dlpack, _operands(kind, *arrays))
+  right = right.mT if kind == 'dlhs' else right
+  left = left.mT if kind == 'drhs' else left
+  ends_E = library.asarray(np.cumsum(group_E, dtype=np.int32), device='cuda')
+  return lambda: _OfTorch(library._grouped_mm(left, right, offs=ends_E))
+
+
+class _OfTorch:
+  """What jax.block_until_ready can wait for."""
+
+  def __init__(self, tensor):
+    self.tensor = tensor
+
+  def block_until_ready(self):
+    importlib.import_module('torch').cuda.synchronize()
+    return self
+
+  def __jax_array__(self):
+    return jnp.from_dlpack(self.tensor)
+
+
+def _operands(kind, x_MxA, w_ExAxB, dy_MxB):
+  """The two that a pass reads."""
+  return {
+    'fwd': (x_MxA, w_ExAxB),
+    'dlhs': (dy_MxB, w_ExAxB),
+    'drhs': (x_MxA, dy_MxB),
+  }[kind]
+
+
 def bench(shape, group_E, dtype, gmms, rivals, rounds):
   """Yields (pass name, {candidate: seconds of a call, one a round})."""
   M, A, B, E = shape
@@ -122,7 +166,21 @@ def bench(shape, group_E, dtype, gmms, rivals, rounds):
       calls['ragged_dot'] = call(jax.lax.ragged_dot, group_E)
     if 'batched' in rivals and M % E == 0:
       calls['batched'] = call(batched, group_E)
+    for rival in mgpu, torch:
+      if rival.__name__ in rivals:
+        arrays = x_MxA, w_ExAxB, dy_MxB
+        calls[rival.__name__] = rival(run.__name__, shape, arrays, group_E)
+        _agree(calls, [*gmms, rival.__name__])
     yield run.__name__, measure(calls, rounds)
+
+
+def _agree(calls, names):
+  """ValueError if the answers of these calls differ."""
+  first, *others = (jnp.asarray(calls[n](), jnp.float32) for n in names)
+  for name, other in zip(names[1:], others, strict=True):
+    error = jnp.linalg.norm(other - first) / jnp.linalg.norm(first)
+    if not error < 0.01:
+      raise ValueError(f'{name} differs from {names[0]} by {error:.2g}')
 
 
 def measure(calls, rounds):
@@ -146,9 +204,14 @@ def _first_seconds(call):
 
 
 def _seconds(call, repeats):
+  # A CPU may run several at a time; a GPU has a queue, and calls cost a wait.
+  each = jax.default_backend() == 'cpu'
   began = time.perf_counter()
   for _ in range(repeats):
-    jax.block_until_ready(call())
+    answer = call()
+    if each:
+      jax.block_until_ready(answer)
+  jax.block_until_ready(answer)
   return (time.perf_counter() - began) / repeats
 
 
@@ -185,7 +248,7 @@ def run(problems, groups, dtype, gmms, rivals, rounds, file):
   """Prints a row for each shape, grouping and pass as it is measured."""
   columns = list(gmms)
   columns += [f'{n}/one_group' for n in gmms if 'one_group' in rivals]
-  columns += [n for n in ('ragged_dot', 'batched') if n in rivals]
+  columns += [n for n in RIVALS if n in rivals and n != 'one_group']
   about = {**here(), 'dtype': dtype}
   print(', '.join(f'{k} {v}' for k, v in about.items()))
   print(f'times as multiples of dense: median (quartiles) of {rounds} rounds')

@@ -156,9 +156,12 @@ def arms(data):
   return {'one': arm(1), 'two': arm(2)}
 """
 MEASURE = """
+from experiments import measures
+
 def measure(job, state):
   assert int(state.step) == 3
-  return {'twice': 2.0 * float(state.step)}
+  same = measures.evaluated(measures.changed(job, seed=7), state)
+  return {'twice': 2.0 * float(state.step), 'again': same['eval_loss']}
 """
 
 
@@ -203,10 +206,22 @@ def test_a_study_from_end_to_end(fake):
   assert sorted((r['arm'], r['seed']) for r in rows) == [
     ('one', 0), ('one', 1), ('two', 0), ('two', 1),
   ]  # fmt: skip
-  assert all(row['twice'] == 6 and row['peak_bytes'] > 1e8 for row in rows)
+  assert all(row['twice'] == 6 and row['device'] == 'cpu' for row in rows)
+  assert all(row['again'] == row['eval_loss'] for row in rows)
   assert '4 of 4' in first.stdout and 'minutes left' in first.stdout
   page = (folder / 'README.md').read_text()
   assert '| one | 2 |' in page and claims.NOT_TESTABLE in page
+
+  # What a step costs is told of each arm, anew, and stands in the table.
+  assert '| nan |' in page
+  for _ in range(2):
+    assert _command(data, '--cost').returncode == 0
+    text = (folder / 'cost.jsonl').read_text()
+    costs = [json.loads(line) for line in text.splitlines()]
+    assert [line['arm'] for line in costs] == ['one', 'two']
+    assert all(0 < line['step_seconds'] < 10 for line in costs)
+    assert all(1e4 < line['step_bytes'] < 1e9 for line in costs)
+  assert 'nan' not in (folder / 'README.md').read_text()
 
   # A run without its line is made again, and no other.
   lines.write_text(''.join(json.dumps(row) + '\n' for row in rows[1:]))

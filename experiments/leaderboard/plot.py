@@ -9,8 +9,8 @@ def draw(rows, folder):
   pictures.differences(axes[0], study.CLAIMS, rows, 'nats a token')
   costs = (
     ('flops_per_token', 'MFLOPs a token', 1e6),
-    ('peak_bytes', 'peak GB of the process', 1e9),
-    ('train_seconds', 'CPU seconds of training', 1),
+    ('step_bytes', 'MiB of a step', 2**20),
+    ('step_seconds', 'ms a step', 1e-3),
   )
   for place, (key, label, scale) in zip(axes[1:], costs, strict=True):
     labels = label, 'held-out nats a token'

@@ -74,12 +74,13 @@ def _pre(data, rule, options):
 def _vision(data, block, rule, **options):
   """Every second layer has 8 experts; tokens are 4 x 4 pixels."""
   c = config.default()
-  c.steps, c.batch_size = 300, 64
-  c.eval_every, c.checkpoint_every = 75, 150
+  c.steps, c.batch_size = 600, 128
+  c.eval_every, c.checkpoint_every = 150, 300
   path = data / 'mnist/mnist_10k_train_10k_test.npz'
   c.data = config.source('images', path=str(path), eval_images=1000)
   c.model = config.model('classifier', N=4, D=64, H=4, F=128, patch=4)
   c.model.update(pattern='dm', E=8, expert_F=128, block=block, init='vit')
+  c.model.dtype = 'bfloat16'
   c.model.router = config.router('vmoe', k=2, capacity=1.05)
   c.model.residual = config.choice('residual', rule, **options)
   losses = dict(importance=0.005, smooth_load=0.005)
