@@ -135,10 +135,10 @@ def _operands(kind, x_MxA, w_ExAxB, dy_MxB):
 def bench(shape, group_E, dtype, gmms, rivals, rounds):
   """Yields (pass name, {candidate: seconds of a call, one a round})."""
   M, A, B, E = shape
-  rng = np.random.default_rng(0)
+  keys = iter(jax.random.split(jax.random.key(0), 6))
 
   def draw(*sizes):
-    return jnp.asarray(rng.standard_normal(sizes, np.float32), dtype)
+    return jax.random.normal(next(keys), sizes, dtype)
 
   x_MxA, w_ExAxB, dy_MxB = draw(M, A), draw(E, A, B), draw(M, B)
   one_group_E = np.zeros_like(group_E)
