@@ -1,6 +1,5 @@
 """The tables of a study, from its lines alone."""
 
-import math
 import statistics
 from types import ModuleType
 
@@ -16,9 +15,12 @@ def arms(study: ModuleType, rows: list[dict]) -> str:
   body, rows = [], results.with_costs(study, rows)
   for arm in dict.fromkeys(row['arm'] for row in rows):
     those = [row for row in rows if row['arm'] == arm]
-    # A cost is not known of every arm.
     middle = lambda key, those=those: statistics.median(
-      row.get(key, math.nan) for row in those
+      row[key] for row in those
+    )
+    # It is not known of every arm.
+    cost = lambda key, digits, scale, row=those[0]: (
+      f'{row[key] * scale:.{digits}f}' if key in row else ''
     )
     body.append(
       [
@@ -28,8 +30,8 @@ def arms(study: ModuleType, rows: list[dict]) -> str:
         f'{middle("params_active"):,.0f}',
         f'{middle("flops_per_token") / 1e6:.2f}',
         f'{middle("tokens"):,.0f}',
-        f'{1e3 * middle("step_seconds"):.2f}',
-        f'{middle("step_bytes") / 2**20:.0f}',
+        cost('step_seconds', 1, 1e3),
+        cost('step_bytes', 0, 2**-20),
       ]
     )
   return pages.table(heads, body)

@@ -47,7 +47,7 @@ def arms(data: pathlib.Path) -> dict[str, ml_collections.ConfigDict]:
 
 def _language(data, rule, options):
   """Top-2 of 16 experts, as wide as the model; no balancing loss."""
-  c = language.base()
+  c = language.base(language.ON_CPU)
   language.novels(c, data)
   c.data.order = 'stream'
   c.model.update(N=3, E=16, expert_F=128, shared_F=0, tied=False, bias=True)
@@ -63,7 +63,7 @@ def _language(data, rule, options):
 
 def _pre(data, rule, options):
   """The same number of layers and experts in a pre-norm block."""
-  c = language.base()
+  c = language.base(language.ON_CPU)
   language.novels(c, data)
   c.model.update(N=3, E=16, expert_F=128, shared_F=0)
   c.model.router = config.router('topk', k=2)
@@ -74,13 +74,12 @@ def _pre(data, rule, options):
 def _vision(data, block, rule, **options):
   """Every second layer has 8 experts; tokens are 4 x 4 pixels."""
   c = config.default()
-  c.steps, c.batch_size = 600, 128
-  c.eval_every, c.checkpoint_every = 150, 300
+  c.steps, c.batch_size = 300, 64
+  c.eval_every, c.checkpoint_every = 75, 150
   path = data / 'mnist/mnist_10k_train_10k_test.npz'
   c.data = config.source('images', path=str(path), eval_images=1000)
   c.model = config.model('classifier', N=4, D=64, H=4, F=128, patch=4)
   c.model.update(pattern='dm', E=8, expert_F=128, block=block, init='vit')
-  c.model.dtype = 'bfloat16'
   c.model.router = config.router('vmoe', k=2, capacity=1.05)
   c.model.residual = config.choice('residual', rule, **options)
   losses = dict(importance=0.005, smooth_load=0.005)

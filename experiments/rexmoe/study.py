@@ -21,7 +21,7 @@ def arms(data: pathlib.Path) -> dict[str, ml_collections.ConfigDict]:
   """r: layers that share their experts; PSR: candidates grow from 8 to all."""
 
   def arm(r=1, *, own=E, **router):
-    c = language.base()
+    c = language.base(language.ON_CPU)
     language.novels(c, data)
     c.model.update(N=4, E=own, shared_F=0, expert_F=128, layers_per_pool=r)
     c.model.router = config.router('rexmoe', k=2, **router)

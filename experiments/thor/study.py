@@ -26,7 +26,7 @@ def arms(data: pathlib.Path) -> dict[str, ml_collections.ConfigDict]:
 
   def arm(languages='de', *, experts=E, alpha=None, router=None, steps=STEPS):
     c = config.default()
-    c.steps, c.batch_size, c.seq_len = steps, 64, 40
+    c.steps, c.batch_size, c.seq_len = steps, 32, 40
     c.eval_every = c.checkpoint_every = steps // 2
     several = languages == MANY
     where = '*' if several else languages
@@ -37,13 +37,12 @@ def arms(data: pathlib.Path) -> dict[str, ml_collections.ConfigDict]:
       eval_path=str(folder / f'valid.en-{where}.tsv.xz'),
       language=f'en-{MANY}' if several else '',
       vocab_size=2048,
-      eval_lines=400,
-      bleu_lines=400,
+      eval_lines=200,
+      bleu_lines=200,
     )
     c.model = config.model('translator', N=2, encoder_N=2, D=128, H=4, F=256)
     c.model.update(pattern='md', E=experts, expert_F=256, block='post')
     c.model.update(init='thor', dropout=0.1, embed_std=128**-0.5, eps=1e-5)
-    c.model.dtype = 'bfloat16'
     c.objective = config.choice(
       'objective', 'next_token', losses={'balance': 0.01}, smoothing=0.1
     )
