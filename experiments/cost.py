@@ -2,6 +2,7 @@
 
 import fcntl
 import itertools
+import math
 import pathlib
 import tempfile
 import time
@@ -13,7 +14,7 @@ import numpy as np
 from moe_jax import job as jobs
 from moe_jax import programs
 
-STEPS, ROUNDS = 10, 5
+ROUNDS, SAMPLE = 5, 0.3  # of as many steps as take so many seconds, or of one
 
 
 def of(c: ml_collections.ConfigDict, lock: pathlib.Path) -> dict[str, float]:
@@ -24,29 +25,34 @@ def of(c: ml_collections.ConfigDict, lock: pathlib.Path) -> dict[str, float]:
       compile.
 
   Returns:
-    step_seconds: the median of ROUNDS means over STEPS steps, with what feeds
+    step_seconds: the median of ROUNDS means over some steps, with what feeds
       them.
     step_bytes: the most that a step has of the device's memory at a time, by
       the compiler's word: state, batch and all that comes between.
   """
+  # A program from the cache does not say what memory it takes.
+  jax.config.update('jax_enable_compilation_cache', False)
   with tempfile.TemporaryDirectory() as workdir:
     job = jobs.prepare(c, workdir)
   with programs.precision(job):
-    batches = itertools.cycle(itertools.islice(job.train_batches(), STEPS))
+    batches = itertools.cycle(itertools.islice(job.train_batches(), 10))
     state, batch = programs.initial_state(job), job.put(next(batches))
     step = programs.make_step(job).lower(state, batch).compile()
-    memory = step.memory_analysis()
-    seconds = []
-    lock.parent.mkdir(parents=True, exist_ok=True)
+
+    def seconds(steps):
+      nonlocal state
+      began = time.perf_counter()
+      for batch in itertools.islice(batches, steps):
+        state, found = step(state, job.put(batch))
+      jax.block_until_ready((state, found))
+      return (time.perf_counter() - began) / steps
+
     with lock.open('w') as file:
       fcntl.flock(file, fcntl.LOCK_EX)
-      for _ in range(1 + ROUNDS):  # the first does not count
-        began = time.perf_counter()
-        for batch in itertools.islice(batches, STEPS):
-          state, found = step(state, job.put(batch))
-        jax.block_until_ready((state, found))
-        seconds.append((time.perf_counter() - began) / STEPS)
+      seconds(1)
+      steps = math.ceil(SAMPLE / seconds(1))
+      found = [seconds(steps) for _ in range(ROUNDS)]
   return {
-    'step_seconds': float(np.median(seconds[1:])),
-    'step_bytes': memory.peak_memory_in_bytes,
+    'step_seconds': float(np.median(found)),
+    'step_bytes': step.memory_analysis().peak_memory_in_bytes,
   }

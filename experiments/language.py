@@ -19,11 +19,12 @@ class Size(NamedTuple):
   rows: int
   length: int
   dtype: str
+  learning_rate: float
   eval_bytes: int
 
 
-ON_CPU = Size(500, 8, 128, 'float32', 100_000)  # 512,000 tokens
-ON_GPU = Size(1000, 16, 256, 'bfloat16', 300_000)  # 4,096,000 tokens
+ON_CPU = Size(1000, 8, 128, 'float32', 3e-3, 100_000)  # 1,024,000 tokens
+ON_GPU = Size(1000, 16, 256, 'bfloat16', 2e-3, 300_000)  # 4,096,000 tokens
 
 
 def base(size: Size) -> ml_collections.ConfigDict:
@@ -39,7 +40,7 @@ def base(size: Size) -> ml_collections.ConfigDict:
   c.model.update(N=2, D=128, H=4, E=31, expert_F=64, shared_F=64)
   c.model.dtype = size.dtype
   c.model.router = config.router('topk', k=8, renormalise=False)
-  c.optimizer.update(learning_rate=2e-3, warmup=0.1)
+  c.optimizer.update(learning_rate=size.learning_rate, warmup=0.1)
   return c
 
 

@@ -76,9 +76,9 @@ def obey(study: ModuleType, data: pathlib.Path, order: dict) -> pathlib.Path:
   else:
     c = study.arms(data)[arm]
     made_with = results.made_with(study, {arm: c}, data)[arm]
-    lock = workdir.parents[1] / 'alone.lock'
-    found = {'arm': arm, **cost.of(c, lock), **made_with}
     workdir.mkdir(parents=True, exist_ok=True)
+    found = cost.of(c, workdir.parents[1] / 'alone.lock')
+    found = {'arm': arm, **found, **made_with}
     path = workdir / COST
   metrics.replace(path, json.dumps(found) + '\n')
   jax.clear_caches()  # of programs that no other run has

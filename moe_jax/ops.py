@@ -101,10 +101,9 @@ def gmm(
     group_E: int32 rows per expert, with a sum of at most M.
     impl: 'cpu' (plain JAX without E-fold work), 'tpu' (a Mosaic kernel),
       'interpret' (the same under Pallas' interpreter, on any platform), 'gpu'
-      (a Mosaic kernel for Hopper, which has not run on one), 'xla'
-      (`jax.lax.ragged_dot`; on GPUs E-fold work), 'tokamax'
-      (`tokamax.ragged_dot`, which chooses among its own); None chooses for the
-      platform. A named one runs or raises.
+      (a Mosaic kernel for Hopper), 'xla' (`jax.lax.ragged_dot`; on GPUs E-fold
+      work), 'tokamax' (`tokamax.ragged_dot`, which chooses among its own); None
+      chooses for the platform. A named one runs or raises.
 
   Raises:
     NotImplementedError: the implementation has not the shape or dtype.

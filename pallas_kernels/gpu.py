@@ -8,8 +8,7 @@ row, rounded down to a row that the copy engine can start at, so an expert is
 cut at its end alone; a warpgroup whose rows are all another expert's
 multiplies nothing.
 
-This has been compiled for an H100 and run by jax's GPU interpreter. It has not
-run on hardware.
+README.md has its times on an H100.
 
 Axes: M rows, E experts, A contracted, B output, V visits (an expert's rows, cut
 into blocks).
