@@ -10,7 +10,8 @@ def arms(study: ModuleType, rows: list[dict]) -> str:
   """Each arm's numbers, and what they cost: mean (deviation over seeds)."""
   heads = [
     *('arm', 'seeds', *study.COLUMNS.values(), 'parameters', 'active'),
-    *('MFLOPs a token', 'tokens', 'ms a step', 'MiB of a step'),
+    *('MFLOPs a token', 'tokens'),
+    *(f'{cost}{_where(study)}' for cost in ('ms a step', 'MiB of a step')),
   ]
   body, rows = [], results.with_costs(study, rows)
   for arm in dict.fromkeys(row['arm'] for row in rows):
@@ -66,6 +67,11 @@ def verdicts(study: ModuleType, rows: list[dict]) -> list[str]:
   return [
     claims.verdict(claim, claims.find(claim, rows)) for claim in study.CLAIMS
   ]
+
+
+def _where(study):
+  devices = {line['device'] for line in results.costs(study).values()}
+  return f' ({", ".join(sorted(devices))})' if devices else ''
 
 
 def _spread(values):

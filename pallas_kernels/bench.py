@@ -25,6 +25,7 @@ product, is timed in one call only. mgpu and torch must agree with IMPL.
 import contextlib
 import functools
 import importlib
+import importlib.util
 import json
 import math
 import os
@@ -316,6 +317,16 @@ def check(gmms, problems, dtype):
         raise ValueError(f'--impl={name} --shape={label}: {error}') from error
 
 
+def check_rivals(rivals):
+  """Raises ValueError if one is not for this platform, or not installed."""
+  platform = jax.default_backend()
+  for rival in {'mgpu', 'torch'}.intersection(rivals):
+    if platform != 'gpu':
+      raise ValueError(f'--rivals={rival} is for NVIDIA GPUs, not {platform}')
+  if 'torch' in rivals and importlib.util.find_spec('torch') is None:
+    raise ValueError('--rivals=torch needs torch, which is not installed')
+
+
 def _among(flag, known):
   """The flag's values; ValueError for one that is not known, or for none."""
   for value in flag.value:
@@ -333,6 +344,7 @@ def main(argv: list[str]) -> None:
   try:
     groups = _among(_GROUPS, list(shapes.GROUPS))
     rivals = _among(_RIVALS, [*RIVALS, 'none'])
+    check_rivals(rivals)
     problems = {text: shapes.find(text) for text in _SHAPE.value or ['']}
     gmms = load_gmms(_IMPL.value)
     check(gmms, problems, _DTYPE.value)

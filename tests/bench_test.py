@@ -59,6 +59,15 @@ def test_impostors_compute_the_same():
   np.testing.assert_allclose(bench.batched(x, w, None), y, rtol=1e-5)
 
 
+def test_a_rival_that_answers_otherwise_is_no_rival():
+  same = lambda: np.ones((3, 2))
+  other = lambda: np.full((3, 2), 1.02)
+  calls = {'gpu': same, 'torch': same, 'mgpu': other}
+  bench._agree(calls, ['gpu', 'torch'])
+  with pytest.raises(ValueError, match=r'mgpu differs from gpu by 0\.02'):
+    bench._agree(calls, ['gpu', 'mgpu'])
+
+
 @pytest.mark.parametrize(
   'flag,said',
   [
@@ -67,6 +76,7 @@ def test_impostors_compute_the_same():
     ('--impl=cuda', 'pallas_kernels has no cuda.gmm'),
     ('--impl=tpu', '--impl=tpu --shape=A'),
     ('--rounds=0', 'rounds'),
+    ('--rivals=torch', '--rivals=torch is for NVIDIA GPUs, not cpu'),
   ],
 )
 def test_bad_flags_get_one_line(flag, said):

@@ -77,20 +77,24 @@ CLAIMS = [
     'CoE-2 4/32', 'MoE 8/32', headline=True,
   ),
   Claim(
-    'and so it is in a standard pre-norm block (a control the paper lacks)',
+    'CoE-2(4) is better than MoE(8) in a standard pre-norm block (a control'
+    ' that the paper lacks)',
     'pre CoE-2 4/32', 'pre MoE 8/32', headline=True,
   ),
-  Claim('and so it is on novels', 'novels CoE-2 4/32', 'novels MoE 8/32'),
   Claim(
-    'and on novels in a pre-norm block',
+    'CoE-2(4) is better than MoE(8) on novels',
+    'novels CoE-2 4/32', 'novels MoE 8/32',
+  ),
+  Claim(
+    'CoE-2(4) is better than MoE(8) on novels in a pre-norm block',
     'novels pre CoE-2 4/32', 'novels pre MoE 8/32', headline=True,
   ),
   Claim(
     'two passes are better than twice the experts',
-    'CoE-2 8/32', 'MoE 16/32',
+    'CoE-2 8/32', 'MoE 16/32', headline=True,
   ),
   Claim(
-    'and so they are in a pre-norm block',
+    'two passes in a pre-norm block are better than twice the experts',
     'pre CoE-2 8/32', 'pre MoE 16/32', headline=True,
   ),
   Claim(
@@ -103,7 +107,8 @@ CLAIMS = [
     'CoE-2 8/32', 'MoE 8/32, 4 layers', high=NO_WORSE,
   ),
   Claim(
-    'and so it is in a pre-norm block',
+    f'CoE-2(8) in a pre-norm block is within {NO_WORSE} nats of twice the'
+    ' layers',
     'pre CoE-2 8/32', 'pre MoE 8/32, 4 layers', high=NO_WORSE, headline=True,
   ),
   Claim(

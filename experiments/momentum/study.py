@@ -89,12 +89,18 @@ def _vision(data, block, rule, **options):
 
 
 CLAIMS = [
-  Claim('momentum lowers the loss', 'Momentum', 'SMoE', headline=True),
-  Claim('Adam lowers it', 'Adam', 'SMoE', headline=True),
-  Claim('Adam is better than momentum', 'Adam', 'Momentum'),
-  Claim('robust momentum lowers it', 'Robust', 'SMoE', headline=True),
   Claim(
-    'momentum lowers it in a clean pre-norm block (a control)',
+    'momentum over depth lowers the loss',
+    'Momentum', 'SMoE', headline=True,
+  ),
+  Claim('Adam over depth lowers the loss', 'Adam', 'SMoE', headline=True),
+  Claim('Adam is better than momentum', 'Adam', 'Momentum'),
+  Claim(
+    'robust momentum over depth lowers the loss',
+    'Robust', 'SMoE', headline=True,
+  ),
+  Claim(
+    'momentum lowers the loss in a clean pre-norm block (a control)',
     'pre Momentum', 'pre SMoE', headline=True,
   ),
   Claim(
@@ -112,7 +118,8 @@ CLAIMS = [
     'V-MoE Momentum', 'V-MoE', 'error',
   ),
   Claim(
-    'and fewer than its own architecture without it (a control)',
+    'V-MoE with momentum makes fewer errors than its own architecture without'
+    ' (a control)',
     'V-MoE Momentum', 'V-MoE, norms matched', 'error', headline=True,
   ),
   *(

@@ -58,7 +58,7 @@ CLAIMS = [
     'r=4, linear', 'r=1', headline=True,
   ),
   Claim(
-    'PSR is what makes reuse of four work',
+    'PSR is what makes reuse of four layers work',
     'r=4, linear', 'r=4', headline=True,
   ),
   Claim(
@@ -79,7 +79,8 @@ CLAIMS = [
     'r=4, linear, renormalised', 'r=1, renormalised',
   ),
   Claim(
-    f'it reaches four times the experts of its own (to {NEARLY} nats)',
+    f'reuse of four layers is as good as four times the experts (to {NEARLY}'
+    ' nats)',
     'r=4, linear', 'r=1 of 32 experts', high=NEARLY, headline=True,
   ),
   Claim(

@@ -91,20 +91,27 @@ BLEU = 'eval_bleu'
 
 CLAIMS = [
   Claim('THOR translates better than Switch', 'THOR', 'Switch', BLEU, **MAIN),
-  Claim('and than a dense model', 'THOR', 'dense', BLEU, **MAIN),
   Claim(
-    'and than Switch of as many FLOPs (a control)',
+    'THOR translates better than a dense model',
+    'THOR', 'dense', BLEU, **MAIN,
+  ),
+  Claim(
+    'THOR translates better than Switch of as many FLOPs (a control)',
     'THOR', 'Switch, twice the steps', BLEU, **MAIN,
   ),
   Claim(
-    'and than a dense model of as many FLOPs (a control)',
+    'THOR translates better than a dense model of as many FLOPs (a control)',
     'THOR', 'dense, twice the steps', BLEU, **UP,
   ),
   Claim(
-    'and than R-Drop, which has one expert (the control that the paper lacks)',
+    'THOR translates better than R-Drop, which has one expert (the control'
+    ' that the paper lacks)',
     'THOR', 'R-Drop', BLEU, **MAIN,
   ),
-  Claim('consistency is what helps', 'THOR', 'THOR, alpha 0', BLEU, **MAIN),
+  Claim(
+    'consistency is what helps THOR',
+    'THOR', 'THOR, alpha 0', BLEU, **MAIN,
+  ),
   Claim('a little of it helps', 'THOR, alpha 1', 'THOR, alpha 0', BLEU, **UP),
   Claim(
     'random experts are no worse than Switch (by 0.05 nats)',
