@@ -14,7 +14,6 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-import jax
 import ml_collections
 
 import experiments
@@ -32,7 +31,7 @@ def names() -> list[str]:
   """Of the studies that there are."""
   places = map(pathlib.Path, experiments.__path__)
   found = (p for place in places for p in place.glob('*/study.py'))
-  return sorted(p.parent.name for p in found)
+  return sorted({p.parent.name for p in found})
 
 
 def study(name: str) -> ModuleType:
@@ -65,10 +64,10 @@ def made_with(
   study: ModuleType,
   arms: dict[str, ml_collections.ConfigDict],
   data: pathlib.Path,
+  device: str,
 ) -> dict[str, dict[str, Any]]:
   """{arm: what a line of it has to have been made with}"""
   read, versions = sources.digests(data, study.DATA), train.versions()
-  device = jax.devices()[0].device_kind
   found = {}
   for arm, c in arms.items():
     values = configs.resolve(c)

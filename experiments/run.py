@@ -15,7 +15,7 @@ times a step of each arm, and writes cost.jsonl; the machine should be idle.
 import pathlib
 import sys
 
-from absl import app, flags, logging
+from absl import app, flags
 
 from experiments import runner
 
@@ -32,7 +32,6 @@ _TABLES = flags.DEFINE_bool('tables', False, 'No runs, only what they say.')
 def main(argv: list[str]) -> None:
   if len(argv) != 2:
     raise app.UsageError('one study: python -m experiments.run NAME')
-  logging.set_verbosity(logging.WARNING)  # jax tells of absent platforms
   data, workdir = (
     pathlib.Path(flag.value).absolute() for flag in (_DATA, _WORKDIR)
   )

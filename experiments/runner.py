@@ -140,7 +140,7 @@ def run(
   """
   study = results.study(name)
   rows, arms = results.read(study), study.arms(data)
-  now = results.made_with(study, arms, data)
+  now = results.made_with(study, arms, data, _device())
   results.check(rows, now, results.folder(study) / results.FILE)
   left = left_of(study, arms, seeds)
   began, metric = time.monotonic(), next(iter(study.COLUMNS))
@@ -170,6 +170,15 @@ def costs(
   workers = _workers(study, data, workdir / name, jobs)
   found = list(all_of(workers, 'cost', [(arm,) for arm in arms]))
   results.put_costs(study, sorted(found, key=lambda f: [*arms].index(f['arm'])))
+
+
+def _device():
+  """Asked by another process: a TPU has room for one, which is a worker."""
+  ask = 'import jax; print(jax.devices()[0].device_kind)'
+  done = subprocess.run(
+    [sys.executable, '-c', ask], capture_output=True, text=True, check=True
+  )
+  return done.stdout.strip()
 
 
 def _workers(study, data, workdir, jobs):

@@ -37,7 +37,7 @@ def run(
 ) -> dict:
   """Trains an arm to its end; returns its line of results.jsonl."""
   c = study.arms(data)[arm]
-  made_with = results.made_with(study, {arm: c}, data)[arm]
+  made_with = _made_with(study, arm, c, data)
   c.seed, c.keep_checkpoints = seed, 1
   # A run that ended without a line is to be measured still.
   (workdir / 'summary.json').unlink(missing_ok=True)
@@ -54,6 +54,11 @@ def run(
     with programs.precision(job):
       row |= measure(job, _trained(job))
   return {**metrics.jsonable(row, digits=9), **made_with}
+
+
+def _made_with(study, arm, c, data):
+  device = jax.devices()[0].device_kind
+  return results.made_with(study, {arm: c}, data, device)[arm]
 
 
 def _trained(job):
@@ -75,7 +80,7 @@ def obey(study: ModuleType, data: pathlib.Path, order: dict) -> pathlib.Path:
     path = workdir / ROW
   else:
     c = study.arms(data)[arm]
-    made_with = results.made_with(study, {arm: c}, data)[arm]
+    made_with = _made_with(study, arm, c, data)
     workdir.mkdir(parents=True, exist_ok=True)
     found = cost.of(c, workdir.parents[1] / 'alone.lock')
     found = {'arm': arm, **found, **made_with}
