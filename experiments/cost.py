@@ -1,9 +1,7 @@
 """What a step of a study's arm takes of the device, while it is alone."""
 
-import fcntl
 import itertools
 import math
-import pathlib
 import tempfile
 import time
 
@@ -14,19 +12,16 @@ import numpy as np
 from moe_jax import job as jobs
 from moe_jax import programs
 
-ROUNDS, SAMPLE = 5, 0.3  # of as many steps as take so many seconds, or of one
+ROUNDS = 5
+SAMPLE = 0.3  # seconds that the steps of a round take at least, or it is one
 
 
-def of(c: ml_collections.ConfigDict, lock: pathlib.Path) -> dict[str, float]:
+def of(c: ml_collections.ConfigDict) -> dict[str, float]:
   """Seconds and bytes of a step of a config.
 
-  Args:
-    lock: a file; of those who share it one is timed at a time, while others
-      compile.
-
   Returns:
-    step_seconds: the median of ROUNDS means over some steps, with what feeds
-      them.
+    step_seconds: the median of ROUNDS means over some steps; reading and
+      packing text is no part of it.
     step_bytes: the most that a step has of the device's memory at a time, by
       the compiler's word: state, batch and all that comes between.
   """
@@ -47,11 +42,9 @@ def of(c: ml_collections.ConfigDict, lock: pathlib.Path) -> dict[str, float]:
       jax.block_until_ready((state, found))
       return (time.perf_counter() - began) / steps
 
-    with lock.open('w') as file:
-      fcntl.flock(file, fcntl.LOCK_EX)
-      seconds(1)
-      steps = math.ceil(SAMPLE / seconds(1))
-      found = [seconds(steps) for _ in range(ROUNDS)]
+    seconds(1)
+    steps = math.ceil(SAMPLE / seconds(1))
+    found = [seconds(steps) for _ in range(ROUNDS)]
   return {
     'step_seconds': float(np.median(found)),
     'step_bytes': step.memory_analysis().peak_memory_in_bytes,

@@ -27,15 +27,19 @@ ON_CPU = Size(1000, 8, 128, 'float32', 3e-3, 100_000)  # 1,024,000 tokens
 ON_GPU = Size(1000, 16, 256, 'bfloat16', 2e-3, 300_000)  # 4,096,000 tokens
 
 
-def base(size: Size) -> ml_collections.ConfigDict:
+def base(
+  size: Size, text: ml_collections.ConfigDict
+) -> ml_collections.ConfigDict:
   """A pre-norm decoder with top-8 of 32 experts and one that all see.
 
-  Its data, `novels` or `sums`, are still to be chosen.
+  Args:
+    text: its data, `novels` or `sums`.
   """
   c = config.default()
   c.steps, c.batch_size, c.seq_len = size.steps, size.rows, size.length
   c.eval_every = size.steps // 4
   c.checkpoint_every = size.steps // 2
+  c.data = text
   c.data.eval_bytes = size.eval_bytes
   c.model.update(N=2, D=128, H=4, E=31, expert_F=64, shared_F=64)
   c.model.dtype = size.dtype
@@ -44,23 +48,21 @@ def base(size: Size) -> ml_collections.ConfigDict:
   return c
 
 
-def novels(c: ml_collections.ConfigDict, data: pathlib.Path) -> None:
+def novels(data: pathlib.Path) -> ml_collections.ConfigDict:
   """Trains on novels; evaluates on 1000 paragraphs of others."""
   folder = data / 'eltec-eng'
   held_out = sources.head(folder / 'valid.txt.xz', 1000)
-  c.data = _text(c.data, folder / 'train.txt.xz', held_out)
+  return _text(folder / 'train.txt.xz', held_out)
 
 
-def sums(c: ml_collections.ConfigDict, data: pathlib.Path) -> None:
+def sums(data: pathlib.Path) -> ml_collections.ConfigDict:
   """Trains on grade-school mathematics; evaluates on 600 of the test."""
   folder = data / 'gsm8k'
   held_out = sources.head(folder / 'test.jsonl', 600)
-  c.data = _text(
-    c.data, folder / 'train.jsonl', held_out, field='question,answer'
-  )
+  return _text(folder / 'train.jsonl', held_out, field='question,answer')
 
 
-def _text(data, path, eval_path, **options):
+def _text(path, eval_path, **options):
   c = config.source('text', path=str(path), eval_path=str(eval_path), **options)
-  c.vocab_size, c.eval_bytes = 2048, data.eval_bytes
+  c.vocab_size = 2048
   return c

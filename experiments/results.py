@@ -3,7 +3,7 @@
 A line has the arm, the seed, what the run measured and cost, and digests of
 what it was made with: `code`, `config`, `data`, `versions` and `device`. Lines
 of one file have the same, or nothing is added to it. cost.jsonl has a line an
-arm.
+arm, of `--cost`.
 """
 
 import hashlib
@@ -25,6 +25,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 FILE, COSTS, MEASURE = 'results.jsonl', 'cost.jsonl', 'measure.py'
 # Folders of moe_jax in which a config names the file that it uses.
 BY_NAME = ('routers', 'attention', 'models')
+# Files of pallas_kernels that ops can come to; the others are commands.
+KERNELS = ('cpu', 'gpu', 'operands', 'shapes', 'tiling', 'tpu')
 
 
 def names() -> list[str]:
@@ -103,9 +105,13 @@ def put_costs(study: ModuleType, lines: list[dict]) -> None:
 def with_costs(study: ModuleType, rows: list[dict]) -> list[dict]:
   """The lines, with `step_seconds` and `step_bytes` of their arms if known."""
   found = costs(study)
-  keys = 'step_seconds', 'step_bytes'
-  of = lambda arm: {k: found[arm][k] for k in keys} if arm in found else {}
-  return [row | of(row['arm']) for row in rows]
+  keys, none = ('step_seconds', 'step_bytes'), {'config': None}
+  joined = []
+  for row in rows:
+    cost = found.get(row['arm'], none)
+    same = cost['config'] == row['config']  # not of an older study.py
+    joined.append(row | {key: cost[key] for key in keys if same})
+  return joined
 
 
 def _lines(path):
@@ -160,7 +166,7 @@ def _code(study, values):
       continue
     whole.update(path.read_bytes())
   others = (
-    *sorted(ROOT.glob('pallas_kernels/*.py')),
+    *(ROOT / f'pallas_kernels/{name}.py' for name in KERNELS),
     *(ROOT / f'experiments/{name}.py' for name in ('trial', 'measures')),
     folder(study) / MEASURE,
   )

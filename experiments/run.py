@@ -1,11 +1,12 @@
 """Runs a study: its arms, seed by seed, then its tables and its picture.
 
-  python -m experiments.run coe --seeds=5 --jobs=2 --data=DIR
+  python -m experiments.run coe --seeds=3 --jobs=2 --data=DIR
 
 Adds a line a run to experiments/<name>/results.jsonl. Runs that stand there are
 not made again; a run that was killed goes on. Lines of other code, configs,
 data, packages or devices are not added to: the command says what differs, and
-ends. Several jobs may share a GPU; it is shared better under NVIDIA's MPS.
+ends. Several jobs may share a GPU, best under NVIDIA's MPS; a TPU has room for
+one, --jobs=1.
 
   python -m experiments.run coe --cost --data=DIR
 
@@ -13,6 +14,7 @@ times a step of each arm, and writes cost.jsonl; the machine should be idle.
 """
 
 import pathlib
+import signal
 import sys
 
 from absl import app, flags
@@ -35,9 +37,11 @@ def main(argv: list[str]) -> None:
   data, workdir = (
     pathlib.Path(flag.value).absolute() for flag in (_DATA, _WORKDIR)
   )
+  # Workers are ended with this, whoever ends it.
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
   try:
     if _COST.value:
-      runner.costs(argv[1], data, workdir, _JOBS.value)
+      runner.costs(argv[1], data, workdir)
     elif not _TABLES.value:
       runner.run(argv[1], data, workdir, _SEEDS.value, _JOBS.value)
     runner.write(argv[1])

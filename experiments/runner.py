@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import contextlib
 import json
 import os
 import pathlib
@@ -10,15 +11,19 @@ import runpy
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import ModuleType
 
 from experiments import pages, results, tables
 
+# Several processes share a GPU.
+_ENVIRONMENT = {'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'}
+
 
 class Failed(Exception):
-  """A run ended without its line; the last thing that it said."""
+  """An order ended without an answer; the last thing that was said."""
 
 
 class Worker:
@@ -32,44 +37,59 @@ class Worker:
     cores: set[int],
   ):
     self._study, self._data, self._workdir = study, data, workdir
-    self._cores, self._process = cores, None
-    self._told = tempfile.TemporaryFile('w+')
+    self._cores = cores
+    # Who ends it is another thread than who waits for its answer.
+    self._lock, self._process, self._ended = threading.Lock(), None, False
 
   def do(self, what: str, arm: str, seed: int = 0) -> dict:
     """What a run or a cost found; Failed if its process ended instead."""
-    if self._process is None:
-      self._start()
-    process = self._process
+    process = self._alive()
     workdir = self._workdir / f'{arm.replace(" ", "_")}-{seed}'
     order = dict(what=what, arm=arm, seed=seed, workdir=str(workdir))
-    answer = ''
     try:
       process.stdin.write(json.dumps(order) + '\n')
       process.stdin.flush()
       answer = process.stdout.readline().strip()
-    except BrokenPipeError:
-      pass  # it says why below
+    except BrokenPipeError:  # it says why
+      answer = ''
     if answer:
       return json.loads(pathlib.Path(answer).read_text())
-    self._process = None
+    code = process.wait()
     self._told.seek(0)
     last = (self._told.read().strip().splitlines() or [''])[-1]
-    code = process.wait()
+    with self._lock:
+      self._bury()
     raise Failed(f'{what} of {arm}, seed {seed}: exit {code}: {last}')
+
+  def end(self) -> None:
+    """At once, whatever it does; the same command goes on with that."""
+    with self._lock:
+      self._ended = True
+      if self._process:
+        self._process.kill()
+        self._process.wait()
+        self._bury()
+
+  def _alive(self):
+    with self._lock:
+      if self._ended:
+        raise Failed('this worker was ended')
+      if self._process is None:
+        self._start()
+      return self._process
 
   def _start(self):
     env = {
       **os.environ,
+      **_ENVIRONMENT,
       'JAX_COMPILATION_CACHE_DIR': str(self._workdir / 'compiled'),
       'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '1',
-      # Several share a GPU.
-      'XLA_PYTHON_CLIENT_PREALLOCATE': 'false',
     }
     name = results.folder(self._study).name
-    self._told.truncate(0)
     begin = f'sched_setaffinity(0, {self._cores})'
     trial = 'run_module("experiments.trial", run_name="__main__")'
     program = f'import os, runpy; os.{begin}; runpy.{trial}'
+    self._told = tempfile.TemporaryFile('w+')
     self._process = subprocess.Popen(
       [sys.executable, '-c', program, name, str(self._data)],
       cwd=results.ROOT,
@@ -80,17 +100,22 @@ class Worker:
       text=True,
     )
 
-  def end(self) -> None:
-    """At once, whatever it does; the same command goes on with that."""
+  def _bury(self):
     if self._process:
-      self._process.kill()
-      self._process.wait()
+      with contextlib.suppress(BrokenPipeError):  # of an order it never read
+        self._process.stdin.close()
+      self._process.stdout.close()
+      self._told.close()
+      self._process = None
 
 
 def all_of(
   workers: list[Worker], what: str, left: list[tuple]
-) -> Iterable[dict]:
-  """What these orders found, as it comes; Failed at the end if any failed."""
+) -> Iterator[dict]:
+  """What these orders found, as it comes; Failed at the end if any failed.
+
+  To be closed by who leaves it early: that ends the workers.
+  """
   free = queue.SimpleQueue()
   for worker in workers:
     free.put(worker)
@@ -108,10 +133,12 @@ def all_of(
     try:
       for future in concurrent.futures.as_completed(futures):
         try:
-          yield future.result()
+          found = future.result()
         except Failed as error:
           failed.append(str(error))
           print(f'FAILED {error}', flush=True)
+        else:
+          yield found
     finally:
       for future in futures:
         future.cancel()
@@ -135,58 +162,59 @@ def run(
 
   Raises:
     ValueError: there is no such study, or data are missing, or there are lines
-      that something else has made.
+      that something else has made; or what makes them changes meanwhile.
     Failed: a run failed, after all others were made.
   """
   study = results.study(name)
   rows, arms = results.read(study), study.arms(data)
+  where = results.folder(study) / results.FILE
   now = results.made_with(study, arms, data, _device())
-  results.check(rows, now, results.folder(study) / results.FILE)
+  results.check(rows, now, where)
   left = left_of(study, arms, seeds)
   began, metric = time.monotonic(), next(iter(study.COLUMNS))
   print(f'{name}: {len(left)} runs to make, {len(rows)} are there', flush=True)
-  workers = _workers(study, data, workdir / name, jobs)
-  for made, row in enumerate(all_of(workers, 'run', left), start=1):
-    results.add(study, row)
-    rest = (time.monotonic() - began) / made * (len(left) - made)
-    print(
-      f'{made} of {len(left)}: {row["arm"]}, seed {row["seed"]}:'
-      f' {metric} {row[metric]:.4f};'
-      f' about {rest / 60:.0f} minutes left',
-      flush=True,
-    )
+  cores = sorted(os.sched_getaffinity(0))
+  workers = [
+    Worker(study, data, workdir / name, set(cores[i::jobs] or cores))
+    for i in range(jobs)
+  ]
+  with contextlib.closing(all_of(workers, 'run', left)) as lines:
+    for made, row in enumerate(lines, start=1):
+      results.check([row], now, where)
+      results.add(study, row)
+      rest = (time.monotonic() - began) / made * (len(left) - made)
+      print(
+        f'{made} of {len(left)}: {row["arm"]}, seed {row["seed"]}:'
+        f' {metric} {row[metric]}; about {rest / 60:.0f} minutes left',
+        flush=True,
+      )
 
 
-def costs(
-  name: str, data: pathlib.Path, workdir: pathlib.Path, jobs: int
-) -> None:
-  """What a step of each arm takes, anew, timed one after the other.
+def costs(name: str, data: pathlib.Path, workdir: pathlib.Path) -> None:
+  """What a step of each arm takes, anew, of all cores and one by one.
 
   Raises:
     ValueError, Failed: as for `run`.
   """
   study = results.study(name)
-  arms = study.arms(data)
-  workers = _workers(study, data, workdir / name, jobs)
-  found = list(all_of(workers, 'cost', [(arm,) for arm in arms]))
-  results.put_costs(study, sorted(found, key=lambda f: [*arms].index(f['arm'])))
+  orders = [(arm,) for arm in study.arms(data)]
+  worker = Worker(study, data, workdir / name, os.sched_getaffinity(0))
+  with contextlib.closing(all_of([worker], 'cost', orders)) as lines:
+    results.put_costs(study, list(lines))
 
 
 def _device():
   """Asked by another process: a TPU has room for one, which is a worker."""
-  ask = 'import jax; print(jax.devices()[0].device_kind)'
   done = subprocess.run(
-    [sys.executable, '-c', ask], capture_output=True, text=True, check=True
+    [sys.executable, '-c', 'import jax; print(jax.devices()[0].device_kind)'],
+    env=os.environ | _ENVIRONMENT,
+    capture_output=True,
+    text=True,
+    check=False,
   )
+  if done.returncode:
+    raise Failed(f'no device: {[*done.stderr.strip().splitlines(), ""][-1]}')
   return done.stdout.strip()
-
-
-def _workers(study, data, workdir, jobs):
-  cores = sorted(os.sched_getaffinity(0))
-  return [
-    Worker(study, data, workdir, set(cores[i::jobs] or cores))
-    for i in range(jobs)
-  ]
 
 
 def write(name: str) -> None:

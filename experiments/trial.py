@@ -82,11 +82,10 @@ def obey(study: ModuleType, data: pathlib.Path, order: dict) -> pathlib.Path:
     c = study.arms(data)[arm]
     made_with = _made_with(study, arm, c, data)
     workdir.mkdir(parents=True, exist_ok=True)
-    found = cost.of(c, workdir.parents[1] / 'alone.lock')
-    found = {'arm': arm, **found, **made_with}
+    found = {'arm': arm, **cost.of(c), **made_with}
     path = workdir / COST
   metrics.replace(path, json.dumps(found) + '\n')
-  jax.clear_caches()  # of programs that no other run has
+  jax.clear_caches()  # or a worker's memory would grow with every run
   return path
 
 

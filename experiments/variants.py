@@ -2,13 +2,15 @@
 
   python -m experiments.variants
 
-A row a claim that has `headline`, of every study that has been run, from the
-lines of its results.jsonl.
+A row a claim that has `headline`, from the lines of results.jsonl of its study,
+if there are enough seeds.
 """
 
 from absl import app
 
-from experiments import pages, results, tables
+from experiments import claims, pages, results, tables
+
+SEEDS = 3  # fewer say too little to stand there
 
 
 def table() -> str:
@@ -17,11 +19,12 @@ def table() -> str:
   for name in results.names():
     study = results.study(name)
     rows = results.read(study)
-    shown = [claim for claim in study.CLAIMS if claim.headline]
     link = f'[{name}](experiments/{name}/README.md)'
-    for claim in shown if rows else ():
-      body.append([*tables.finding(study, claim, rows), link])
-  return pages.table(heads, body) if body else 'No study has been run yet.\n'
+    for claim in study.CLAIMS:
+      found = claims.find(claim, rows)
+      if claim.headline and found and found.n >= SEEDS:
+        body.append([*tables.finding(study, claim, rows), link])
+  return pages.table(heads, body) if body else 'No study has three seeds.\n'
 
 
 def main(argv: list[str]) -> None:

@@ -14,7 +14,6 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
@@ -40,18 +39,12 @@ class Stopped(Exception):
   """The run cannot go on; one line. What was saved is there."""
 
 
-def run(
-  job: Job, clock: Callable[[], float] = time.monotonic
-) -> dict[str, Any]:
+def run(job: Job) -> dict[str, Any]:
   """Trains to the end, continuing what the work directory holds.
 
   Leaves config.json, what the data needs (tokenizer.json), metrics.jsonl,
   checkpoints and, at the end, summary.json and report.html; of several
   processes the first does, but for checkpoints. Returns the summary.
-
-  Args:
-    clock: seconds, of what the speed of training is told in; beside other work
-      on a CPU `time.process_time` says more.
 
   Raises:
     Stopped: numbers stay bad; or no checkpoint is whole, or none can be saved.
@@ -59,7 +52,7 @@ def run(
   """
   with programs.precision(job), preemption.Notice() as notice:
     try:
-      return _Run(job, notice, clock).finish()
+      return _Run(job, notice).finish()
     except OSError as error:
       place = '' if str(job.workdir) in str(error) else f'{job.workdir}: '
       raise Stopped(f'{place}{error}') from error
@@ -68,7 +61,7 @@ def run(
 class _Run:
   """A run, from where its work directory stands."""
 
-  def __init__(self, job, notice, clock):
+  def __init__(self, job, notice):
     c = job.config
     self.job, self.c, self.notice = job, c, notice
     self.began, self.told = time.monotonic(), []
@@ -100,7 +93,7 @@ class _Run:
     if beyond > self.step:
       self.told.append(f'steps {self.step + 1} to {beyond} are made again')
     self.stopwatch = _Stopwatch(
-      clock, self.record['train_seconds'], self.record['train_steps']
+      self.record['train_seconds'], self.record['train_steps']
     )
     self.run_step = programs.make_step(job)
     self.run_eval = programs.make_eval(job)
@@ -357,22 +350,21 @@ def _summary(job, cost, record, wall_seconds):
 class _Stopwatch:
   """Time and steps spent training: compiling, evaluating, saving left out."""
 
-  def __init__(self, clock: Callable[[], float], seconds: float, steps: int):
-    self._clock = clock
+  def __init__(self, seconds: float, steps: int):
     self._seconds, self._steps = seconds, steps
     self._began = self._rated = (0.0, 0)
 
   def start(self, step: int) -> None:
-    self._began = self._rated = (self._clock(), step)
+    self._began = self._rated = (time.monotonic(), step)
 
   def stop(self, step: int) -> None:
     began, first = self._began
-    self._seconds += self._clock() - began
+    self._seconds += time.monotonic() - began
     self._steps += step - first
 
   def rate(self, step: int) -> float:
     """Steps a second since the last call or start; 0 where none were made."""
-    now, (began, first) = self._clock(), self._rated
+    now, (began, first) = time.monotonic(), self._rated
     self._rated = (now, step)
     return (step - first) / (now - began)
 

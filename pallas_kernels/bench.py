@@ -317,14 +317,18 @@ def check(gmms, problems, dtype):
         raise ValueError(f'--impl={name} --shape={label}: {error}') from error
 
 
-def check_rivals(rivals):
+def check_rivals(rivals, dtype):
   """Raises ValueError if one is not for this platform, or not installed."""
-  platform = jax.default_backend()
+  device = jax.devices()[0]
+  hopper_here = str(getattr(device, 'compute_capability', '')).startswith('9.')
   for rival in {'mgpu', 'torch'}.intersection(rivals):
-    if platform != 'gpu':
-      raise ValueError(f'--rivals={rival} is for NVIDIA GPUs, not {platform}')
+    if not hopper_here or dtype != 'bfloat16':
+      raise ValueError(
+        f'--rivals={rival} is timed in bfloat16 on Hopper GPUs, not in {dtype}'
+        f' on {device.device_kind}'
+      )
   if 'torch' in rivals and importlib.util.find_spec('torch') is None:
-    raise ValueError('--rivals=torch needs torch, which is not installed')
+    raise ValueError("--rivals=torch: pip install -e '.[torch]'")
 
 
 def _among(flag, known):
@@ -344,7 +348,7 @@ def main(argv: list[str]) -> None:
   try:
     groups = _among(_GROUPS, list(shapes.GROUPS))
     rivals = _among(_RIVALS, [*RIVALS, 'none'])
-    check_rivals(rivals)
+    check_rivals(rivals, _DTYPE.value)
     problems = {text: shapes.find(text) for text in _SHAPE.value or ['']}
     gmms = load_gmms(_IMPL.value)
     check(gmms, problems, _DTYPE.value)
@@ -352,7 +356,10 @@ def main(argv: list[str]) -> None:
   except (ValueError, OSError) as error:
     command.stop(error)
   with contextlib.closing(file):
-    run(problems, groups, _DTYPE.value, gmms, rivals, _ROUNDS.value, file)
+    try:
+      run(problems, groups, _DTYPE.value, gmms, rivals, _ROUNDS.value, file)
+    except ValueError as error:
+      command.stop(error)
 
 
 if __name__ == '__main__':

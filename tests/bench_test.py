@@ -76,7 +76,7 @@ def test_a_rival_that_answers_otherwise_is_no_rival():
     ('--impl=cuda', 'pallas_kernels has no cuda.gmm'),
     ('--impl=tpu', '--impl=tpu --shape=A'),
     ('--rounds=0', 'rounds'),
-    ('--rivals=torch', '--rivals=torch is for NVIDIA GPUs, not cpu'),
+    ('--rivals=torch', 'in bfloat16 on Hopper GPUs, not in float32 on cpu'),
   ],
 )
 def test_bad_flags_get_one_line(flag, said):

@@ -2,8 +2,9 @@
 
 The interpreter simulates a GPU's memories, barriers and asynchronous copies,
 tells of races and fills what is not initialised with NaN; it came with jax
-0.12. On a Hopper, with JAX_PLATFORMS=cuda, they run on that instead. What the
-compiler says of the kernels is in aot_gpu_test.py.
+0.12. On a Hopper they run on that instead, where nothing looks for races:
+`JAX_PLATFORMS=cuda pytest -n 0 tests/gmm_gpu_test.py`. What the compiler says
+of the kernels is in aot_gpu_test.py.
 """
 
 import functools
@@ -19,7 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from moe_jax import ops
 from pallas_kernels import gpu
 
-HERE = jax.default_backend() == 'gpu'
+HERE = ops._hopper()
 run = pytest.mark.skipif(
   not HERE and not hasattr(plgpu, 'InterpretGPUParams'),
   reason='the GPU interpreter came with jax 0.12',

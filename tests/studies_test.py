@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -156,10 +157,15 @@ def arms(data):
   return {'one': arm(1), 'two': arm(2)}
 """
 MEASURE = """
+import pathlib
+
 from experiments import measures
 
 def measure(job, state):
   assert int(state.step) == 3
+  k = job.config['model']['router']['k']
+  if pathlib.Path(job.config['data']['path']).with_name(f'no {k}').exists():
+    raise ValueError(f'no {k}')
   same = measures.evaluated(measures.changed(job, seed=7), state)
   return {'twice': 2.0 * float(state.step), 'again': same['eval_loss']}
 """
@@ -223,14 +229,16 @@ def test_a_study_from_end_to_end(fake):
     assert all(1e4 < line['step_bytes'] < 1e9 for line in costs)
   assert '|  |  |\n' not in (folder / 'README.md').read_text()
 
-  # A run without its line is made again, and no other.
-  lines.write_text(''.join(json.dumps(row) + '\n' for row in rows[1:]))
+  # A run without its line is made again, and no other. Before, its worker had
+  # made another one; a run does not depend on that.
+  lines.write_text(''.join(json.dumps(row) + '\n' for row in rows[:-1]))
+  shutil.rmtree(data / 'runs')
   second = _command(data)
   assert second.returncode == 0, second.stderr
   assert '1 runs to make, 3 are there' in second.stdout
   again = [json.loads(line) for line in lines.read_text().splitlines()]
   same = lambda row: {k: v for k, v in row.items() if k in trial.KEPT}
-  assert same(again[-1]) == same(rows[0])
+  assert same(again[-1]) == same(rows[-1])
 
   # Nothing is added to lines that something else made.
   before = lines.read_text()
@@ -240,6 +248,26 @@ def test_a_study_from_end_to_end(fake):
   assert third.returncode == 1 and lines.read_text() == before
   assert 'was made with config' in third.stderr
   assert len(third.stderr.strip().splitlines()) == 1
+
+
+def test_a_run_that_fails_leaves_the_others_be(fake):
+  folder, data = fake
+  (data / 'no 2').touch()
+  first = _command(data, '--jobs=1')
+  assert first.returncode == 1
+  failed = [x for x in first.stdout.splitlines() if x.startswith('FAILED')]
+  assert [x.split(': exit')[0] for x in failed] == [
+    'FAILED run of two, seed 0', 'FAILED run of two, seed 1',
+  ]  # fmt: skip
+  # The second time in another process, whose words are its own.
+  assert all(x.endswith('exit 1: ValueError: no 2') for x in failed)
+  (data / 'no 2').unlink()
+  second = _command(data, '--jobs=1')
+  assert second.returncode == 0, second.stderr
+  rows = map(json.loads, (folder / 'results.jsonl').read_text().splitlines())
+  assert [(row['arm'], row['seed']) for row in rows] == [
+    ('one', 0), ('one', 1), ('two', 0), ('two', 1),
+  ]  # fmt: skip
 
 
 def test_mistakes_are_one_line(fake):

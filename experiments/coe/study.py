@@ -30,8 +30,7 @@ def arms(data: pathlib.Path) -> dict[str, ml_collections.ConfigDict]:
     routing='each',
     text=language.sums,
   ):
-    c = language.base(language.ON_GPU)
-    text(c, data)
+    c = language.base(language.ON_GPU, text(data))
     c.model.router.k = k
     c.model.E, c.model.N, c.model.iterations = N - 1, layers, C
     # The paper's block normalises the stream and adds answers to that; a
@@ -90,11 +89,11 @@ CLAIMS = [
     'novels pre CoE-2 4/32', 'novels pre MoE 8/32', headline=True,
   ),
   Claim(
-    'two passes are better than twice the experts',
+    'CoE-2(8) is better than MoE(16), of as many parameters and FLOPs',
     'CoE-2 8/32', 'MoE 16/32', headline=True,
   ),
   Claim(
-    'two passes in a pre-norm block are better than twice the experts',
+    'CoE-2(8) is better than MoE(16) in a pre-norm block',
     'pre CoE-2 8/32', 'pre MoE 16/32', headline=True,
   ),
   Claim(

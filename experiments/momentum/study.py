@@ -47,8 +47,7 @@ def arms(data: pathlib.Path) -> dict[str, ml_collections.ConfigDict]:
 
 def _language(data, rule, options):
   """Top-2 of 16 experts, as wide as the model; no balancing loss."""
-  c = language.base(language.ON_CPU)
-  language.novels(c, data)
+  c = language.base(language.ON_CPU, language.novels(data))
   c.data.order = 'stream'
   c.model.update(N=3, E=16, expert_F=128, shared_F=0, tied=False, bias=True)
   c.model.update(block='authors_lm', norm='layer', eps=1e-5)
@@ -63,8 +62,7 @@ def _language(data, rule, options):
 
 def _pre(data, rule, options):
   """The same number of layers and experts in a pre-norm block."""
-  c = language.base(language.ON_CPU)
-  language.novels(c, data)
+  c = language.base(language.ON_CPU, language.novels(data))
   c.model.update(N=3, E=16, expert_F=128, shared_F=0)
   c.model.router = config.router('topk', k=2)
   c.model.residual = config.choice('residual', rule, **options)
@@ -100,11 +98,11 @@ CLAIMS = [
     'Robust', 'SMoE', headline=True,
   ),
   Claim(
-    'momentum lowers the loss in a clean pre-norm block (a control)',
+    'momentum over depth lowers the loss in a pre-norm block (a control)',
     'pre Momentum', 'pre SMoE', headline=True,
   ),
   Claim(
-    'momentum lowers the loss of text with words swapped',
+    'momentum over depth lowers the loss of text with words swapped',
     'Momentum', 'SMoE', 'swapped_loss', headline=True,
   ),
   Claim('Adam lowers that', 'Adam', 'SMoE', 'swapped_loss'),
