@@ -1,9 +1,10 @@
-"""What a step of a study's arm takes of the device, while it is alone."""
+"""What a step of each arm of a study takes of a device that is idle else."""
 
 import itertools
 import math
 import tempfile
 import time
+from collections.abc import Callable
 
 import jax
 import ml_collections
@@ -12,21 +13,38 @@ import numpy as np
 from moe_jax import job as jobs
 from moe_jax import programs
 
-ROUNDS = 5
+ROUNDS = 7
 SAMPLE = 0.3  # seconds that the steps of a round take at least, or it is one
 
 
-def of(c: ml_collections.ConfigDict) -> dict[str, float]:
-  """Seconds and bytes of a step of a config.
+def of(arms: dict[str, ml_collections.ConfigDict]) -> dict[str, dict]:
+  """{arm: seconds and bytes of a step of it}
 
-  Returns:
+  All have a turn in every round, so that a slow moment hits neighbours alike.
+
     step_seconds: the median of ROUNDS means over some steps; reading and
       packing text is no part of it.
-    step_bytes: the most that a step has of the device's memory at a time, by
-      the compiler's word: state, batch and all that comes between.
+    step_bytes: what a step has of the device's memory, by the compiler's word:
+      state, batch and all that comes between.
   """
   # A program from the cache does not say what memory it takes.
   jax.config.update('jax_enable_compilation_cache', False)
+  turns, found = {}, {}
+  for arm, c in arms.items():
+    turns[arm], bytes_ = _compiled(c)
+    found[arm] = {'step_bytes': bytes_}
+    print(f'{arm}: compiled, {bytes_ / 2**20:.0f} MiB a step', flush=True)
+  steps = {arm: math.ceil(SAMPLE / turn(1)) for arm, turn in turns.items()}
+  rounds = [
+    [turn(steps[arm]) for arm, turn in turns.items()] for _ in range(ROUNDS)
+  ]
+  for arm, seconds in zip(turns, np.median(rounds, axis=0), strict=True):
+    found[arm]['step_seconds'] = float(seconds)
+  return found
+
+
+def _compiled(c) -> tuple[Callable[[int], float], int]:
+  """(steps -> the seconds of one of so many, bytes), after a first step."""
   with tempfile.TemporaryDirectory() as workdir:
     job = jobs.prepare(c, workdir)
   with programs.precision(job):
@@ -34,18 +52,16 @@ def of(c: ml_collections.ConfigDict) -> dict[str, float]:
     state, batch = programs.initial_state(job), job.put(next(batches))
     step = programs.make_step(job).lower(state, batch).compile()
 
-    def seconds(steps):
-      nonlocal state
-      began = time.perf_counter()
-      for batch in itertools.islice(batches, steps):
-        state, found = step(state, job.put(batch))
-      jax.block_until_ready((state, found))
-      return (time.perf_counter() - began) / steps
+  def turn(steps):
+    nonlocal state
+    began = time.perf_counter()
+    for batch in itertools.islice(batches, steps):
+      state, found = step(state, job.put(batch))
+    jax.block_until_ready((state, found))
+    return (time.perf_counter() - began) / steps
 
-    seconds(1)
-    steps = math.ceil(SAMPLE / seconds(1))
-    found = [seconds(steps) for _ in range(ROUNDS)]
-  return {
-    'step_seconds': float(np.median(found)),
-    'step_bytes': step.memory_analysis().peak_memory_in_bytes,
-  }
+  turn(1)
+  memory = step.memory_analysis()
+  outside = memory.argument_size_in_bytes + memory.output_size_in_bytes
+  inside = memory.temp_size_in_bytes - memory.alias_size_in_bytes
+  return turn, outside + inside

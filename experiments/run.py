@@ -10,14 +10,14 @@ one, --jobs=1.
 
   python -m experiments.run coe --cost --data=DIR
 
-times a step of each arm, and writes cost.jsonl; the machine should be idle.
+times a step of each arm, and writes cost.jsonl; the machine has to be idle.
 """
 
 import pathlib
 import signal
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from experiments import runner
 
@@ -34,6 +34,7 @@ _TABLES = flags.DEFINE_bool('tables', False, 'No runs, only what they say.')
 def main(argv: list[str]) -> None:
   if len(argv) != 2:
     raise app.UsageError('one study: python -m experiments.run NAME')
+  logging.set_verbosity(logging.WARNING)  # jax tells of absent platforms
   data, workdir = (
     pathlib.Path(flag.value).absolute() for flag in (_DATA, _WORKDIR)
   )
@@ -41,7 +42,7 @@ def main(argv: list[str]) -> None:
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
   try:
     if _COST.value:
-      runner.costs(argv[1], data, workdir)
+      runner.costs(argv[1], data)
     elif not _TABLES.value:
       runner.run(argv[1], data, workdir, _SEEDS.value, _JOBS.value)
     runner.write(argv[1])

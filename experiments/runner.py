@@ -16,18 +16,20 @@ import time
 from collections.abc import Iterable, Iterator
 from types import ModuleType
 
-from experiments import pages, results, tables
+import jax
+
+from experiments import cost, pages, results, tables
 
 # Several processes share a GPU.
 _ENVIRONMENT = {'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'}
 
 
 class Failed(Exception):
-  """An order ended without an answer; the last thing that was said."""
+  """A run ended without its line; the last thing that it said."""
 
 
 class Worker:
-  """A process on its part of the cores, which does an order at a time."""
+  """A process on its part of the cores, which makes a run at a time."""
 
   def __init__(
     self,
@@ -41,11 +43,11 @@ class Worker:
     # Who ends it is another thread than who waits for its answer.
     self._lock, self._process, self._ended = threading.Lock(), None, False
 
-  def do(self, what: str, arm: str, seed: int = 0) -> dict:
-    """What a run or a cost found; Failed if its process ended instead."""
+  def make(self, arm: str, seed: int) -> dict:
+    """The line of a run; Failed if the process ended instead."""
     process = self._alive()
     workdir = self._workdir / f'{arm.replace(" ", "_")}-{seed}'
-    order = dict(what=what, arm=arm, seed=seed, workdir=str(workdir))
+    order = dict(arm=arm, seed=seed, workdir=str(workdir))
     try:
       process.stdin.write(json.dumps(order) + '\n')
       process.stdin.flush()
@@ -59,7 +61,7 @@ class Worker:
     last = (self._told.read().strip().splitlines() or [''])[-1]
     with self._lock:
       self._bury()
-    raise Failed(f'{what} of {arm}, seed {seed}: exit {code}: {last}')
+    raise Failed(f'{arm}, seed {seed}: exit {code}: {last}')
 
   def end(self) -> None:
     """At once, whatever it does; the same command goes on with that."""
@@ -110,9 +112,9 @@ class Worker:
 
 
 def all_of(
-  workers: list[Worker], what: str, left: list[tuple]
+  workers: list[Worker], left: list[tuple[str, int]]
 ) -> Iterator[dict]:
-  """What these orders found, as it comes; Failed at the end if any failed.
+  """The lines of these runs, as they come; Failed at the end if any failed.
 
   To be closed by who leaves it early: that ends the workers.
   """
@@ -120,16 +122,16 @@ def all_of(
   for worker in workers:
     free.put(worker)
 
-  def make(order):
+  def make(arm, seed):
     worker = free.get()
     try:
-      return worker.do(what, *order)
+      return worker.make(arm, seed)
     finally:
       free.put(worker)
 
   failed = []
   with concurrent.futures.ThreadPoolExecutor(len(workers)) as pool:
-    futures = [pool.submit(make, order) for order in left]
+    futures = [pool.submit(make, *run) for run in left]
     try:
       for future in concurrent.futures.as_completed(futures):
         try:
@@ -145,7 +147,7 @@ def all_of(
       for worker in workers:
         worker.end()
   if failed:
-    raise Failed(f'{len(failed)} failed; {failed[0]}')
+    raise Failed(f'{len(failed)} runs failed; {failed[0]}')
 
 
 def left_of(study, arms: Iterable[str], seeds: int) -> list[tuple[str, int]]:
@@ -178,7 +180,7 @@ def run(
     Worker(study, data, workdir / name, set(cores[i::jobs] or cores))
     for i in range(jobs)
   ]
-  with contextlib.closing(all_of(workers, 'run', left)) as lines:
+  with contextlib.closing(all_of(workers, left)) as lines:
     for made, row in enumerate(lines, start=1):
       results.check([row], now, where)
       results.add(study, row)
@@ -190,17 +192,19 @@ def run(
       )
 
 
-def costs(name: str, data: pathlib.Path, workdir: pathlib.Path) -> None:
-  """What a step of each arm takes, anew, of all cores and one by one.
+def costs(name: str, data: pathlib.Path) -> None:
+  """What a step of each arm takes, anew.
 
   Raises:
-    ValueError, Failed: as for `run`.
+    ValueError: there is no such study, or data are missing.
   """
   study = results.study(name)
-  orders = [(arm,) for arm in study.arms(data)]
-  worker = Worker(study, data, workdir / name, os.sched_getaffinity(0))
-  with contextlib.closing(all_of([worker], 'cost', orders)) as lines:
-    results.put_costs(study, list(lines))
+  arms = study.arms(data)
+  found = cost.of(arms)
+  device = jax.devices()[0].device_kind
+  now = results.made_with(study, arms, data, device)
+  lines = [{'arm': arm, **found[arm], **now[arm]} for arm in arms]
+  results.put_costs(study, lines)
 
 
 def _device():

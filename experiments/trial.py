@@ -2,10 +2,9 @@
 
   python -m experiments.trial STUDY DATA < orders
 
-An order is a line of JSON, {"what": "run" or "cost", "arm": ..., "seed": ...,
-"workdir": ...}. A run trains, measures and writes WORKDIR/row.json; killed, the
-same order goes on. A cost is what a step of an arm takes (cost.py), alone, and
-goes to WORKDIR/cost.json. An answer is a line, too: the file that was written.
+An order is a line of JSON, {"arm": ..., "seed": ..., "workdir": ...}. The run
+trains, measures and writes WORKDIR/row.json; killed, the same order goes on.
+The answer is a line, too: the file that was written.
 """
 
 import json
@@ -17,11 +16,11 @@ from types import ModuleType
 import jax
 from absl import logging
 
-from experiments import cost, results
+from experiments import results
 from moe_jax import checkpoint, malloc, metrics, programs, train
 from moe_jax import job as jobs
 
-ROW, COST = 'row.json', 'cost.json'
+ROW = 'row.json'
 KEPT = (
   'initial_loss eval_loss eval_bits_per_byte eval_accuracy eval_consistency'
   ' eval_bleu eval_chrf steps tokens params_total params_active flops_per_token'
@@ -37,7 +36,8 @@ def run(
 ) -> dict:
   """Trains an arm to its end; returns its line of results.jsonl."""
   c = study.arms(data)[arm]
-  made_with = _made_with(study, arm, c, data)
+  device = jax.devices()[0].device_kind
+  made_with = results.made_with(study, {arm: c}, data, device)[arm]
   c.seed, c.keep_checkpoints = seed, 1
   # A run that ended without a line is to be measured still.
   (workdir / 'summary.json').unlink(missing_ok=True)
@@ -56,11 +56,6 @@ def run(
   return {**metrics.jsonable(row, digits=9), **made_with}
 
 
-def _made_with(study, arm, c, data):
-  device = jax.devices()[0].device_kind
-  return results.made_with(study, {arm: c}, data, device)[arm]
-
-
 def _trained(job):
   with checkpoint.Checkpoints(job.workdir, keep=1) as saved:
     return saved.restore(programs.abstract_state(job)).state
@@ -72,23 +67,6 @@ def _curve(workdir):
   return [[x['step'], x['eval_loss']] for x in lines if 'eval_loss' in x]
 
 
-def obey(study: ModuleType, data: pathlib.Path, order: dict) -> pathlib.Path:
-  """Carries an order out; returns the file with what it found."""
-  workdir, arm = pathlib.Path(order['workdir']), order['arm']
-  if order['what'] == 'run':
-    found = run(study, arm, order['seed'], data, workdir)
-    path = workdir / ROW
-  else:
-    c = study.arms(data)[arm]
-    made_with = _made_with(study, arm, c, data)
-    workdir.mkdir(parents=True, exist_ok=True)
-    found = {'arm': arm, **cost.of(c), **made_with}
-    path = workdir / COST
-  metrics.replace(path, json.dumps(found) + '\n')
-  jax.clear_caches()  # or a worker's memory would grow with every run
-  return path
-
-
 def main() -> None:
   name, data = sys.argv[1:]
   logging.set_verbosity(logging.WARNING)
@@ -98,8 +76,12 @@ def main() -> None:
   os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
   study = results.study(name)
   for line in sys.stdin:
-    path = obey(study, pathlib.Path(data), json.loads(line))
-    print(path, file=answers, flush=True)
+    order = json.loads(line)
+    workdir = pathlib.Path(order['workdir'])
+    row = run(study, order['arm'], order['seed'], pathlib.Path(data), workdir)
+    metrics.replace(workdir / ROW, json.dumps(row) + '\n')
+    jax.clear_caches()  # or a worker's memory would grow with every run
+    print(workdir / ROW, file=answers, flush=True)
 
 
 if __name__ == '__main__':

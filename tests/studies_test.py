@@ -257,7 +257,7 @@ def test_a_run_that_fails_leaves_the_others_be(fake):
   assert first.returncode == 1
   failed = [x for x in first.stdout.splitlines() if x.startswith('FAILED')]
   assert [x.split(': exit')[0] for x in failed] == [
-    'FAILED run of two, seed 0', 'FAILED run of two, seed 1',
+    'FAILED two, seed 0', 'FAILED two, seed 1',
   ]  # fmt: skip
   # The second time in another process, whose words are its own.
   assert all(x.endswith('exit 1: ValueError: no 2') for x in failed)
