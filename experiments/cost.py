@@ -10,8 +10,8 @@ import jax
 import ml_collections
 import numpy as np
 
+from moe_jax import compiled, programs
 from moe_jax import job as jobs
-from moe_jax import programs
 
 ROUNDS = 7
 SAMPLE = 0.3  # seconds that the steps of a round take at least, or it is one
@@ -61,7 +61,4 @@ def _compiled(c) -> tuple[Callable[[int], float], int]:
     return (time.perf_counter() - began) / steps
 
   turn(1)
-  memory = step.memory_analysis()
-  outside = memory.argument_size_in_bytes + memory.output_size_in_bytes
-  inside = memory.temp_size_in_bytes - memory.alias_size_in_bytes
-  return turn, outside + inside
+  return turn, compiled.taken(step.memory_analysis())

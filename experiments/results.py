@@ -1,9 +1,8 @@
 """results.jsonl of a study: a line a run, and what may stand beside what.
 
-A line has the arm, the seed, what the run measured and cost, and digests of
-what it was made with: `code`, `config`, `data`, `versions` and `device`. Lines
-of one file have the same, or nothing is added to it. cost.jsonl has a line an
-arm, of `--cost`.
+A line has the arm, the seed, what the run measured, and what it was made with:
+digests of `code`, `config` and `data`, `versions` and `device`. Lines of one
+file have the same, or nothing is added to it. cost.jsonl has a line an arm.
 """
 
 import hashlib

@@ -96,13 +96,14 @@ def compile_step(
       pathlib.Path(hlo).write_text(text)
     found |= {
       'arguments': memory.argument_size_in_bytes,
-      'peak': _taken(memory),
+      'peak': taken(memory),
       'collectives': collectives(text),
     }
   return {**found, 'seconds': time.monotonic() - began}
 
 
-def _taken(memory):
+def taken(memory: Any) -> int:
+  """Bytes of a device that a program needs, from its memory_analysis."""
   if hasattr(memory, 'total_allocation_bytes'):
     return memory.total_allocation_bytes
   # jax 0.10 has the parts; its temporaries count a TPU's VMEM too.
