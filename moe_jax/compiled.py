@@ -18,10 +18,9 @@ import types
 from typing import Any, NamedTuple
 
 import jax
-from flax import nnx
 from jax.experimental import topologies
 
-from moe_jax import job, objective, parallel, planner, programs
+from moe_jax import job, models, objective, parallel, planner, programs
 
 # With these libtpu compiles without a TPU, in many processes at a time.
 ENVIRONMENT = {
@@ -142,7 +141,7 @@ def job_on(
   init = planner.model(c, layout, mesh.devices.flat[0].platform)
   given = dict(
     config=c,
-    model=nnx.eval_shape(init),
+    model=models.abstract(init),
     init=init,
     objective=objective.get(**c['objective']),
     optimizer=planner.optimizer(c),

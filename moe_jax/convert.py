@@ -18,7 +18,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from moe_jax import (
   checkpoint,
@@ -186,11 +185,9 @@ def load(
 
 def abstract(c: dict[str, Any]) -> tuple[Any, dict[tuple[str, ...], Any]]:
   """A run's model, of shapes alone, and its leaves by their paths."""
-  values = {**c['model'], 'gmm': ops.choose_gmm(None)}
-  module = models.get(values.pop('name'))
-  settings = module.Config(**values, V=c['data']['padded_size'])
-  build = lambda: module.build(settings, parallel.Layout(), rngs=nnx.Rngs(0))
-  model = nnx.eval_shape(build)
+  sizes = dict(gmm=ops.choose_gmm(None), V=c['data']['padded_size'])
+  init = models.initializer({**c['model'], **sizes}, parallel.Layout())
+  model = models.abstract(init)
   leaves = [
     leaf
     for tree in models.split(model)

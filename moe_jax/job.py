@@ -34,7 +34,7 @@ class Job:
   workdir: pathlib.Path
   changed: list[str]  # what differs from the run that is continued
   model: Any  # abstract: shapes without arrays
-  init: Callable[[], nnx.Module]
+  init: Callable[[jax.Array], nnx.Module]  # from a uint32 seed
   objective: Callable[..., tuple]
   optimizer: optax.GradientTransformation
   schedule: Callable[[int], jax.Array]  # step, from 0 -> learning rate
@@ -106,14 +106,15 @@ def prepare(config: Any, workdir: str) -> Job | None:
       f'data.source={c["data"]["source"]!r} is for the model'
       f' {source.model!r}, model.name is {c["model"]["name"]!r}'
     )
-  module = models.get(source.model)
+  fields = {**c['model'], 'gmm': gmm}
   # Before the time that the data takes, with sizes that stand for its own.
-  _model(c, gmm, layout, module.smallest(c['model']))
+  smallest = models.get(source.model).smallest(c['model'])
+  models.abstract(models.initializer({**fields, **smallest}, layout))
   found = source.load(data_config, c['seq_len'])
   c['corpus_sha256'] = found.sha256
   _, changed = _earlier(c, workdir)  # now with the corpus
-  init = _model(c, gmm, layout, found.sizes)
-  model = nnx.eval_shape(init)
+  init = models.initializer({**fields, **found.sizes}, layout)
+  model = models.abstract(init)
   if found.streams and (not hasattr(model, 'blank') or model.blank(1) is None):
     raise ValueError(
       f"data.order='stream' needs a cache: model.name={c['model']['name']!r},"
@@ -138,22 +139,6 @@ def prepare(config: Any, workdir: str) -> Job | None:
   )
   job.train_batches(), job.eval_batches()  # is there enough for one batch?
   return job
-
-
-def _model(c, gmm, layout, sizes):
-  """Returns a function that makes the model; raises if it cannot be made."""
-  values = {**c['model'], 'gmm': gmm, **sizes}
-  module = models.get(values.pop('name'))
-  model_config = module.Config(**values)
-
-  def init():
-    model = module.build(
-      model_config, layout, rngs=nnx.Rngs(jax.random.key(c['seed']))
-    )
-    return model
-
-  nnx.eval_shape(init)
-  return init
 
 
 def _check_beginning(c, model, found):

@@ -106,8 +106,8 @@ def mesh(c: dict[str, Any], there: Topology) -> jax.sharding.AbstractMesh:
 
 def model(
   c: dict[str, Any], layout: parallel.Layout, platform: str
-) -> Callable[[], nnx.Module]:
-  """A function that makes the model; its vocabulary is as large as it may be.
+) -> Callable[[jax.Array], nnx.Module]:
+  """What makes the model of a seed; its vocabulary is as large as it may be.
 
   Raises:
     ValueError: it is no decoder of text; or one that cannot be made.
@@ -120,9 +120,7 @@ def model(
   values = {**c['model'], 'V': _ids(c)}
   if values['gmm'] == 'auto':  # on GPUs ragged_dot copies rows for each expert
     values['gmm'] = 'tpu' if platform == 'tpu' else 'cpu'
-  module = models.get(values.pop('name'))
-  shape = module.Config(**values)
-  return lambda: module.build(shape, layout, rngs=nnx.Rngs(0))
+  return models.initializer(values, layout)
 
 
 def _ids(c):
@@ -160,8 +158,8 @@ class Held(NamedTuple):
 
 def held(c: dict[str, Any], where: jax.sharding.AbstractMesh) -> Held:
   """Exact, from the shapes of the train state and `parallel.spec`."""
-  make = model(c, parallel.Layout(), 'tpu')
-  params = jax.eval_shape(lambda: models.split(make())[0])
+  init = model(c, parallel.Layout(), 'tpu')
+  params, _ = models.split(models.abstract(init))
   moments = jax.eval_shape(optimizer(c).init, params)
   here = lambda tree: [
     (path, a, math.prod(cut.shard_shape(a.shape)))

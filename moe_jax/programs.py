@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from moe_jax import (
@@ -26,8 +27,8 @@ from moe_jax.job import Job
 
 class TrainState(NamedTuple):
   step: jax.Array  # int32, optimiser steps done
-  # uint32, of all draws but the first parameters'. Here, so that programs do
-  # not depend on it: runs of several seeds compile once.
+  # uint32, of all draws. Here, so that programs do not depend on it: runs of
+  # several seeds compile once.
   seed: jax.Array
   params: Any
   router_state: Any  # over steps, without gradient
@@ -51,13 +52,14 @@ def initial_state(job: Job) -> TrainState:
     OSError: the weights of init_from are gone or damaged.
   """
   init, where = _state(job)
+  seed = np.uint32(job.config['seed'])
   if not job.config['init_from']:
-    return jax.jit(init, out_shardings=where)()
+    return jax.jit(init, out_shardings=where)(seed)
   folder = pathlib.Path(job.config['init_from']).expanduser()
   found = processes.gather(str(max(checkpoint.steps(folder), default=0)))
   weights = checkpoint.read(folder, int(found[0]), abstract_weights(job))
-  begin = jax.jit(init, out_shardings=where, donate_argnums=(0, 1))
-  return begin(weights.params, weights.router_state)
+  begin = jax.jit(init, out_shardings=where, donate_argnums=(1, 2))
+  return begin(seed, weights.params, weights.router_state)
 
 
 def abstract_state(job: Job) -> TrainState:
@@ -67,7 +69,7 @@ def abstract_state(job: Job) -> TrainState:
     lambda a, sharding: jax.ShapeDtypeStruct(
       a.shape, a.dtype, sharding=sharding
     ),
-    jax.eval_shape(init),
+    jax.eval_shape(init, np.uint32(0)),
     where,
   )
 
@@ -79,21 +81,21 @@ def abstract_weights(job: Job) -> Weights:
 
 
 def _state(job):
-  """A function that makes the first state, and where states lie.
+  """A function that makes the first state of a seed, and where states lie.
 
   It may be given the weights that are the first.
   """
 
-  def init(params=None, router_state=None):
+  def init(seed, params=None, router_state=None):
     if params is None:
-      params, router_state = models.split(job.init())
+      params, router_state = models.split(job.init(seed))
       if job.config['model']['dtype'] == 'float64':
         params = jax.tree.map(lambda a: a.astype(jnp.float64), params)
     opt_state = job.optimizer.init(params)
     cache = _blank(job)
     return TrainState(
       step=jnp.int32(0),
-      seed=jnp.uint32(job.config['seed']),
+      seed=seed,
       params=params,
       router_state=router_state,
       opt_state=opt_state,
@@ -101,7 +103,8 @@ def _state(job):
       guard=guard.init(),
     )
 
-  return init, parallel.shardings(jax.eval_shape(init), job.mesh)
+  shapes = jax.eval_shape(init, np.uint32(0))
+  return init, parallel.shardings(shapes, job.mesh)
 
 
 def make_step(job: Job) -> Callable[[TrainState, Any], tuple]:

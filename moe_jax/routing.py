@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from moe_jax import (
   analysis,
@@ -75,14 +74,12 @@ def _job(folder, c, sizes):
   values = dict(c['model'])
   sides = values['D'], values['expert_F']
   values['gmm'] = ops.choose_gmm(None, values['dtype'], *sides)
-  name = values.pop('name')
-  if name != MODEL:
+  if values['name'] != MODEL:
     raise ValueError(
-      f'{folder} holds a {name}; routing is recorded of a {MODEL} alone'
+      f'{folder} holds a {values["name"]}; routing is recorded of a {MODEL}'
+      ' alone'
     )
-  tok, V = _vocabulary(folder, c)
-  module = models.get(name)
-  model_config = module.Config(**values, V=V)
+  tok, values['V'] = _vocabulary(folder, c)
   sizes = {**dict.fromkeys(parallel.AXES, 1), **sizes}
   one = math.prod(sizes.values()) == 1
   mesh = parallel.mesh(sizes, jax.devices()[:1] if one else None)
@@ -92,19 +89,19 @@ def _job(folder, c, sizes):
       sizes,
       batch_size=mesh.size,
       accumulate=1,
-      E=model_config.E,
-      F=model_config.expert_F,
+      E=values['E'],
+      F=values['expert_F'],
     )
     k = c['model']['router'].get('k', 1)
     layout, said = parallel.layout(mesh, k, strategy='auto', factor=None)
-  build = lambda: module.build(model_config, layout, rngs=nnx.Rngs(c['seed']))
+  init = models.initializer(values, layout)
   settings = optimizer.Config(**c['optimizer'])
   return Job(
     config=c,
     workdir=folder,
     changed=[],
-    model=nnx.eval_shape(build),
-    init=build,
+    model=models.abstract(init),
+    init=init,
     objective=objective.get(**c['objective']),
     optimizer=optimizer.make(settings, c['steps']),
     schedule=optimizer.schedule(settings, c['steps']),

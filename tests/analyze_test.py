@@ -156,7 +156,7 @@ def test_no_plan_is_carried_through_training(run, corpus):
   batch = next(iter(data.eval_batches(np.arange(9 * L, dtype=np.int32), 8, L)))
 
   def aux(train):
-    model = models.bind(job.model, *models.split(job.init()))
+    model = models.bind(job.model, *models.split(job.init(0)))
     ctx = routers.context(batch, jax.random.key(0), 0, train=train)
     return model(batch, ctx)[1][0]
 

@@ -22,7 +22,6 @@ import types
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import nnx
 from jax.experimental import topologies
 
 from moe_jax import compiled as chips
@@ -97,16 +96,14 @@ def devices(chip, sizes):
 def abstract_job(c, gmm, mesh):
   """What job.prepare returns, without data and on devices that are not here."""
   values = {**c['model'], 'gmm': gmm, **sizes_of(c)}
-  module = models.get(values.pop('name'))
-  shape = module.Config(**values)
   layout, said = parallel.layout(
     mesh, c['model']['router']['k'], **c['parallel']
   )
-  init = lambda: module.build(shape, layout, rngs=nnx.Rngs(0))
+  init = models.initializer(values, layout)
   settings = optimizer.Config(**c['optimizer'])
   given = dict(
     config=c,
-    model=nnx.eval_shape(init),
+    model=models.abstract(init),
     init=init,
     objective=objective.get(**c['objective']),
     optimizer=optimizer.make(settings, c['steps']),

@@ -8,7 +8,6 @@ import re
 import runpy
 
 import pytest
-from flax import nnx
 
 from moe_jax import (
   config,
@@ -48,13 +47,9 @@ def sizes(c):
 
 def build(c):
   """The cost of the model of a resolved config, and the model, abstract."""
-  values = {**c['model'], 'gmm': 'cpu', **sizes(c)}
-  module = models.get(values.pop('name'))
-  shape = module.Config(**values)
-  model = nnx.eval_shape(
-    lambda: module.build(shape, parallel.Layout(), rngs=nnx.Rngs(0))
-  )
-  return module.cost(model, c['seq_len']), model
+  fields = {**c['model'], 'gmm': 'cpu', **sizes(c)}
+  model = models.abstract(models.initializer(fields, parallel.Layout()))
+  return models.get(fields['name']).cost(model, c['seq_len']), model
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)

@@ -238,7 +238,7 @@ def untrained(workdir, c):
   (workdir / 'config.json').write_text(json.dumps(c))
   tokenizer.Bytes().save(workdir / 'tokenizer.json')
   job = routing.load(str(workdir))
-  weights = programs.Weights(jnp.int32(0), *models.split(job.init()))
+  weights = programs.Weights(jnp.int32(0), *models.split(job.init(0)))
   whole = jax.NamedSharding(job.mesh, jax.P())
   with checkpoint.Checkpoints(workdir, keep=1) as saved:
     saved.save(0, jax.device_put(weights, whole), {})

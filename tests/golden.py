@@ -99,10 +99,7 @@ def dense(expert_TxK: Any, weight_TxK: Any, E: int) -> np.ndarray:
 def build(name: str, fields: dict[str, Any], dtype: str, **sizes) -> nnx.Module:
   """The model of that name with these fields, in `dtype`, on the CPU kernel."""
   c = config.model(name, dtype=dtype, gmm='cpu', **fields).to_dict()
-  module = models.get(c.pop('name'))
-  return module.build(
-    module.Config(**c, **sizes), parallel.Layout(), rngs=nnx.Rngs(0)
-  )
+  return models.initializer({**c, **sizes}, parallel.Layout())(0)
 
 
 def context(B: int, L: int, *, train: bool = False, **changes) -> routing.Ctx:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import signal
 import time
 
@@ -68,7 +69,8 @@ def test_metrics_have_each_step_once_and_evaluations(whole):
 
 def test_seeds_share_their_programs(corpus, tmp_path):
   """So that a study of many seeds compiles an arm once."""
-  texts, draws = set(), set()
+  texts, draws, stored = set(), set(), set()
+  cache = pathlib.Path(jax.config.jax_compilation_cache_dir)
   for seed in 0, 1:
     c = small_config(corpus, seed=seed, model__dropout=0.1)
     job = jobs.prepare(c, str(tmp_path))
@@ -77,9 +79,12 @@ def test_seeds_share_their_programs(corpus, tmp_path):
     step, evaluate = programs.make_step(job), programs.make_eval(job)
     texts.add(step.lower(state, batch).as_text())
     texts.add(evaluate.lower(state, batch, np.int32(0)).as_text())
-    _, found = step(programs.initial_state(job), job.put(batch))
+    first = programs.initial_state(job)
+    stored.add(len([*cache.glob('jit_init-*-cache')]))
+    _, found = step(first, job.put(batch))
     draws.add(float(found['loss']))
   assert len(texts) == len(draws) == 2
+  assert len(stored) == 1 and 0 not in stored
 
 
 def test_a_finished_run_changes_no_file(whole):

@@ -7,9 +7,12 @@ rngs)`, an nnx.Module that has `updated_state(aux)`, `cost(model, length)`, and
 
 import importlib
 import pkgutil
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import jax
+import numpy as np
 from flax import nnx
 
 from moe_jax.routers import RouterState
@@ -21,6 +24,34 @@ def get(name: str) -> ModuleType:
   if name not in names:
     raise ValueError(f'no model {name!r}; there are {", ".join(names)}')
   return importlib.import_module(f'{__name__}.{name}')
+
+
+def initializer(
+  fields: dict[str, Any], layout: Any
+) -> Callable[[jax.Array], nnx.Module]:
+  """What makes a model of a uint32 seed.
+
+  Args:
+    fields: `name`, and the fields of that model's Config.
+    layout: where its experts' rows and weights meet, a parallel.Layout.
+
+  Raises:
+    ValueError: there is no such model, or it has no such fields. What its
+      parts refuse is raised when it is called.
+  """
+  module, values = get(fields['name']), dict(fields)
+  del values['name']
+  config = module.Config(**values)
+
+  def init(seed):
+    return module.build(config, layout, rngs=nnx.Rngs(jax.random.key(seed)))
+
+  return init
+
+
+def abstract(init: Callable[[jax.Array], nnx.Module]) -> nnx.Module:
+  """The shapes and types that it makes; no arrays. Raises what it raises."""
+  return nnx.eval_shape(init, np.uint32(0))
 
 
 def split(model: nnx.Module) -> tuple[dict[str, Any], dict[str, Any]]:
