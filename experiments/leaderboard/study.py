@@ -63,7 +63,7 @@ def arms(data: pathlib.Path) -> dict[str, ml_collections.ConfigDict]:
 
 
 def _arm(data, losses=None, **model):
-  c = language.base(language.ON_CPU, language.novels(data))
+  c = language.base(language.BY_MUON, language.novels(data))
   c.model.update(N=4, E=8, shared_F=0, expert_F=128)
   c.model.router = config.router('topk', k=2)
   for key, value in model.items():

@@ -47,7 +47,7 @@ def arms(data: pathlib.Path) -> dict[str, ml_collections.ConfigDict]:
 
 def _language(data, rule, options):
   """Top-2 of 16 experts, as wide as the model; no balancing loss."""
-  c = language.base(language.ON_CPU, language.novels(data))
+  c = language.base(language.BY_MUON, language.novels(data))
   c.data.order = 'stream'
   c.model.update(N=3, E=16, expert_F=128, shared_F=0, tied=False, bias=True)
   c.model.update(block='authors_lm', norm='layer', eps=1e-5)
@@ -56,13 +56,12 @@ def _language(data, rule, options):
   c.model.router = config.router('topk', k=2, bias=True, init='torch')
   c.model.residual = config.choice('residual', rule, **options)
   c.objective.losses.update(balance=0.0, z=0.0)
-  c.optimizer.update(schedule='constant', b2=0.999, weight_decay=0.0, clip=0.0)
   return c
 
 
 def _pre(data, rule, options):
   """The same number of layers and experts in a pre-norm block."""
-  c = language.base(language.ON_CPU, language.novels(data))
+  c = language.base(language.BY_MUON, language.novels(data))
   c.model.update(N=3, E=16, expert_F=128, shared_F=0)
   c.model.router = config.router('topk', k=2)
   c.model.residual = config.choice('residual', rule, **options)

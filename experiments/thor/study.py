@@ -17,7 +17,7 @@ COLUMNS = {
   'draw_deviation': 'deviation over draws, nats',
   **{f'{mode}_loss': f'by {mode}' for mode in MODES},
 }
-E, STEPS = 2, 1000
+E, STEPS = 2, 400
 MANY = '(de|es|fr|it|nl|vi)'
 
 
@@ -56,7 +56,8 @@ def arms(data: pathlib.Path) -> dict[str, ml_collections.ConfigDict]:
       )
     if experts == 0:
       c.model.update(pattern='d', E=E)
-    c.optimizer.update(schedule='inverse_sqrt', warmup=0.1, b2=0.98, clip=0.0)
+    c.optimizer.update(name='muon', learning_rate=1e-2, b2=0.98, clip=0.0)
+    c.optimizer.update(schedule='inverse_sqrt', warmup=0.1)
     return c
 
   def four(prefix, languages):
@@ -113,6 +114,12 @@ CLAIMS = [
     'THOR', 'THOR, alpha 0', BLEU, **MAIN,
   ),
   Claim('a little of it helps', 'THOR, alpha 1', 'THOR, alpha 0', BLEU, **UP),
+  Claim('consistency lowers the loss', 'THOR', 'THOR, alpha 0'),
+  Claim('THOR has a lower loss than R-Drop', 'THOR', 'R-Drop', headline=True),
+  Claim(
+    'THOR has a lower loss than Switch of as many FLOPs',
+    'THOR', 'Switch, twice the steps',
+  ),
   Claim(
     'random experts are no worse than Switch (by 0.05 nats)',
     'random experts, one pass', 'Switch', high=0.05,
