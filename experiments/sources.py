@@ -31,7 +31,7 @@ class Source(NamedTuple):
 
 SOURCES = {
   'eltec-eng': Source(
-    'ELTeC-eng, English novels of 1840-1920, 45 MB: level1 of'
+    'ELTeC-eng, English novels of 1840-1920, 58 MB: level1 of'
     ' github.com/COST-ELTeC/ELTeC-eng (DOI 10.5281/zenodo.3533868), as plain'
     ' text, a paragraph a line, split by novels; texts in the public domain,'
     ' markup CC BY 4.0',

@@ -21,7 +21,7 @@ def _follow(name, **options):
   return {'residual': config.choice('residual', name, **options)}
 
 
-# What each changes of the model, and of the losses' weights.
+# What each changes of the model, of the losses' weights, and of the objective.
 IDEAS = {
   BASE: {},
   'dense': dict(pattern='d', F=256),
@@ -50,6 +50,10 @@ IDEAS = {
     link='add',
     **_follow('replace'),
   ),
+  # A step has two passes.
+  'THOR, half the steps': dict(
+    _route('random', per='batch', eval_per='sequence'), expert_F=256, alpha=5.0
+  ),
   'momentum': _follow('heavy_ball', mu=0.7),
   'Adam over depth': _follow('adam'),
   'robust momentum': _follow('robust'),
@@ -62,13 +66,18 @@ def arms(data: pathlib.Path) -> dict[str, ml_collections.ConfigDict]:
   return {name: _arm(data, **changes) for name, changes in IDEAS.items()}
 
 
-def _arm(data, losses=None, **model):
+def _arm(data, losses=None, alpha=None, **model):
   c = language.base(language.BY_MUON, language.novels(data))
   c.model.update(N=4, E=8, shared_F=0, expert_F=128)
   c.model.router = config.router('topk', k=2)
   for key, value in model.items():
     c.model[key] = value
   c.objective.losses.update(losses or {})
+  if alpha is not None:
+    c.steps, c.eval_every = c.steps // 2, c.eval_every // 2
+    c.objective = config.choice(
+      'objective', 'consistency', losses={}, alpha=alpha
+    )
   return c
 
 
