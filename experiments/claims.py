@@ -48,7 +48,7 @@ class Finding(NamedTuple):
   Attributes:
     half: of the 95 % interval, mean +- half (Student's t).
     resolvable: the smallest true difference whose interval would have left out
-      0 in 80 of 100 such studies, at this spread.
+      0 in about 80 of 100 such studies, at this spread.
   """
 
   mean: float
@@ -72,6 +72,15 @@ def paired(found: Sequence[float], against: Sequence[float]) -> Finding:
   half = float(t.ppf((1 + LEVEL) / 2)) * error
   resolvable = half + float(t.ppf(POWER)) * error
   return Finding(float(np.mean(differences)), half, n, resolvable)
+
+
+def resolvable(claim: Claim, finding: Finding) -> float:
+  """The smallest size of a difference that would have settled the claim.
+
+  It is beyond the furthest bound by as much as `finding.resolvable`.
+  """
+  bounds = [abs(b) for b in (claim.low, claim.high) if math.isfinite(b)]
+  return max(bounds) + finding.resolvable
 
 
 def verdict(claim: Claim, finding: Finding | None) -> str:

@@ -1,7 +1,7 @@
 """The data sets of the studies: what each is, who has it, what was read.
 
 They are no part of this repository. A study looks for them in folders of these
-names under --data.
+names under --data; README.md says how their files were made.
 """
 
 import functools
@@ -23,10 +23,12 @@ class Source(NamedTuple):
   Attributes:
     about: what it is, its size and licence, and how anyone gets it.
     files: which the studies read.
+    digest: of the files that the results in this repository are of.
   """
 
   about: str
   files: tuple[str, ...]
+  digest: str
 
 
 SOURCES = {
@@ -36,11 +38,13 @@ SOURCES = {
     ' text, a paragraph a line, split by novels; texts in the public domain,'
     ' markup CC BY 4.0',
     ('train.txt.xz', 'valid.txt.xz'),
+    '963fc7e2500e5ad9',
   ),
   'gsm8k': Source(
     'GSM8K, grade-school mathematics in words, 5 MB, MIT:'
     ' github.com/openai/grade-school-math, or openai/gsm8k on Hugging Face',
     ('train.jsonl', 'test.jsonl'),
+    '7b5069add2f61183',
   ),
   'lohelp-mt': Source(
     "LibreOffice 7.4's help, aligned with its translations, 7 MB, MPL-2.0:"
@@ -48,20 +52,23 @@ SOURCES = {
     ' lines of source<TAB>target',
     tuple(
       f'{split}.en-{language}.tsv.xz'
-      for split in ('train', 'valid', 'test')
+      for split in ('train', 'valid')
       for language in LANGUAGES
     ),
+    '9ac529809b2032e7',
   ),
   'mnist': Source(
     'MNIST, 10,000 of the training and all 10,000 test images, 3 MB,'
     ' CC BY-SA 3.0: x_train, y_train, x_test, y_test (uint8) in one .npz; the'
     ' whole set is mnist_784 on OpenML and ylecun/mnist on Hugging Face',
     ('mnist_10k_train_10k_test.npz',),
+    'a2ec21ffd665635c',
   ),
   'wikitext2-eval': Source(
     'the validation text of WikiText-2, 1 MB, CC BY-SA 3.0: Salesforce/wikitext'
     ' (wikitext-2-v1) on Hugging Face',
     ('valid.txt',),
+    'afddc496b3a78f93',
   ),
 }
 
@@ -89,6 +96,13 @@ def digests(folder: pathlib.Path, names: Iterable[str]) -> dict[str, str]:
   if missing:
     raise ValueError('; '.join(missing))
   return found
+
+
+def others(found: dict[str, str]) -> list[str]:
+  """Those of `digests` that are of other files than the results here."""
+  return [
+    name for name, digest in found.items() if digest != SOURCES[name].digest
+  ]
 
 
 @functools.cache  # all arms of a study ask for the same

@@ -58,7 +58,7 @@ def finding(
   if found is None:
     return [claim.text, which, what, '', '', said]
   if said == claims.NOT_RESOLVED and found.half:
-    said += f'; {found.resolvable:.3g} would have been'
+    said += f'; {claims.resolvable(claim, found):.3g} would have been'
   much = f'{found.mean:+.3g} +- {found.half:.2g}'
   return [claim.text, which, what, much, str(found.n), said]
 

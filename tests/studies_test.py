@@ -75,6 +75,22 @@ def test_a_verdict_is_about_the_whole_interval(mean, half, low, high, verdict):
   assert claims.verdict(Claim('', low=low, high=high), finding) == verdict
 
 
+@pytest.mark.parametrize(
+  ('low', 'high', 'size'),
+  [
+    (-math.inf, 0.0, 0.3),
+    (0.0, math.inf, 0.3),
+    (-math.inf, 0.02, 0.32),  # no worse by 0.02: less than that says nothing
+    (-0.02, math.inf, 0.32),
+    (-0.05, 0.02, 0.35),
+  ],
+)
+def test_what_would_have_been_resolved_lies_beyond_the_bound(low, high, size):
+  finding = claims.Finding(0.1, 0.25, 5, 0.3)
+  found = claims.resolvable(Claim('', low=low, high=high), finding)
+  assert found == pytest.approx(size)
+
+
 def test_only_seeds_of_both_arms_are_compared():
   rows = [
     {'arm': arm, 'seed': seed, 'eval_loss': value}
@@ -244,6 +260,8 @@ def test_a_study_from_end_to_end(fake):
   before = lines.read_text()
   text = (folder / 'study.py').read_text()
   (folder / 'study.py').write_text(text.replace('D=16', 'D=32'))
+  done = _command(data)
+  assert done.returncode == 0 and '0 runs to make, 4 are' in done.stdout
   third = _command(data, '--seeds=3')
   assert third.returncode == 1 and lines.read_text() == before
   assert 'was made with config' in third.stderr
@@ -291,6 +309,12 @@ def test_missing_data_are_named(tmp_path):
   one = sources.digests(tmp_path, ['gsm8k'])
   (tmp_path / 'gsm8k/test.jsonl').write_text('{"a": 1}')
   assert one != sources.digests(tmp_path, ['gsm8k'])
+  # Nor are they the files that the results here were made of.
+  assert sources.others(one) == ['gsm8k']
+  published = {'gsm8k': sources.SOURCES['gsm8k'].digest}
+  assert sources.others(published) == []
+  page = (ROOT / 'experiments/README.md').read_text()
+  assert all(f'| `{name}` |' in page for name in sources.SOURCES)
 
 
 def test_other_code_and_packages_are_refused():

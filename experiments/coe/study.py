@@ -127,6 +127,11 @@ CLAIMS = [
     'CoE-2 4/32', 'CoE-2 4/32, init',
   ),
   Claim(
+    'CoE-2(4) with the residual to the first input is better than MoE(8)'
+    ' (ours)',
+    'CoE-2 4/32, init', 'MoE 8/32',
+  ),
+  Claim(
     "the paper's MoE, whose stream is normalised in every layer, is no worse"
     ' than a standard one (ours, of the baseline)',
     'MoE 8/32', 'pre MoE 8/32', high=NO_WORSE,

@@ -26,7 +26,10 @@ IDEAS = {
   BASE: {},
   'dense': dict(pattern='d', F=256),
   'random 2 of 8': _route('random', k=2),
-  'top-1 of 8, wide': dict(_route('topk', k=1), expert_F=256),
+  # Of one gate that is made 1 the router would learn nothing.
+  'top-1 of 8, wide': dict(
+    _route('topk', k=1, renormalise=False), expert_F=256
+  ),
   'top-4 of 16, narrow': dict(_route('topk', k=4), E=16, expert_F=64),
   'top-2 of 32': dict(E=32),
   'Switch, capacity 1.25': dict(_route('switch', capacity=1.25), expert_F=256),
@@ -38,7 +41,8 @@ IDEAS = {
   'not renormalised': _route('topk', k=2, renormalise=False),
   'expert choice': _route('expert_choice', k=2),
   'V-MoE': dict(
-    _route('vmoe', k=2), losses=dict(importance=0.005, smooth_load=0.005)
+    _route('vmoe', k=2),
+    losses=dict(balance=0.0, z=0.0, importance=0.005, smooth_load=0.005),
   ),
   'one shared, top-1': dict(
     _route('topk', k=1, renormalise=False), shared_F=128
@@ -55,7 +59,8 @@ IDEAS = {
     _route('random', per='batch', eval_per='sequence'), expert_F=256, alpha=5.0
   ),
   'momentum': _follow('heavy_ball', mu=0.7),
-  'Adam over depth': _follow('adam'),
+  # It would take the stream's place, which only its authors' block brings back.
+  'Adam over depth': _follow('adam', decay=0.0),
   'robust momentum': _follow('robust'),
   'complex momentum': _follow('complex'),
 }
@@ -76,7 +81,7 @@ def _arm(data, losses=None, alpha=None, **model):
   if alpha is not None:
     c.steps, c.eval_every = c.steps // 2, c.eval_every // 2
     c.objective = config.choice(
-      'objective', 'consistency', losses={}, alpha=alpha
+      'objective', 'consistency', losses={}, alpha=alpha, smoothing=0.0
     )
   return c
 

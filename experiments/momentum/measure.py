@@ -65,6 +65,7 @@ def _of_images(job, state, folder):
       data__eval_labels_key='y_test',
     )
     found[f'{name}_error'] = error(measures.evaluated(other, state))
+  found['spoilt_error'] = float(np.mean([*found.values()]))
   return {'error': clean, **found}
 
 
@@ -76,5 +77,5 @@ SPOILT = {
   'noise': _noise,
   'blur': lambda pixels: scipy.ndimage.gaussian_filter(pixels, (0, 2, 2)),
   'contrast': lambda pixels: 0.3 * pixels,
-  'shift': lambda pixels: np.roll(pixels, (3, 3), (1, 2)),
+  'shift': lambda pixels: np.pad(pixels, ((0, 0), (3, 0), (3, 0)))[:, :-3, :-3],
 }
