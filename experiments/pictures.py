@@ -2,7 +2,7 @@
 
 import pathlib
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import adjustText
 import matplotlib
@@ -35,18 +35,38 @@ def figure(width: float, height: float, columns: int):
 
 
 def differences(
-  axes, study_claims: Sequence[claims.Claim], rows: list[dict], unit: str
+  axes,
+  study_claims: Sequence[claims.Claim],
+  rows: list[dict],
+  unit: str,
+  name: Callable[[claims.Claim], str] | None = None,
+  within: tuple[float, float] | None = None,
 ) -> None:
-  """A row a claim: the paired difference, its interval, coloured by verdict."""
+  """A row a claim: the paired difference, its interval, coloured by verdict.
+
+  Args:
+    name: of a claim; None is both of its arms.
+    within: what the axis shows; of what lies beyond, the number stands there.
+  """
+  name = name or (lambda claim: f'{claim.arm}\n- {claim.against}')
   found = [(claim, claims.find(claim, rows)) for claim in study_claims]
   found = [(claim, finding) for claim, finding in found if finding]
   for y, (claim, finding) in enumerate(reversed(found)):
     colour = COLOURS[claims.verdict(claim, finding)]
+    if within and not within[0] <= finding.mean <= within[1]:
+      edge, side = (
+        (within[0], 'left') if finding.mean < 0 else (within[1], 'right')
+      )
+      text = f'{finding.mean:+.2f} ±{finding.half:.2f}'
+      axes.text(edge, y, text, color=colour, ha=side, va='center', fontsize=7)
+      continue
     axes.errorbar(
       finding.mean, y, xerr=finding.half, fmt='o', color=colour, capsize=3
     )
+  if within:
+    axes.set_xlim(within)
   axes.axvline(0, color=INK, linewidth=0.8)
-  names = [f'{claim.arm}\n- {claim.against}' for claim, _ in reversed(found)]
+  names = [name(claim) for claim, _ in reversed(found)]
   axes.set_yticks(range(len(names)), names)
   axes.set_ylim(-0.6, len(names) - 0.4)
   axes.set_xlabel(f'paired difference, {unit}; 95 % interval')
@@ -56,7 +76,13 @@ def differences(
 
 
 def means(
-  axes, rows: list[dict], x: str, y: str, labels: tuple[str, str], scale=1.0
+  axes,
+  rows: list[dict],
+  x: str,
+  y: str,
+  labels: tuple[str, str],
+  scale: float = 1.0,
+  name: Callable[[str], str] = str,
 ) -> None:
   """A point an arm: a cost and a metric, the latter with its deviation."""
   names = []
@@ -72,7 +98,7 @@ def means(
     values = [row[y] for row in those]
     spread = statistics.stdev(values) if len(values) > 1 else 0
     axes.errorbar(at, statistics.mean(values), yerr=spread, fmt='o', capsize=2)
-    names.append(axes.text(at, statistics.mean(values), arm, **SMALL))
+    names.append(axes.text(at, statistics.mean(values), name(arm), **SMALL))
   axes.set_xlabel(labels[0])
   axes.set_ylabel(labels[1])
   if names:
