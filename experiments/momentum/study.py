@@ -83,7 +83,7 @@ def _vision(data, block, rule, **options):
   c.model.residual = config.choice('residual', rule, **options)
   losses = dict(importance=0.005, smooth_load=0.005)
   c.objective = config.choice('objective', 'classification', losses=losses)
-  c.optimizer.learning_rate = 1e-3
+  c.optimizer.update(name='muon', learning_rate=1e-2)
   return c
 
 
