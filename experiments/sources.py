@@ -47,7 +47,7 @@ SOURCES = {
     '7b5069add2f61183',
   ),
   'lohelp-mt': Source(
-    "LibreOffice 7.4's help, aligned with its translations, 7 MB, MPL-2.0:"
+    "LibreOffice 7.4's help, aligned with its translations, 6 MB, MPL-2.0:"
     ' the Debian packages libreoffice-help-*, paired by page and paragraph,'
     ' lines of source<TAB>target',
     tuple(
