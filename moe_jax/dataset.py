@@ -136,7 +136,7 @@ def _pairs(config: pairs.PairsConfig, length: int) -> pairs.Pairs:
   if config.bleu_lines and not importlib.util.find_spec('sacrebleu'):
     raise DataError(
       f'data.bleu_lines={config.bleu_lines} needs sacrebleu:'
-      " pip install 'moe_jax[translation]'"
+      " pip install -e '.[translation]'"
     )
   return pairs.load(dataclasses.replace(config, max_length=length))
 

@@ -111,7 +111,7 @@ def _open(config: HubConfig, split: str) -> Any:
     import datasets  # takes a second, and few runs need it
   except ImportError as error:
     raise DataError(
-      f"data.source='huggingface' needs datasets: pip install 'moe_jax[hf]'"
+      f"data.source='huggingface' needs datasets: pip install -e '.[hf]'"
       f' ({error})'
     ) from error
   path = os.path.expanduser(config.path)

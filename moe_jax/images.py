@@ -302,7 +302,7 @@ def _digits() -> Split:
     from sklearn import datasets
   except ImportError as error:
     raise DataError(
-      "data.source 'digits' needs scikit-learn: pip install 'moe_jax[vision]'"
+      "data.source 'digits' needs scikit-learn: pip install -e '.[vision]'"
     ) from error
   digits = datasets.load_digits()
   return _split(digits.images, digits.target, "scikit-learn's digits")

@@ -553,7 +553,7 @@ def bleu(hypotheses: list[str], references: list[str]) -> dict[str, float]:
     import sacrebleu
   except ImportError as error:
     raise DataError(
-      "BLEU needs sacrebleu: pip install 'moe_jax[translation]'"
+      "BLEU needs sacrebleu: pip install -e '.[translation]'"
     ) from error
   if len(hypotheses) != len(references) or not references:
     raise ValueError(

@@ -218,7 +218,7 @@ def test_refuses_a_set_without_text(tmp_path):
 
 def test_without_the_library_it_says_what_to_install(monkeypatch):
   monkeypatch.setitem(sys.modules, 'datasets', None)
-  assert "pip install 'moe_jax[hf]'" in _refusal('a/b')
+  assert "pip install -e '.[hf]'" in _refusal('a/b')
 
 
 @pytest.mark.parametrize(

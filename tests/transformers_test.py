@@ -13,9 +13,7 @@ from safetensors.numpy import save_file
 
 from moe_jax import convert, parallel, routing
 
-missing = (
-  "torch and transformers are not installed: pip install 'moe_jax[torch]'"
-)
+missing = "torch and transformers are not installed: pip install -e '.[torch]'"
 pytest.importorskip('torch', reason=missing)
 pytest.importorskip('transformers', reason=missing)
 
