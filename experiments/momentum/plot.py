@@ -6,8 +6,16 @@ from experiments.momentum import study
 
 def draw(rows, folder):
   figure, ((left, right),) = pictures.figure(13, 6, 2)
-  losses = [c for c in study.CLAIMS if c.metric.endswith('loss')]
-  errors = [c for c in study.CLAIMS if c.metric.endswith('error')]
-  pictures.differences(left, losses, rows, 'nats a token')
-  pictures.differences(right, errors, rows, 'errors in per cent')
+  for axes, end, unit in (
+    (left, 'loss', 'nats a target'),
+    (right, 'error', 'errors in per cent'),
+  ):
+    claims = [claim for claim in study.CLAIMS if claim.metric.endswith(end)]
+    pictures.differences(axes, claims, rows, unit, name=_with_metric)
   pictures.save(figure, folder)
+
+
+def _with_metric(claim):
+  """The same two arms meet on several data."""
+  arms = f'{claim.arm} - {claim.against}'
+  return f'{arms}\n{study.COLUMNS[claim.metric]}'

@@ -11,14 +11,14 @@ from moe_jax import config
 DATA = ('eltec-eng', 'wikitext2-eval', 'mnist')
 COLUMNS = {
   'eval_loss': 'nats a target',
-  'swapped_loss': 'words swapped',
-  'wikitext_loss': 'WikiText-2',
+  'swapped_loss': 'nats, words swapped',
+  'wikitext_loss': 'nats, WikiText-2',
   'error': 'errors, %',
-  'noise_error': 'noise',
-  'blur_error': 'blur',
-  'contrast_error': 'contrast',
-  'shift_error': 'shift',
-  'spoilt_error': 'mean of the four',
+  'noise_error': 'noise, %',
+  'blur_error': 'blur, %',
+  'contrast_error': 'contrast, %',
+  'shift_error': 'shift, %',
+  'spoilt_error': 'mean of the four, %',
 }
 
 RULES = {
