@@ -14,6 +14,7 @@ from scipy import stats
 
 LEVEL = 0.95  # of intervals
 POWER = 0.8  # of the smallest effect that could have been resolved
+SEEDS = 3  # of fewer there is no verdict
 
 SUPPORTED = 'supported'
 CONTRADICTED = 'contradicted'
@@ -84,10 +85,13 @@ def resolvable(claim: Claim, finding: Finding) -> float:
 
 
 def verdict(claim: Claim, finding: Finding | None) -> str:
-  """One of the four; an interval that is partly claimed resolves nothing."""
+  """One of the four; an interval that is partly claimed resolves nothing.
+
+  Nor do fewer seeds than SEEDS, whatever their interval.
+  """
   if claim.untestable:
     return NOT_TESTABLE
-  if finding is None:
+  if finding is None or finding.n < SEEDS:
     return NOT_RESOLVED
   low, high = finding.mean - finding.half, finding.mean + finding.half
   if claim.low < low and high < claim.high:

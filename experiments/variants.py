@@ -10,8 +10,6 @@ from absl import app
 
 from experiments import claims, pages, results, tables
 
-SEEDS = 3  # fewer say too little to stand there
-
 
 def table() -> str:
   heads = ['variant', 'difference', 'of', 'is', 'seeds', 'verdict', 'study']
@@ -22,7 +20,7 @@ def table() -> str:
     link = f'[{name}](experiments/{name}/README.md)'
     for claim in study.CLAIMS:
       found = claims.find(claim, rows)
-      if claim.headline and found and found.n >= SEEDS:
+      if claim.headline and found and found.n >= claims.SEEDS:
         body.append([*tables.finding(study, claim, rows), link])
   return pages.table(heads, body) if body else 'No study has three seeds.\n'
 

@@ -8,7 +8,7 @@ SPOTS = np.zeros((2, 28, 28), np.float32)
 SPOTS[0, 10, 12] = 200.0
 
 
-def test_a_fortieth_of_the_long_words_are_swapped_and_one_at_least():
+def test_a_fortieth_of_the_words_are_swapped_and_one_at_least():
   lines = ['a tree of oak', 'to be or not', ' '.join(['wood', 'of'] * 200)]
   first, second, third = measure.swap('\n'.join(lines)).splitlines()
   assert first == 'a AAA of oak'

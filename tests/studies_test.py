@@ -71,8 +71,12 @@ def test_the_resolvable_effect_is_found_in_80_of_100_studies():
   ],
 )
 def test_a_verdict_is_about_the_whole_interval(mean, half, low, high, verdict):
-  finding = claims.Finding(mean, half, 5, 0.0)
-  assert claims.verdict(Claim('', low=low, high=high), finding) == verdict
+  claim = Claim('', low=low, high=high)
+  for n in (3, 5):
+    finding = claims.Finding(mean, half, n, 0.0)
+    assert claims.verdict(claim, finding) == verdict
+  of_two = claims.Finding(mean, half, 2, 0.0)
+  assert claims.verdict(claim, of_two) == claims.NOT_RESOLVED
 
 
 @pytest.mark.parametrize(
