@@ -103,7 +103,7 @@ def means(
   axes.set_ylabel(labels[1])
   if names:
     line = {'arrowstyle': '-', 'color': SOFT, 'lw': 0.5}
-    adjustText.adjust_text(names, ax=axes, arrowprops=line, time_lim=5)
+    adjustText.adjust_text(names, ax=axes, arrowprops=line, iter_lim=400)
 
 
 def curves(axes, rows: list[dict], names: Sequence[str], unit: str) -> None:

@@ -100,7 +100,7 @@ def test_digits():
 
 def test_digits_without_sklearn(monkeypatch):
   monkeypatch.setitem(sys.modules, 'sklearn', None)
-  with pytest.raises(DataError, match=r"pip install 'moe_jax\[vision\]'"):
+  with pytest.raises(DataError, match=r"pip install -e '.\[vision\]'"):
     images.load(ImagesConfig())
 
 

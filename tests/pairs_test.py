@@ -570,5 +570,5 @@ def test_bleu_refuses(monkeypatch):
     with pytest.raises(ValueError, match=f'for {len(references)} references'):
       pairs.bleu(hypotheses, references)
   monkeypatch.setitem(sys.modules, 'sacrebleu', None)
-  with pytest.raises(DataError, match=r"pip install 'moe_jax\[translation\]'"):
+  with pytest.raises(DataError, match=r"pip install -e '.\[translation\]'"):
     pairs.bleu(['a'], ['a'])
