@@ -48,14 +48,14 @@ class Finding(NamedTuple):
 
   Attributes:
     half: of the 95 % interval, mean +- half (Student's t).
-    resolvable: the smallest true difference whose interval would have left out
-      0 in about 80 of 100 such studies, at this spread.
+    margin: how far beyond a bound the true difference has to lie for the
+      interval to leave it out in about 80 of 100 studies of this spread.
   """
 
   mean: float
   half: float
   n: int
-  resolvable: float
+  margin: float
 
 
 def paired(found: Sequence[float], against: Sequence[float]) -> Finding:
@@ -71,17 +71,14 @@ def paired(found: Sequence[float], against: Sequence[float]) -> Finding:
   error = float(np.std(differences, ddof=1)) / math.sqrt(n)
   t = stats.t(n - 1)
   half = float(t.ppf((1 + LEVEL) / 2)) * error
-  resolvable = half + float(t.ppf(POWER)) * error
-  return Finding(float(np.mean(differences)), half, n, resolvable)
+  margin = half + float(t.ppf(POWER)) * error
+  return Finding(float(np.mean(differences)), half, n, margin)
 
 
 def resolvable(claim: Claim, finding: Finding) -> float:
-  """The smallest size of a difference that would have settled the claim.
-
-  It is beyond the furthest bound by as much as `finding.resolvable`.
-  """
+  """The smallest size of a difference that would have settled the claim."""
   bounds = [abs(b) for b in (claim.low, claim.high) if math.isfinite(b)]
-  return max(bounds) + finding.resolvable
+  return max(bounds) + finding.margin
 
 
 def verdict(claim: Claim, finding: Finding | None) -> str:

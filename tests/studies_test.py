@@ -47,14 +47,14 @@ def test_the_resolvable_effect_is_found_in_80_of_100_studies():
   spread, n = 1.0, 5
   t = stats.t(n - 1)
   effect = (t.ppf(0.975) + t.ppf(0.8)) * spread / math.sqrt(n)
-  resolvable, hits = [], 0
+  margins, hits = [], 0
   for _ in range(4000):
     finding = claims.paired(draw.normal(-effect, spread, n), np.zeros(n))
-    resolvable.append(finding.resolvable)
+    margins.append(finding.margin)
     hits += finding.mean + finding.half < 0
   assert 0.75 < hits / 4000 < 0.9
   # A deviation of 5 is 6 % too small in the mean.
-  assert 0.9 * effect < np.mean(resolvable) < effect
+  assert 0.9 * effect < np.mean(margins) < effect
 
 
 @pytest.mark.parametrize(
