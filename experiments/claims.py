@@ -76,7 +76,11 @@ def paired(found: Sequence[float], against: Sequence[float]) -> Finding:
 
 
 def resolvable(claim: Claim, finding: Finding) -> float:
-  """The smallest size of a difference that would have settled the claim."""
+  """The smallest size that settles the claim whatever the difference's sign.
+
+  Raises:
+    ValueError: the claim has no finite bound.
+  """
   bounds = [abs(b) for b in (claim.low, claim.high) if math.isfinite(b)]
   return max(bounds) + finding.margin
 

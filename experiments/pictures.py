@@ -41,12 +41,14 @@ def differences(
   unit: str,
   name: Callable[[claims.Claim], str] | None = None,
   within: tuple[float, float] | None = None,
+  words: Callable[[str], str] = str,
 ) -> None:
   """A row a claim: the paired difference, its interval, coloured by verdict.
 
   Args:
     name: of a claim; None is both of its arms.
     within: what the axis shows; of what lies beyond, the number stands there.
+    words: what the legend calls a verdict.
   """
   name = name or (lambda claim: f'{claim.arm}\n- {claim.against}')
   found = [(claim, claims.find(claim, rows)) for claim in study_claims]
@@ -71,7 +73,7 @@ def differences(
   axes.set_ylim(-0.6, len(names) - 0.4)
   axes.set_xlabel(f'paired difference, {unit}; 95 % interval')
   for verdict, colour in COLOURS.items():
-    axes.plot([], [], 'o', color=colour, label=verdict)
+    axes.plot([], [], 'o', color=colour, label=words(verdict))
   axes.legend(loc='best', fontsize=7, frameon=False)
 
 

@@ -163,8 +163,9 @@ def run(
   """All arms of a study with so many seeds; says how far it has come.
 
   Raises:
-    ValueError: there is no such study, or data are missing, or there are lines
-      that something else has made; or what makes them changes meanwhile.
+    ValueError: there is no such study, or data are missing, or runs are left
+      and there are lines that something else has made; or what makes them
+      changes meanwhile.
     Failed: a run failed, after all others were made.
   """
   study = results.study(name)

@@ -57,7 +57,9 @@ def finding(
   what = study.COLUMNS.get(claim.metric, claim.metric)
   if found is None:
     return [claim.text, which, what, '', '', said]
-  if said == claims.NOT_RESOLVED and found.half:
+  if found.n < claims.SEEDS:
+    said += f'; fewer than {claims.SEEDS} seeds'
+  elif said == claims.NOT_RESOLVED and found.half:
     said += f'; {claims.resolvable(claim, found):.3g} would have been'
   much = f'{found.mean:+.3g} +- {found.half:.2g}'
   return [claim.text, which, what, much, str(found.n), said]

@@ -16,6 +16,7 @@ from scipy import stats
 from experiments import (
   claims,
   pages,
+  pictures,
   results,
   runner,
   sources,
@@ -359,3 +360,39 @@ def test_all_arms_of_a_seed_come_before_the_next(monkeypatch):
   monkeypatch.setattr(results, 'read', lambda _: [{'arm': 'b', 'seed': 0}])
   left = runner.left_of(None, ['a', 'b'], 2)
   assert left == [('a', 0), ('a', 1), ('b', 1)]
+
+
+def test_what_lies_beyond_a_picture_is_told_in_numbers():
+  rows = [
+    {
+      'arm': arm,
+      'seed': seed,
+      'eval_loss': value + 0.01 * seed**2 * (arm != 'base'),
+    }
+    for arm, value in (('base', 1.0), ('near', 1.1), ('far', 3.0))
+    for seed in range(3)
+  ]
+  board = [Claim('', arm, 'base') for arm in ('near', 'far')]
+  figure, ((axes,),) = pictures.figure(5, 3, 1)
+  pictures.differences(
+    axes, board, rows, 'nats', within=(-0.5, 0.5), words=str.upper
+  )
+  assert [text.get_text() for text in axes.texts] == ['+2.02 ±0.05']
+  assert len(axes.containers) == 1 and axes.get_xlim() == (-0.5, 0.5)
+  legend = [text.get_text() for text in axes.get_legend().get_texts()]
+  assert legend == [verdict.upper() for verdict in pictures.COLOURS]
+  pictures.plt.close(figure)
+
+
+def test_two_seeds_say_that_they_are_too_few():
+  rows = [
+    {'arm': arm, 'seed': seed, 'eval_loss': seed + (arm == 'b')}
+    for arm in 'ab'
+    for seed in range(3)
+  ]
+  study = results.study('coe')
+  few = tables.finding(study, Claim('', 'a', 'b'), rows[:2] + rows[3:])
+  assert few[-1] == f'{claims.NOT_RESOLVED}; fewer than 3 seeds'
+  assert (
+    tables.finding(study, Claim('', 'a', 'b'), rows)[-1] == claims.SUPPORTED
+  )

@@ -2,12 +2,17 @@
 
 import statistics
 
-from experiments import pictures
-from experiments.claims import Claim
+from experiments import claims, pictures
 from experiments.leaderboard import study
 
 # Of nats a token above or below the base; what is beyond is told in numbers.
 WITHIN = -0.1, 0.2
+# Every arm less the base, also those which the base is claimed to beat.
+WORDS = {
+  claims.SUPPORTED: 'lower',
+  claims.CONTRADICTED: 'higher',
+  claims.NOT_RESOLVED: 'not told apart',
+}
 
 
 def draw(rows, folder):
@@ -17,7 +22,9 @@ def draw(rows, folder):
     for arm in {row['arm'] for row in rows}
   }
   place = {arm: i for i, arm in enumerate(sorted(loss, key=loss.get), start=1)}
-  board = [Claim('', arm, study.BASE) for arm in place if arm != study.BASE]
+  board = [
+    claims.Claim('', arm, study.BASE) for arm in place if arm != study.BASE
+  ]
   pictures.differences(
     axes[0],
     board,
@@ -25,6 +32,7 @@ def draw(rows, folder):
     f'nats a token beside {study.BASE}',
     name=lambda claim: f'{claim.arm}  {place[claim.arm]}',
     within=WITHIN,
+    words=WORDS.get,
   )
   near = [
     row

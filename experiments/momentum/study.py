@@ -137,7 +137,7 @@ CLAIMS = [
     for rule in ('Momentum', 'Robust')
   ),
   Claim(
-    'robust momentum makes the fewest errors on spoilt images',
+    'robust momentum makes fewer errors on spoilt images than momentum',
     'V-MoE Robust', 'V-MoE Momentum', 'spoilt_error',
   ),
   Claim(
