@@ -47,6 +47,7 @@ def run(
     'arm': arm,
     'seed': seed,
     **{key: summary[key] for key in KEPT if key in summary},
+    'wall_seconds': summary['wall_seconds'],  # beside whatever else ran
     'curve': _curve(workdir),
   }
   measure = results.measure(study)

@@ -235,6 +235,7 @@ def test_a_study_from_end_to_end(fake):
   ]  # fmt: skip
   assert all(row['twice'] == 6 and row['device'] == 'cpu' for row in rows)
   assert all(row['again'] == row['eval_loss'] for row in rows)
+  assert all(0 < row['wall_seconds'] < 100 for row in rows)
   assert '4 of 4' in first.stdout and 'minutes left' in first.stdout
   page = (folder / 'README.md').read_text()
   assert '| one | 2 |' in page and claims.NOT_TESTABLE in page

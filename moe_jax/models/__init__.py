@@ -36,8 +36,9 @@ def initializer(
     layout: where its experts' rows and weights meet, a parallel.Layout.
 
   Raises:
-    ValueError: there is no such model, or it has no such fields. What its
-      parts refuse is raised when it is called.
+    ValueError: there is no such model. What its parts refuse is raised when
+      the answer is called.
+    TypeError: the model has no such fields.
   """
   module, values = get(fields['name']), dict(fields)
   del values['name']
