@@ -1,5 +1,6 @@
 """One strict setting for all tests: CPU, 8 virtual devices, no silent casts."""
 
+import gc
 import itertools
 import os
 from importlib import metadata
@@ -10,6 +11,7 @@ os.environ['XLA_FLAGS'] = (
   + ' --xla_force_host_platform_device_count=8'
   # Most of a test is compiling it, and most of that is LLVM's optimiser.
   + ' --xla_backend_optimization_level=0'
+  + ' --xla_llvm_disable_expensive_passes=true'
   + ' --xla_cpu_parallel_codegen_split_count=1'
 )
 if tuple(map(int, metadata.version('jaxlib').split('.')[:2])) < (0, 11):
@@ -19,6 +21,10 @@ if tuple(map(int, metadata.version('jaxlib').split('.')[:2])) < (0, 11):
 
 import jax
 import pytest
+
+# Tracing makes objects that stay: to search them for cycles as often as Python
+# does takes an eighth of a test's time.
+gc.set_threshold(200_000, 20, 100)
 
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
 jax.config.update('jax_numpy_rank_promotion', 'raise')
