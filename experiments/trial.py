@@ -23,7 +23,8 @@ from moe_jax import job as jobs
 ROW = 'row.json'
 KEPT = (
   'initial_loss eval_loss eval_bits_per_byte eval_accuracy eval_consistency'
-  ' eval_bleu eval_chrf steps tokens params_total params_active flops_per_token'
+  ' eval_bleu eval_chrf copy_bleu copy_chrf steps tokens params_total'
+  ' params_active flops_per_token'
 ).split()
 
 

@@ -123,6 +123,11 @@ CLAIMS = [
     'CoE-2 4/32', 'CoE-2 4/32, outer',
   ),
   Claim(
+    'the inner residual is better than the outer one, both in a pre-norm block'
+    ' (ours)',
+    'pre CoE-2 4/32', 'CoE-2 4/32, outer',
+  ),
+  Claim(
     'the inner residual is better than that to the first input',
     'CoE-2 4/32', 'CoE-2 4/32, init',
   ),
