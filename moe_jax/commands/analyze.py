@@ -12,7 +12,9 @@ from absl import flags, logging
 
 from moe_jax import commands
 
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Of a run of moe-train.')
+_WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'Of a run of moe-train whose model is a decoder.'
+)
 _DATA = flags.DEFINE_multi_string(
   'data',
   [],
