@@ -89,11 +89,13 @@ class Together:
     if count > 1:
       where = f'--coordinator=localhost:{port}'
       arguments += [where, f'--processes={count}', '--process={}']
-    # Of a flag that is there twice the last one counts.
-    devices = f' --xla_force_host_platform_device_count={DEVICES // count}'
+    flags = (
+      f'--xla_force_host_platform_device_count={DEVICES // count}'
+      ' --xla_backend_optimization_level=0'
+    )
     env = {
       **os.environ,
-      'XLA_FLAGS': os.environ['XLA_FLAGS'] + devices,
+      'XLA_FLAGS': flags,
       'PYTHONPATH': f'{TESTS}:{TESTS.parent}',
       'JAX_COMPILATION_CACHE_DIR': jax.config.jax_compilation_cache_dir,
       'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
