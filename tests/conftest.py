@@ -23,7 +23,7 @@ import jax
 import pytest
 
 # Tracing makes objects that stay: to search them for cycles as often as Python
-# does takes an eighth of a test's time.
+# does takes a tenth of a test's time.
 gc.set_threshold(200_000, 20, 100)
 
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
