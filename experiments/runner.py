@@ -81,11 +81,11 @@ class Worker:
       return self._process
 
   def _start(self):
-    env = {
-      **os.environ,
-      **_ENVIRONMENT,
+    env = {  # a cache that the user has named is that of workers too
       'JAX_COMPILATION_CACHE_DIR': str(self._workdir / 'compiled'),
       'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '1',
+      **os.environ,
+      **_ENVIRONMENT,
     }
     name = results.folder(self._study).name
     begin = f'sched_setaffinity(0, {self._cores})'

@@ -59,16 +59,21 @@ def test_a_rule_that_cannot_be_is_named(field, value):
 
 
 # --- whole runs ---------------------------------------------------------------
+# Of as many steps as others where they can, which makes them one program.
+
+pytestmark = pytest.mark.usefixtures('traced_once')
 
 
 def poisoned(c, workdir, steps):
   """A job whose loss is NaN in these steps' batches, by their data."""
   which = ','.join(map(str, sorted(steps)))
-  return child.poisoned(jobs.prepare(c, str(workdir)), which)
+  job = child.poisoned(jobs.prepare(c, str(workdir)), which)
+  job.objective.variant = which
+  return job
 
 
 def test_a_bad_step_changes_nothing_but_the_count(corpus, tmp_path):
-  c = small_config(corpus, steps=4, model__router__bias_rate=0.01)
+  c = small_config(corpus, steps=8, model__router__bias_rate=0.01)
   c.model.router.score = 'sigmoid'
   job = poisoned(c, tmp_path, {2})
   batches, step = job.train_batches(), programs.make_step(job)
@@ -88,16 +93,12 @@ def test_a_bad_step_changes_nothing_but_the_count(corpus, tmp_path):
 
 
 def test_a_skipped_step_is_counted_and_told(corpus, tmp_path, capsys):
-  c = small_config(corpus, steps=4)
-  train.run(poisoned(c, tmp_path, {2}))
-  assert [line.get('skipped') for line in lines_of(tmp_path)[:4]] == [
-    0,
-    1,
-    1,
-    1,
-  ]
-  assert lines_of(tmp_path)[1]['total_loss'] is None
-  assert 'step 2: bad numbers, skipped; 1 in a row' in capsys.readouterr().err
+  c = small_config(corpus, steps=8)
+  train.run(poisoned(c, tmp_path, {4}))
+  found = [line.get('skipped') for line in lines_of(tmp_path)[:8]]
+  assert found == [0, 0, 0, 1, 1, 1, 1, 1]
+  assert lines_of(tmp_path)[3]['total_loss'] is None
+  assert 'step 4: bad numbers, skipped; 1 in a row' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('bad, back', [({4, 5}, 3), ({2, 3}, 0)])
@@ -154,19 +155,19 @@ def test_a_run_that_was_killed_after_it_went_back_ends_the_same(
   assert found == expected
 
 
-@pytest.mark.parametrize('steps', [5, 8])
+@pytest.mark.parametrize('bad', [{4, 5}, {7, 8}], ids=['amid', 'at the end'])
 def test_a_kill_before_it_would_have_stopped(
-  corpus, tmp_path, monkeypatch, steps
+  corpus, tmp_path, monkeypatch, bad
 ):
   """The last step's verdict is in the checkpoint: it stops all the same."""
-  c = small_config(corpus, steps=steps, checkpoint_every=1, guard__skips=2)
+  c = small_config(corpus, steps=8, checkpoint_every=1, guard__skips=2)
   c.guard.rollbacks = 0
   with monkeypatch.context() as patch:
     patch.setattr(train._Run, '_go_back', _die)
     with pytest.raises(KeyboardInterrupt):
-      train.run(poisoned(c, tmp_path, {4, 5}))
+      train.run(poisoned(c, tmp_path, bad))
   with pytest.raises(train.Stopped, match='2 steps in a row had bad numbers'):
-    train.run(poisoned(c, tmp_path, {4, 5}))
+    train.run(poisoned(c, tmp_path, bad))
 
 
 def _die(run, *_):

@@ -1,6 +1,8 @@
 """Every mesh gives the same answer: systems, strategies, dtypes, in pairs.
 
-The full grid is `python -m experiments.mesh`.
+A few cells have each mesh, and each way to cut the work with each way to
+compute it; the slow ones have all pairs. The full grid is `python -m
+experiments.mesh`. What a layer alone does on meshes is in parallel_test.py.
 """
 
 import itertools
@@ -46,18 +48,33 @@ def _pairs(cell):
   return set(itertools.combinations(vars(cell).items(), 2))
 
 
-def _covering(possible):
-  """Cells that have every pair which a possible cell has."""
-  random.Random(19).shuffle(possible)  # an order of which few are enough
-  left, chosen = set().union(*map(_pairs, possible)), []
-  while left:  # the first of those with the most new pairs
-    best = max(possible, key=lambda cell: len(_pairs(cell) & left))
+def _ways(cell):
+  """The mesh, and of the pairs those of what is cut with how it is computed."""
+  how, cut = {'accumulate', 'remat'}, {'system', 'strategy', 'dtype'}
+  mixed = lambda a, b: {a[0], b[0]} & how and {a[0], b[0]} & cut
+  return {cell.mesh} | {pair for pair in _pairs(cell) if mixed(*pair)}
+
+
+def _covering(cells, parts):
+  """Some of the cells that have every part which any of them has."""
+  left, chosen = set().union(*map(parts, cells)), []
+  while left:  # the first of those with the most new parts
+    best = max(cells, key=lambda cell: len(parts(cell) & left))
     chosen.append(best)
-    left -= _pairs(best)
-  return sorted(chosen)  # so that cells of one reference are together
+    left -= parts(best)
+  return chosen
 
 
-CELLS = _covering(_possible())
+def _shuffled(cells, seed):
+  """An order of which few are enough."""
+  order = list(cells)
+  random.Random(seed).shuffle(order)
+  return order
+
+
+# Sorted, so that cells of one reference are together.
+CELLS = sorted(_covering(_shuffled(_possible(), 19), _pairs))
+FEW = sorted(_covering(_shuffled(CELLS, 49), _ways))
 
 
 def test_the_cells_cover_all_pairs():
@@ -75,7 +92,20 @@ def test_the_cells_cover_all_pairs():
     assert found == expected
 
 
-@pytest.mark.parametrize('cell', CELLS, ids=str)
+def test_a_few_cells_have_every_mesh_and_way():
+  assert len(FEW) <= 13
+  for i, j in [(2, 0), (2, 4), (2, 1), (5, 0), (5, 4), (5, 1), (3, 3)]:
+    found = {
+      (tuple(vars(c).values())[i], tuple(vars(c).values())[j]) for c in FEW
+    }
+    assert len(found) == len(FACTORS[i]) * (i == j or len(FACTORS[j]))
+
+
+@pytest.mark.parametrize(
+  'cell',
+  [c if c in FEW else pytest.param(c, marks=pytest.mark.slow) for c in CELLS],
+  ids=str,
+)
 def test_a_cell_is_its_reference(cell):
   found = cells.compare(cell, STEPS)
   assert cells.within(cell, found), found

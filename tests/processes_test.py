@@ -172,17 +172,39 @@ def rows_of(ends):
   ]
 
 
-def test_two_until_one_is_killed_then_one_then_four_make_the_curve_of_one(
+def whole(ends, count):
+  """That all ended well, each having read its part of the rows."""
+  assert [code for code, *_ in ends] == [0] * count, ends
+  assert not any(err for _, _, err in ends[1:]), ends
+  assert_shared(ends, count)
+
+
+def assert_shared(ends, count):
+  rows = rows_of(ends)
+  assert [len(part) for part in rows] == [8 // count] * count
+  assert sorted(itertools.chain(*rows)) == list(range(8))
+
+
+def test_two_until_one_is_killed_then_one_make_the_curve_of_one(
+  corpus, tmp_path
+):
+  expected, workdir = tmp_path / 'one', tmp_path / 'some'
+  alone(corpus, expected)
+  with Together(corpus, workdir, 2, silent=SILENT, pause=1) as run:
+    ends = strike(run, 1, workdir / 'checkpoints' / '2')
+  assert_shared(ends, 2)
+  assert not (workdir / 'summary.json').exists()
+  alone(corpus, workdir)
+  assert_same_curve(workdir, expected)
+  assert (workdir / 'report.html').exists()
+
+
+@pytest.mark.slow
+def test_one_until_it_is_stopped_then_four_make_the_curve_of_one(
   corpus, tmp_path, monkeypatch
 ):
   expected, workdir = tmp_path / 'one', tmp_path / 'some'
   alone(corpus, expected)
-
-  with Together(corpus, workdir, 2, silent=SILENT, pause=1) as run:
-    ends = strike(run, 1, workdir / 'checkpoints' / '2')
-  assert [len(rows) for rows in rows_of(ends)] == [4, 4]
-  assert sorted(itertools.chain(*rows_of(ends))) == list(range(8))
-
   save = train.checkpoint.Checkpoints.save
 
   def save_and_stop(self, step, *values):
@@ -196,14 +218,8 @@ def test_two_until_one_is_killed_then_one_then_four_make_the_curve_of_one(
     with pytest.raises(KeyboardInterrupt):
       alone(corpus, workdir)
   assert lines_of(workdir)[-1]['step'] == 4
-
   with Together(corpus, workdir, 4) as run:
-    ends = run.end()
-  assert [code for code, *_ in ends] == [0] * 4, ends
-  assert not any(err for _, _, err in ends[1:]), ends
-  assert [len(rows) for rows in rows_of(ends)] == [2] * 4
-  assert sorted(itertools.chain(*rows_of(ends))) == list(range(8))
-
+    whole(run.end(), 4)
   assert_same_curve(workdir, expected)
   summary = json.loads((workdir / 'summary.json').read_text())
   assert len(summary['devices']) == DEVICES

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 
+import jax
 import numpy as np
 import pytest
 from scipy import stats
@@ -166,16 +167,16 @@ COLUMNS = {'eval_loss': 'nats', 'twice': 'twice'}
 CLAIMS = [Claim('x', 'two', 'one'), Claim('y', untestable='no chip')]
 
 def arms(data):
-  def arm(k):
+  def arm(name):
     c = config.default()
+    c.description = name  # so that both arms are one program
     c.steps, c.batch_size, c.seq_len = 3, 2, 16
     c.data = config.source(
       'text', path=str(data / 'a.txt'), eval_path=str(data / 'b.txt'),
       tokenizer='bytes')
     c.model.update(N=1, D=16, H=2, E=4, expert_F=16)
-    c.model.router.k = k
     return c
-  return {'one': arm(1), 'two': arm(2)}
+  return {'one': arm('one'), 'two': arm('two')}
 """
 MEASURE = """
 import pathlib
@@ -184,9 +185,9 @@ from experiments import measures
 
 def measure(job, state):
   assert int(state.step) == 3
-  k = job.config['model']['router']['k']
-  if pathlib.Path(job.config['data']['path']).with_name(f'no {k}').exists():
-    raise ValueError(f'no {k}')
+  arm = job.config['description']
+  if pathlib.Path(job.config['data']['path']).with_name(f'no {arm}').exists():
+    raise ValueError(f'no {arm}')
   same = measures.evaluated(measures.changed(job, seed=7), state)
   return {'twice': 2.0 * float(state.step), 'again': same['eval_loss']}
 """
@@ -218,6 +219,11 @@ def _command(data, *flags):
       *(f'--workdir={data / "runs"}', '--seeds=2', *flags),
     ],
     cwd=data,
+    env={
+      **os.environ,
+      'JAX_COMPILATION_CACHE_DIR': jax.config.jax_compilation_cache_dir,
+      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+    },
     capture_output=True,
     text=True,
     timeout=300,
@@ -227,56 +233,11 @@ def _command(data, *flags):
 def test_a_study_from_end_to_end(fake):
   folder, data = fake
   lines = folder / 'results.jsonl'
-  first = _command(data)
-  assert first.returncode == 0, first.stderr
-  rows = [json.loads(line) for line in lines.read_text().splitlines()]
-  assert sorted((r['arm'], r['seed']) for r in rows) == [
-    ('one', 0), ('one', 1), ('two', 0), ('two', 1),
-  ]  # fmt: skip
-  assert all(row['twice'] == 6 and row['device'] == 'cpu' for row in rows)
-  assert all(row['again'] == row['eval_loss'] for row in rows)
-  assert all(0 < row['wall_seconds'] < 100 for row in rows)
-  assert '4 of 4' in first.stdout and 'minutes left' in first.stdout
-  page = (folder / 'README.md').read_text()
-  assert '| one | 2 |' in page and claims.NOT_TESTABLE in page
+  read = lambda: [json.loads(line) for line in lines.read_text().splitlines()]
+  runs = lambda rows: [(row['arm'], row['seed']) for row in rows]
 
-  # What a step costs is told of each arm, anew, and stands in the table.
-  assert '|  |  |\n' in page
-  for _ in range(2):
-    assert _command(data, '--cost').returncode == 0
-    text = (folder / 'cost.jsonl').read_text()
-    costs = [json.loads(line) for line in text.splitlines()]
-    assert [line['arm'] for line in costs] == ['one', 'two']
-    assert all(0 < line['step_seconds'] < 10 for line in costs)
-    assert all(1e4 < line['step_bytes'] < 1e9 for line in costs)
-  assert '|  |  |\n' not in (folder / 'README.md').read_text()
-
-  # A run without its line is made again, and no other. Before, its worker had
-  # made another one; a run does not depend on that.
-  lines.write_text(''.join(json.dumps(row) + '\n' for row in rows[:-1]))
-  shutil.rmtree(data / 'runs')
-  second = _command(data)
-  assert second.returncode == 0, second.stderr
-  assert '1 runs to make, 3 are there' in second.stdout
-  again = [json.loads(line) for line in lines.read_text().splitlines()]
-  same = lambda row: {k: v for k, v in row.items() if k in trial.KEPT}
-  assert same(again[-1]) == same(rows[-1])
-
-  # Nothing is added to lines that something else made.
-  before = lines.read_text()
-  text = (folder / 'study.py').read_text()
-  (folder / 'study.py').write_text(text.replace('D=16', 'D=32'))
-  done = _command(data)
-  assert done.returncode == 0 and '0 runs to make, 4 are' in done.stdout
-  third = _command(data, '--seeds=3')
-  assert third.returncode == 1 and lines.read_text() == before
-  assert 'was made with config' in third.stderr
-  assert len(third.stderr.strip().splitlines()) == 1
-
-
-def test_a_run_that_fails_leaves_the_others_be(fake):
-  folder, data = fake
-  (data / 'no 2').touch()
+  # A run that fails leaves the others be.
+  (data / 'no two').touch()
   first = _command(data, '--jobs=1')
   assert first.returncode == 1
   failed = [x for x in first.stdout.splitlines() if x.startswith('FAILED')]
@@ -284,20 +245,61 @@ def test_a_run_that_fails_leaves_the_others_be(fake):
     'FAILED two, seed 0', 'FAILED two, seed 1',
   ]  # fmt: skip
   # The second time in another process, whose words are its own.
-  assert all(x.endswith('exit 1: ValueError: no 2') for x in failed)
-  (data / 'no 2').unlink()
+  assert all(x.endswith('exit 1: ValueError: no two') for x in failed)
+  assert runs(read()) == [('one', 0), ('one', 1)]
+  (data / 'no two').unlink()
+
+  # The same command makes what is left.
   second = _command(data, '--jobs=1')
   assert second.returncode == 0, second.stderr
-  rows = map(json.loads, (folder / 'results.jsonl').read_text().splitlines())
-  assert [(row['arm'], row['seed']) for row in rows] == [
-    ('one', 0), ('one', 1), ('two', 0), ('two', 1),
-  ]  # fmt: skip
+  assert '2 runs to make, 2 are there' in second.stdout
+  assert '2 of 2' in second.stdout and 'minutes left' in second.stdout
+  rows = read()
+  assert runs(rows) == [('one', 0), ('one', 1), ('two', 0), ('two', 1)]
+  assert all(row['twice'] == 6 and row['device'] == 'cpu' for row in rows)
+  assert all(row['again'] == row['eval_loss'] for row in rows)
+  assert all(0 < row['wall_seconds'] < 100 for row in rows)
+  page = (folder / 'README.md').read_text()
+  assert '| one | 2 |' in page and claims.NOT_TESTABLE in page
+
+  # What a step costs is told of each arm, anew, and stands in the table.
+  assert '|  |  |\n' in page
+  (folder / 'cost.jsonl').write_text('{"arm": "old", "config": ""}\n')
+  assert _command(data, '--cost').returncode == 0
+  text = (folder / 'cost.jsonl').read_text()
+  costs = [json.loads(line) for line in text.splitlines()]
+  assert [line['arm'] for line in costs] == ['one', 'two']
+  assert all(0 < line['step_seconds'] < 10 for line in costs)
+  assert all(1e4 < line['step_bytes'] < 1e9 for line in costs)
+  assert '|  |  |\n' not in (folder / 'README.md').read_text()
+
+  # A run without its line is made again, and no other. Before, its worker had
+  # made another one; a run does not depend on that. By
+  # default as many are made at a time as there are cores.
+  lines.write_text(''.join(json.dumps(row) + '\n' for row in rows[:-1]))
+  shutil.rmtree(data / 'runs/fake/two-1')
+  third = _command(data)
+  assert third.returncode == 0, third.stderr
+  assert '1 runs to make, 3 are there' in third.stdout
+  same = lambda row: {k: v for k, v in row.items() if k in trial.KEPT}
+  assert same(read()[-1]) == same(rows[-1])
+
+  # Nothing is added to lines that something else made.
+  before = lines.read_text()
+  text = (folder / 'study.py').read_text()
+  (folder / 'study.py').write_text(text.replace('D=16', 'D=32'))
+  done = _command(data)
+  assert done.returncode == 0 and '0 runs to make, 4 are' in done.stdout
+  more = _command(data, '--seeds=3')
+  assert more.returncode == 1 and lines.read_text() == before
+  assert 'was made with config' in more.stderr
+  assert len(more.stderr.strip().splitlines()) == 1
 
 
 def test_mistakes_are_one_line(fake):
   _, data = fake
   (data / 'a.txt').unlink()
-  told = _command(data)
+  told = _command(data, '--seeds=1')
   assert told.returncode == 1 and 'FAILED' in told.stdout
   last = told.stderr.strip().splitlines()
   assert len(last) == 1 and 'a.txt' in last[0]
