@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from golden import jit, TOL, TOL_AUX, TOL_F32, TOL_LOSS
 
-from moe_jax import block, config, models, objective, routers
+from moe_jax import config, models, objective, routers
 
 
 def _fields(meta: dict[str, Any]) -> dict[str, Any]:
@@ -71,11 +71,15 @@ def _layer_table(params: golden.Params) -> dict[str, Any]:
 
 
 @functools.cache
-def _programs(settings: str):
-  """What the seeds of a variant share: params, gradients, inference."""
+def _program(settings: str):
+  """(layers, a function of them), which the seeds of a variant share.
+
+  (params, x, cotangent, weight of the auxiliary loss) -> the answer in
+  training and its aux, the routers' logits, the answer out of training, and
+  the gradients of params and x.
+  """
   meta = json.loads(settings)
-  fields = {'N': 1, **_fields(meta)}
-  layers = golden.build('decoder', fields, 'float64', V=1).trunk
+  layers = golden.without_attention(golden.layers({'N': 1, **_fields(meta)}))
 
   def forward(params, x_BxLxD, train):
     B, L, _ = x_BxLxD.shape
@@ -85,17 +89,32 @@ def _programs(settings: str):
       out_BxLxD, aux, _ = bound(x_BxLxD, ctx, golden.view(B, L))
     return out_BxLxD, aux
 
-  def loss(params, x_BxLxD, cotangent_BxLxD, weight):
-    out_BxLxD, aux = forward(params, x_BxLxD, train=True)
-    loss = jnp.sum(out_BxLxD * cotangent_BxLxD)
-    loss += weight * objective.weighted(_losses(meta), aux)
-    return loss, (out_BxLxD, aux)
+  @jit
+  def run(params, x_BxLxD, cotangent_BxLxD, weight):
+    def loss(params, x_BxLxD):
+      out_BxLxD, aux = forward(params, x_BxLxD, train=True)
+      loss = jnp.sum(out_BxLxD * cotangent_BxLxD)
+      loss += weight * objective.weighted(_losses(meta), aux)
+      return loss, (out_BxLxD, aux)
 
-  return (
-    golden.without_attention(models.split(layers)[0]),
-    jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)),
-    jit(lambda params, x_BxLxD: forward(params, x_BxLxD, train=False)[0]),
-  )
+    slopes, (out_BxLxD, aux) = jax.grad(loss, argnums=(0, 1), has_aux=True)(
+      params, x_BxLxD
+    )
+    eval_BxLxD, _ = forward(params, x_BxLxD, train=False)
+    return out_BxLxD, aux, _logits(params, aux, meta), eval_BxLxD, slopes
+
+  return layers, run
+
+
+def _logits(params, aux, meta):
+  """[I, T, E]: of what the routers saw."""
+  w_IxDxE = params['body']['moe']['feed']['routers']['w_DxE'][0, 0]
+  h_IxTxD, _, _ = aux[0]['steps']
+  logits_IxTxE = [
+    routers.logits(h_TxD, w_IxDxE[i if meta['use_igate'] else 0])
+    for i, h_TxD in enumerate(h_IxTxD[0, 0])
+  ]
+  return jnp.stack(logits_IxTxE)
 
 
 def _settings(meta: dict[str, Any]) -> str:
@@ -109,17 +128,20 @@ def layer(g: golden.Golden) -> None:
   """coe_it*: outputs, routing, losses and all gradients of one layer."""
   a, meta = dict(g.arrays), g.meta
   a.pop('meta')  # settings, see `_fields`
-  params, gradients, infer = _programs(_settings(meta))
+  layers, run = _program(_settings(meta))
   weights = {k[2:]: a.pop(k) for k in list(a) if k.startswith('w_')}
-  params, _ = golden.with_weights(params, _layer_table, weights)
+  params, unread = golden.with_weights(
+    golden.start(layers), _layer_table, weights
+  )
+  assert not unread
   x_BxLxD, cotangent_BxLxD = a.pop('x'), a.pop('R')
 
   for prefix, weight, tol in (
     ('g_', 1.0, TOL_AUX),
     ('gna_', 0.0, TOL),
   ):
-    (_, (out_BxLxD, aux)), (d_params, d_x) = gradients(
-      params, x_BxLxD, cotangent_BxLxD, weight
+    out_BxLxD, aux, logits_IxTxE, eval_BxLxD, (d_params, d_x) = jax.device_get(
+      run(params, x_BxLxD, cotangent_BxLxD, weight)
     )
     expected = {k: a.pop(k) for k in list(a) if k.startswith(prefix)}
     found = {**_layer_table(d_params), 'x': d_x}
@@ -130,7 +152,7 @@ def layer(g: golden.Golden) -> None:
   ((kind, alpha),) = _losses(meta).items()
   loss_I = alpha * aux[0]['losses'][kind][0, 0]
   golden.near(loss_I, a.pop('aux_loss'), TOL_LOSS)
-  golden.near(infer(params, x_BxLxD), a.pop('out_eval'), TOL)
+  golden.near(eval_BxLxD, a.pop('out_eval'), TOL)
 
   found = golden.unstacked(aux)
   h_IxTxD = np.stack([step.h_TxD for step in found])
@@ -141,15 +163,9 @@ def layer(g: golden.Golden) -> None:
   chosen_I = zip(a.pop('topk_idx'), a.pop('topk_weight'), strict=True)
   for gate_TxE, chosen in zip(gate_IxTxE, chosen_I, strict=True):
     golden.near(gate_TxE, golden.dense(*chosen, meta['E']), TOL)
-  w_IxDxE = params['body']['moe']['feed']['routers']['w_DxE'][0, 0]
-  logits_IxTxE = jnp.stack(
-    [
-      routers.logits(h_TxD, w_IxDxE[i if meta['use_igate'] else 0])
-      for i, h_TxD in enumerate(h_IxTxD)
-    ]
-  )
   golden.near(logits_IxTxE, a.pop('router_logits'), TOL)
-  golden.near(jax.nn.softmax(logits_IxTxE), a.pop('router_probs'), TOL)
+  probs_IxTxE = np.exp(golden.log_softmax(logits_IxTxE))
+  golden.near(probs_IxTxE, a.pop('router_probs'), TOL)
   assert not a, f'unchecked: {sorted(a)}'
 
 
@@ -226,10 +242,12 @@ def _model_fields(meta):
 
 
 @functools.cache
-def _model_programs(settings: str):
-  """As `_programs`, of a model."""
+def _model_program(settings: str):
+  """(model, the loss and the gradients of the params), as of `_program`."""
   meta = json.loads(settings)
-  model = golden.build('decoder', _model_fields(meta), 'float64', V=meta['V'])
+  # The other model is enough for the CPU's kernel.
+  gmm = 'xla' if meta['rope_scaling'] else 'cpu'
+  model = golden.shapes('decoder', _model_fields(meta), gmm=gmm, V=meta['V'])
   next_token = objective.get('next_token', losses=_losses(meta))
 
   def loss(params, batch):
@@ -254,9 +272,9 @@ def model(g: golden.Golden) -> None:
   expected = {k[2:]: a.pop(k) for k in list(a) if k.startswith('g/')}
   V, D = weights['lm_head.weight'].shape
   meta = {**g.meta, 'V': V, 'D': D}
-  like, gradients = _model_programs(_settings(meta))
+  like, gradients = _model_program(_settings(meta))
   table = functools.partial(_model_table, meta=meta)
-  params, unread = golden.with_weights(models.split(like)[0], table, weights)
+  params, unread = golden.with_weights(golden.start(like), table, weights)
   assert not unread
   ids_BxL = a.pop('input_ids').astype(np.int32)
   (B, L), place_L = ids_BxL.shape, np.arange(ids_BxL.shape[1])
@@ -267,7 +285,9 @@ def model(g: golden.Golden) -> None:
     'mask_BxL': np.broadcast_to(place_L < L - 1, (B, L)),
   }
 
-  (total, (metrics, logits_BxLxV)), d_params = gradients(params, batch)
+  (total, (metrics, logits_BxLxV)), d_params = jax.device_get(
+    gradients(params, batch)
+  )
   golden.gradients_near(table(d_params), expected, TOL_AUX)
   loss = metrics['nll_sum'] / metrics['tokens']
   golden.near(loss, a.pop('loss'), TOL)
@@ -284,7 +304,7 @@ def model(g: golden.Golden) -> None:
     golden.near(step.gate_TxE, golden.dense(*one, meta['E']), TOL)
   assert not a, f'unchecked: {sorted(a)}'
 
-  latent = block.at(block.at(like.trunk.body.moe, 0), 0).attention
+  latent = like.trunk.body.moe.attention
   golden.near(latent.scale, np.asarray(meta['softmax_scale']), TOL)
 
 

@@ -26,7 +26,6 @@ from golden import (
 )
 
 from moe_jax import (
-  attention,
   block,
   config,
   models,
@@ -167,17 +166,6 @@ def _is_wide(a):
   return a.dtype == jnp.float64
 
 
-def zeros(name: str, fields: dict[str, Any], **sizes) -> nnx.Module:
-  """The model in float64 with parameters that are only shapes; see `start`."""
-  return nnx.eval_shape(lambda: golden.build(name, fields, 'float64', **sizes))
-
-
-def start(model: nnx.Module) -> Params:
-  """Its params, all 0: drawing them takes longer than the rest of a check."""
-  params, _ = models.split(model)
-  return jax.tree.map(lambda a: np.zeros(a.shape), params)
-
-
 def same_choice(gate_NxTxE: np.ndarray, route_NxTxK: Any, a: Arrays) -> None:
   """The experts of every token, and their weights."""
   expert_NxTxK, gate_NxTxK = a.pop('topk_idx'), a.pop('topk_weight')
@@ -214,21 +202,6 @@ def turned(a: Any) -> Any:
 # --- A stack of MoE layers ---------------------------------------------------
 
 
-class Nothing(nnx.Module):
-  """Attention that answers 0; it has no parameters."""
-
-  def __call__(self, x_BxLxD, view):
-    del view
-    return jnp.zeros_like(x_BxLxD)
-
-
-class Identity(nnx.Module):
-  """In place of the norm after attention, which the files do not have."""
-
-  def __call__(self, x_BxLxD):
-    return x_BxLxD
-
-
 def _stack(meta: dict[str, Any]) -> trunk.Trunk:
   fields = dict(
     N=meta['L'],
@@ -244,10 +217,7 @@ def _stack(meta: dict[str, Any]) -> trunk.Trunk:
     bias=True,
     init='momentum_smoe',
   )
-  layers = zeros('decoder', fields, V=1).trunk
-  layers.body.moe.attention = Nothing()
-  layers.body.moe.norm_attention = Identity()
-  return layers
+  return golden.without_attention(golden.layers(fields))
 
 
 def _stack_table(params: Params) -> dict[str, Any]:
@@ -269,61 +239,60 @@ def _stack_table(params: Params) -> dict[str, Any]:
 
 
 @functools.cache  # the seeds of a variant are one program
-def _compiled_stack(text):
-  """(layers, params -> out, what was before, gradients, Seen)."""
+def _compiled_stack(text, balance):
+  """(layers, a function of them, Seen).
+
+  (params, x, cotangent, weight of the balance loss) -> the answer, aux, the
+  layers' inputs, and the gradients of params and x.
+  """
   meta = json.loads(text)
   layers = _stack(meta)
   last = watched(layers)
 
-  @functools.partial(jit, static_argnames='balance')
-  def gradients(params, x_BxLxD, cotangent_BxLxD, *, balance):
-    def forward(params, x_BxLxD):
+  @jit
+  def run(params, x_BxLxD, cotangent_BxLxD, weight):
+    def loss(params, x_BxLxD):
       B, L = x_BxLxD.shape[:2]
       bound = models.bind(layers, params, {})
       ctx = golden.context(B, L, train=True)
-      view = _view(B, L, causal=True)
+      view = golden.view(B, L)
       # A trunk's cache is of its layers' inputs.
       zeros_NxBxLxD = jnp.zeros((meta['L'], *x_BxLxD.shape))
       out_BxLxD, aux, h_NxBxLxD = bound(x_BxLxD, ctx, view, cache=zeros_NxBxLxD)
+      loss = jnp.sum(out_BxLxD * cotangent_BxLxD)
       # Theirs divides the probabilities by the choices T k, not by T.
-      loss = objective.weighted({'balance': balance / meta['K']}, aux)
-      loss = jnp.asarray(loss, out_BxLxD.dtype)  # 0.0 without the balance
-      return (out_BxLxD, loss), (aux[0], h_NxBxLxD)
+      balancing = objective.weighted({'balance': balance / meta['K']}, aux)
+      return loss + weight * balancing, (out_BxLxD, aux[0], h_NxBxLxD)
 
-    (out_BxLxD, loss), vjp, kept = jax.vjp(
-      forward, params, x_BxLxD, has_aux=True
-    )
-    both = [vjp((cotangent_BxLxD, jnp.zeros_like(loss)))]
-    if balance:
-      both.append(vjp((cotangent_BxLxD, jnp.ones_like(loss))))
-    return out_BxLxD, *kept, both
+    slopes, kept = jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x_BxLxD)
+    return *kept, slopes
 
-  return layers, gradients, last
+  return layers, run, last
 
 
 def stack(g: golden.Golden) -> None:
   """momentum_*: each layer's arrays, and all gradients, of three layers."""
   a, meta = dict(g.arrays), g.meta
   a.pop('meta')  # settings, all of which are in `_stack`
-  like, gradients, last = _compiled_stack(settings(g))
-  params, unread = with_weights(start(like), _stack_table, take(a, 'w_'))
+  balance = float(a.pop('bal_coeff', 0.0))
+  like, run, last = _compiled_stack(settings(g), balance)
+  params, unread = with_weights(golden.start(like), _stack_table, take(a, 'w_'))
   assert not unread
   x_BxLxD, cotangent_BxLxD = a.pop('x'), a.pop('R')
   B, L, D = x_BxLxD.shape
 
-  balance = float(a.pop('bal_coeff', 0.0))
-  out_BxLxD, aux, h_NxBxLxD, both = jax.device_get(
-    gradients(params, x_BxLxD, cotangent_BxLxD, balance=balance)
-  )
-  seen = last()
+  checks = [('g_', 0.0, TOL)]
+  if balance:
+    checks.append(('gbal_', 1.0, TOL_AUX))
+  for prefix, weight, tol in checks:
+    out_BxLxD, aux, h_NxBxLxD, (d_params, d_x_BxLxD) = jax.device_get(
+      run(params, x_BxLxD, cotangent_BxLxD, weight)
+    )
+    seen = last()
+    found = {**_stack_table(d_params), 'x': d_x_BxLxD}
+    golden.gradients_near(found, take(a, prefix), tol)
   golden.near(out_BxLxD, a.pop('out'), TOL)
   golden.near(out_BxLxD, a.pop('out_f32'), TOL_F32)
-  checks = [('g_', TOL), ('gbal_', TOL_AUX)][: len(both)]
-  for (prefix, tol), found in zip(checks, both, strict=True):
-    d_params, d_x_BxLxD = found
-    golden.gradients_near(
-      {**_stack_table(d_params), 'x': d_x_BxLxD}, take(a, prefix), tol
-    )
   if balance:
     loss_N = aux['losses']['balance'][:, 0, 0] / meta['K']
     golden.near(loss_N, a.pop('bal_loss'), TOL_LOSS)
@@ -361,11 +330,6 @@ def _states(meta, memories):
   if name == 'complex':
     memories = [np.asarray(re) + 1j * np.asarray(im) for re, im in memories]
   return {'state_m': memories}
-
-
-def _view(B, L, *, causal):
-  segment_BxL = jnp.zeros((B, L), jnp.int32)
-  return attention.View(segment_BxL, segment_BxL, causal=causal)
 
 
 # --- The language model ------------------------------------------------------
@@ -459,7 +423,7 @@ def _lm_table(params: Params, meta: dict[str, Any]) -> dict[str, Any]:
 def _compiled_lm(text):
   """(model, params -> (loss, (metrics, logits, cache)), gradients, Seen)."""
   meta = json.loads(text)
-  model = zeros('decoder', _lm_fields(meta), V=meta['vocab'])
+  model = golden.shapes('decoder', _lm_fields(meta), V=meta['vocab'])
   last = watched(model.trunk)
   loss = objective.get('next_token', losses={})
 
@@ -493,26 +457,25 @@ def language_model(g: golden.Golden) -> None:
       assert not expected.pop(unused).any(), unused
   like, gradients, last = _compiled_lm(settings(g))
   table = functools.partial(_lm_table, meta=meta)
-  params, unread = with_weights(start(like), table, weights)
+  params, unread = with_weights(golden.start(like), table, weights)
   assert not unread
 
-  ids_BxL = jnp.asarray(a.pop('X'), jnp.int32)
+  ids_BxL = a.pop('X').astype(np.int32)
   B, L = ids_BxL.shape
   batch = {
     'ids_BxL': ids_BxL,
-    'target_BxL': jnp.asarray(a.pop('Y'), jnp.int32),
-    'segment_BxL': jnp.zeros((B, L), jnp.int32),
-    'mask_BxL': jnp.ones((B, L), bool),
+    'target_BxL': a.pop('Y').astype(np.int32),
+    'segment_BxL': np.zeros((B, L), np.int32),
+    'mask_BxL': np.ones((B, L), bool),
   }
-  cache_NxBxCxD = jnp.asarray(a.pop('h_cache'))
   (loss, kept), d_params = jax.device_get(
-    gradients(params, batch, cache_NxBxCxD)
+    gradients(params, batch, a.pop('h_cache'))
   )
   metrics, logits_BxLxV, next_NxBxCxD = kept
   seen = last()
   golden.near(loss, a.pop('loss'), TOL)
   golden.near(next_NxBxCxD, a.pop('h_cache_next'), TOL)
-  log_BxLxV = jax.nn.log_softmax(logits_BxLxV)
+  log_BxLxV = golden.log_softmax(logits_BxLxV)
   golden.near(log_BxLxV, a.pop('log_probs'), TOL)
   golden.near(log_BxLxV, a.pop('log_probs_f32'), TOL_F32)
   golden.gradients_near(table(d_params), expected, TOL)
@@ -551,7 +514,7 @@ def _encoder(meta: dict[str, Any]) -> nnx.Module:
   for name, default in factor.items():  # the files are of these two
     assert fields['router'][name] == default
   size = (1, meta['S'] - 1, 1)
-  return zeros('classifier', fields, V=1, size=size)
+  return golden.shapes('classifier', fields, V=1, size=size)
 
 
 def _encoder_table(params: Params, meta: dict[str, Any]) -> dict[str, Any]:
@@ -598,13 +561,17 @@ def _encoder_table(params: Params, meta: dict[str, Any]) -> dict[str, Any]:
 
 @functools.cache
 def _compiled_encoder(text):
-  """(model, params -> out, loss, what was before, gradients, Seen)."""
+  """(model, a function of it, Seen).
+
+  (params, x, its cotangents of the answer and of the loss) -> the answer, the
+  loss, aux, the layers' answers, and the gradients of params and x.
+  """
   meta = json.loads(text)
   model = _encoder(meta)
   last = watched(model.trunk)
 
   @jit
-  def gradients(params, x_BxLxD, cotangent_BxLxD):
+  def run(params, x_BxLxD, cotangents):
     def forward(params, x_BxLxD):
       bound = models.bind(model, params, {})
       layers, outs = bound.trunk, []
@@ -626,11 +593,9 @@ def _compiled_encoder(text):
     (out_BxLxD, loss), vjp, kept = jax.vjp(
       forward, params, x_BxLxD, has_aux=True
     )
-    of_out = vjp((cotangent_BxLxD, jnp.zeros_like(loss)))
-    of_loss = vjp((jnp.zeros_like(out_BxLxD), jnp.ones_like(loss)))
-    return out_BxLxD, loss, *kept, of_out, of_loss
+    return out_BxLxD, loss, *kept, vjp(cotangents)
 
-  return model, gradients, last
+  return model, run, last
 
 
 def _ctx(meta):
@@ -643,19 +608,21 @@ def encoder(g: golden.Golden) -> None:
   """momentum_vmoe_*: each layer's arrays, and all gradients."""
   a, meta = dict(g.arrays), g.meta
   a.pop('meta')  # settings, all of which are in `_encoder` and `_ctx`
-  like, gradients, last = _compiled_encoder(settings(g))
+  like, run, last = _compiled_encoder(settings(g))
   table = functools.partial(_encoder_table, meta=meta)
-  params, unread = with_weights(start(like), table, take(a, 'p/'))
+  params, unread = with_weights(golden.start(like), table, take(a, 'p/'))
   # The patches' map, the class token and the head.
   outside = ('patch_PxD', 'bias_D', 'class_D', 'head_DxV', 'bias_V')
   assert unread == sum(params[name].size for name in outside)
   x_BxLxD, cotangent_BxLxD = a.pop('x'), a.pop('R')
   B, L, D = x_BxLxD.shape
 
-  out_BxLxD, loss, aux, outs, *both = jax.device_get(
-    gradients(params, x_BxLxD, cotangent_BxLxD)
+  zeros_BxLxD = np.zeros_like(cotangent_BxLxD)
+  *_, (d_loss, _) = jax.device_get(run(params, x_BxLxD, (zeros_BxLxD, 1.0)))
+  last()
+  out_BxLxD, loss, aux, outs, (d_params, d_x_BxLxD) = jax.device_get(
+    run(params, x_BxLxD, (cotangent_BxLxD, 0.0))
   )
-  (d_params, d_x_BxLxD), (d_loss, _) = both
   seen = last()
   golden.near(out_BxLxD, a.pop('out'), TOL)
   golden.near(loss[None], a.pop('aux'), TOL_LOSS)

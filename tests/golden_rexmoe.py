@@ -43,7 +43,7 @@ def _layers(
     ragged_pool=bool(L % r),
     router=config.router('rexmoe', k=k, **router),
   )
-  return golden.build('decoder', fields, 'float64', V=1).trunk
+  return golden.layers(fields)
 
 
 def _keeping(keep_LxM: jax.Array):
@@ -71,8 +71,13 @@ def _layer_table(params: Params) -> dict[str, Any]:
 
 
 @functools.cache  # the stages and seeds of a pool are one program
-def _layer_programs(mode, r, N, k, D, F):
-  """What the files of a pool share: params, gradients, inference."""
+def _layer_program(mode, r, N, k, D, F):
+  """(layers, a function of them), which the files of a pool share.
+
+  (params, x, keep, cotangent, weights of the losses) -> the answer and its aux,
+  all experts by score, the answer out of training where that is checked, and
+  the gradients of params and x.
+  """
   layers = _layers(r, r, N, k, D, F, shared_F=F, **MODES[mode])
 
   def forward(params, x_TxD, train):
@@ -85,20 +90,33 @@ def _layer_programs(mode, r, N, k, D, F):
       )
     return out_TxD, jax.tree.map(lambda a: a[0], aux)  # of one iteration
 
-  def loss(params, x_TxD, keep_M, cotangent_TxD, weights):
-    with _keeping(keep_M[None]):
-      out_TxD, aux = forward(params, x_TxD, train=True)
-    _, _, y_TxD = aux['steps']  # without the shared expert
-    loss = jnp.sum(y_TxD * cotangent_TxD)
-    for kind, weight in zip(LOSSES, weights, strict=True):
-      loss += weight * objective.weighted({kind: 1.0}, [aux])
-    return loss, (out_TxD, aux)
+  def scores(params, x_TxD, keep_M):
+    # All M of them, chosen from best to worst. Ours zeroes the gates of the
+    # masked; the scores in the file are of before.
+    return rexmoe.route(
+      routers.logits(x_TxD, _layer_table(params)['router_w'].T),
+      keep_M if mode == 'neginf_' else jnp.ones_like(keep_M),
+      r * N,
+      golden.context(1, len(x_TxD)),
+      mask=MODES[mode].get('mask', 'zero'),
+    )
 
-  return (
-    models.split(layers)[0],
-    jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)),
-    jit(lambda params, x_TxD: forward(params, x_TxD, train=False)[0]),
-  )
+  @jit
+  def run(params, x_TxD, keep_M, cotangent_TxD, weights):
+    def loss(params, x_TxD):
+      with _keeping(keep_M[None]):
+        out_TxD, aux = forward(params, x_TxD, train=True)
+      _, _, y_TxD = aux['steps']  # without the shared expert
+      loss = jnp.sum(y_TxD * cotangent_TxD)
+      for kind, weight in zip(LOSSES, weights, strict=True):
+        loss += weight * objective.weighted({kind: 1.0}, [aux])
+      return loss, (out_TxD, aux)
+
+    slopes, kept = jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x_TxD)
+    eval_TxD = None if mode else forward(params, x_TxD, train=False)[0]
+    return *kept, scores(params, x_TxD, keep_M), eval_TxD, slopes
+
+  return layers, run
 
 
 def layer(g: golden.Golden) -> None:
@@ -113,26 +131,18 @@ def layer(g: golden.Golden) -> None:
   assert keep_M.sum() == a.pop('n_t')  # how many of which: `schedule`
 
   for mode in MODES:
-    params, gradients, infer = _layer_programs(mode, r, N, k, D, F)
-    params, _ = golden.with_weights(params, _layer_table, weights)
-    run = functools.partial(gradients, params, x_TxD, keep_M)
-    (_, (out_TxD, aux)), slopes = run(cotangent_TxD, (0.0, 0.0))
+    layers, program = _layer_program(mode, r, N, k, D, F)
+    params, _ = golden.with_weights(golden.start(layers), _layer_table, weights)
+    run = lambda *weighed, p=params, f=program: jax.device_get(
+      f(p, x_TxD, keep_M, *weighed)
+    )
+    out_TxD, aux, scores, eval_TxD, slopes = run(cotangent_TxD, (0.0, 0.0))
     _, _, y_TxD = aux['steps']
     golden.near(y_TxD, a.pop(f'{mode}out'), TOL_F32)
     chosen = a.pop(f'{mode}topk_idx'), a.pop(f'{mode}gates')
     np.testing.assert_array_equal(aux['route'], chosen[0])
     (step,) = golden.unstacked([jax.tree.map(_one, aux)])
     golden.near(step.gate_TxE, golden.dense(*chosen, M), TOL_F32)
-    logits_TxE = routers.logits(x_TxD, weights['router_w'].T)
-    # All M of them, chosen from best to worst. Ours zeroes the gates of the
-    # masked; the scores in the file are of before.
-    scores = rexmoe.route(
-      logits_TxE,
-      jnp.asarray(keep_M) if mode == 'neginf_' else jnp.ones((M,), bool),
-      M,
-      golden.context(1, len(x_TxD)),
-      mask=MODES[mode].get('mask', 'zero'),
-    )
     golden.near(golden.dense(*scores, M), a.pop(f'{mode}scores'), TOL_F32)
     found = _gradients(slopes, mode)
     expected = {name: a.pop(name) for name in found}
@@ -141,14 +151,14 @@ def layer(g: golden.Golden) -> None:
       continue
     golden.near(out_TxD, a.pop('out_with_shared'), TOL_F32)
     if keep_M.all():  # then the stage is also what inference is
-      golden.near(infer(params, x_TxD), out_TxD, 1e-12)
-    load_M = np.asarray(aux['load_E'])
+      golden.near(eval_TxD, out_TxD, 1e-12)
+    load_M = aux['load_E']
     np.testing.assert_array_equal(load_M, a.pop('load'))
     # Of the load, which is all that the library reports.
     golden.near(load_M / load_M.mean() - 1, a.pop('lbv'), TOL_LOSS)
     for i, (kind, name) in enumerate(LOSSES.items()):
       golden.near(aux['losses'][kind], a.pop(f'aux_{name}'), TOL_LOSS)
-      _, slopes = run(0 * cotangent_TxD, (1.0 - i, 1.0 * i))
+      *_, slopes = run(0 * cotangent_TxD, (1.0 - i, 1.0 * i))
       found = _gradients(slopes, f'aux_{name}_')
       for weight in WEIGHTS:  # no expert has a part in it
         assert not np.any(found.pop(f'aux_{name}_g_{weight}'))
@@ -194,7 +204,7 @@ def _stack_table(params: Params, N: int) -> dict[str, Any]:
 @functools.cache  # the stages and seeds of a stack are one program
 def _stack_programs(L, r, N, k, D, F):
   """What the files of a shape share: the layers and their gradients."""
-  layers = _layers(L, r, N, k, D, F)
+  layers = golden.without_attention(_layers(L, r, N, k, D, F))
 
   def loss(params, x_TxD, keep_LxM, cotangent_TxD, weight):
     T = len(x_TxD)
@@ -226,12 +236,16 @@ def stack(g: golden.Golden) -> None:
   names = [*WEIGHTS, *(f'router_w_{l}' for l in range(L))]
   weights = {name: a.pop(name) for name in names}
   table = functools.partial(_stack_table, N=N)
-  params, _ = golden.with_weights(
-    golden.without_attention(models.split(layers)[0]), table, weights
-  )
+  params = golden.start(layers)
+  for segment in params.values():  # the files' norms only normalise
+    segment['moe']['norm_feed']['scale_D'] += 1
+  params, unread = golden.with_weights(params, table, weights)
+  assert unread == L * D  # those
 
-  (loss, (h_LxTxD, aux)), (d_params, d_x) = gradients(
-    params, a.pop('x'), keep_LxM, a.pop('cotangent'), a.pop('aux_coef')
+  (loss, (h_LxTxD, aux)), (d_params, d_x) = jax.device_get(
+    gradients(
+      params, a.pop('x'), keep_LxM, a.pop('cotangent'), a.pop('aux_coef')
+    )
   )
   golden.near(loss, a.pop('loss'), TOL_F32)
   found = {'x': d_x, **table(d_params)}

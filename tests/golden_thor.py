@@ -92,16 +92,14 @@ class Weights:
       ours[index] = turn.reshape(ours[index].shape)
     for a in jax.tree.leaves(self.params):
       assert not np.isnan(a).any()
-    self.params = jax.tree.map(jnp.asarray, self.params)
 
   def gradients(self, ours):
     """{their name: our gradient in their shape}"""
     found = {}
     for name, weight in self.theirs.items():
       path, index, turned = place(name)
-      gradient = np.asarray(_leaf(ours, path)[index])
       shape = weight.T.shape if turned else weight.shape
-      gradient = gradient.reshape(shape)
+      gradient = _leaf(ours, path)[index].reshape(shape)
       found[name] = gradient.T if turned else gradient
     return found
 
@@ -159,13 +157,6 @@ def _fields(E, H, block_name, **router):
   )
 
 
-def _shapes(fields, V):
-  """A model without arrays: they all come from the file."""
-  return nnx.eval_shape(
-    lambda: golden.build('translator', fields, 'float64', V=V)
-  )
-
-
 # One layer.
 
 
@@ -187,7 +178,7 @@ class Layer:
     """What `_layer` computes, with this router; a route replaces its draws."""
     _, run = _layer(*self.kind, **router)
     inputs = (self.weights.params, self.x_BxLxD, self.source_BxMxD)
-    return run(inputs, self.pads, cotangent_BxLxD, route_T)
+    return jax.device_get(run(inputs, self.pads, cotangent_BxLxD, route_T))
 
 
 @functools.cache
@@ -199,7 +190,9 @@ def _layer(cross, block_name, E, H, **router):
   is the only one out of training.
   """
   fields = _fields(E, H, block_name, **router)
-  model = _shapes({**fields, 'N': 1, 'encoder_N': 1}, V=1)
+  model = golden.shapes(
+    'translator', {**fields, 'N': 1, 'encoder_N': 1}, gmm='xla', V=1
+  )
   model = model.decoder if cross else model.encoder
   _, state = models.split(model)
 
@@ -292,7 +285,7 @@ def layer_train(found, *, cross):
       for name in FEED:
         name = name.replace('.', f'.{other}.')
         assert not ours[name].any() and not expected[name].any()
-    load_E = np.asarray(aux['load_E'])[0]
+    load_E = aux['load_E'][0]
     assert load_E.tolist() == [T * (i == e) for i in range(layer.E)]
     assert aux['losses'] == {}
   unread.nothing_left()
@@ -339,34 +332,38 @@ def layer_infer(found):
   )
   unread.take('out_token', 'out_level1', 'out_sentence', 'out_batch')
 
-  for eval_per, share_T in (
-    ('token', np.arange(B * L)),
-    ('position', place_T),  # their level 1, said to be one for a sentence
-    ('sequence', row_T),
-    ('batch', np.zeros(B * L)),
-  ):
-    route_nxT = _draws(layer, eval_per)
+  share = {
+    'token': np.arange(B * L),
+    'position': place_T,  # their level 1, said to be one for a sentence
+    'sequence': row_T,
+    'batch': np.zeros(B * L),
+  }
+  drawn = _draws(layer.E, B, L, tuple(share))
+  for route_nxT, share_T in zip(drawn, share.values(), strict=True):
     alike_TxT = (route_nxT[:, :, None] == route_nxT[:, None, :]).all(axis=0)
     np.testing.assert_array_equal(alike_TxT, share_T[:, None] == share_T[None])
   unread.nothing_left()
 
 
-def _draws(layer, eval_per):
-  """[30, T]: the experts that a router draws out of training."""
-  (B, L, D), E = layer.x_BxLxD.shape, layer.E
-  router = routing.get('random')(
-    D, E, per='fixed', eval_per=eval_per, rngs=nnx.Rngs(0)
-  )
-  x_TxD = layer.x_BxLxD.reshape(B * L, D)
+@functools.cache
+def _draws(E, B, L, ways):
+  """[30, T] of each eval_per: the experts drawn out of training."""
+  x_TxD = np.zeros((B * L, 1))  # draws do not read it
 
-  def route(key):
-    ctx = golden.context(B, L)
-    ctx = ctx.replace(key=key, batch_key=key)
+  def route(eval_per, key):
+    router = routing.get('random')(
+      1, E, per='fixed', eval_per=eval_per, rngs=nnx.Rngs(0)
+    )
+    ctx = golden.context(B, L).replace(key=key, batch_key=key)
     return router(x_TxD, ctx, ())[1]['route'][:, 0]
 
-  return np.asarray(
-    golden.jit(jax.vmap(route))(jax.random.split(jax.random.key(0), 30))
-  )
+  @golden.jit
+  def routes():
+    keys = jax.random.split(jax.random.key(0), 30)
+    of = lambda way: jax.vmap(functools.partial(route, way))(keys)
+    return [of(way) for way in ways]
+
+  return jax.device_get(routes())
 
 
 # Losses.
@@ -379,28 +376,37 @@ def losses(found):
   )
   np.testing.assert_array_equal(target_BxL == pad, pad_BxL)
   batch = {
-    'target_BxL': jnp.asarray(target_BxL, jnp.int32),
-    'mask_BxL': jnp.asarray(~pad_BxL, jnp.float32),
+    'target_BxL': target_BxL.astype(np.int32),
+    'mask_BxL': (~pad_BxL).astype(np.float32),
   }
-  logits = tuple(jnp.asarray(a, jnp.float64) for a in (p_BxLxV, q_BxLxV))
+  logits = (np.float64(p_BxLxV), np.float64(q_BxLxV))
   count = float(np.sum(~pad_BxL))
-
-  def run(goal, tokens=None):
-    """(loss, metrics), gradients, with the logits as the model's answers."""
-
-    def loss(logits):
-      forward = lambda batch, pass_: (logits[pass_], [])
-      loss, found = goal(forward, batch, tokens)
-      return loss, {k: v for k, v in found.items() if k != 'aux'}
-
-    return jax.value_and_grad(loss, has_aux=True)(logits)
-
   # The divergence is what alpha multiplies.
   divide = lambda alpha: objective.get(
     'consistency', losses={}, alpha=alpha, smoothing=0.1
   )
-  (with_, sums), grads = run(divide(1.0), jnp.ones(()))
-  (without, _), other = run(divide(0.0), jnp.ones(()))
+  smooth = lambda smoothing: objective.get(
+    'next_token', losses={}, smoothing=smoothing
+  )
+
+  @golden.jit
+  def run(logits):
+    def of(goal, tokens=None):
+      """(loss, metrics), gradients, with the logits as the model's answers."""
+
+      def loss(logits):
+        forward = lambda batch, pass_: (logits[pass_], [])
+        loss, found = goal(forward, batch, tokens)
+        return loss, {k: v for k, v in found.items() if k != 'aux'}
+
+      return jax.value_and_grad(loss, has_aux=True)(logits)
+
+    summed = [of(divide(alpha), jnp.ones(())) for alpha in (1.0, 0.0)]
+    mean = [of(divide(alpha))[0][0] for alpha in (1.0, 0.0)]
+    return summed, mean, [of(smooth(smoothing)) for smoothing in (0.0, 0.1)]
+
+  summed, mean, smoothed = jax.device_get(run(logits))
+  ((with_, sums), grads), ((without, _), other) = summed
   total = unread.pop('loss_sum')
   golden.near(sums['consistency_sum'], total, TOL)
   golden.near(with_ - without, total, TOL)
@@ -410,13 +416,10 @@ def losses(found):
     TOL,
   )
   # Both at once, and by default for each token.
-  (mean, _), _ = run(divide(1.0))
-  (mean_without, _), _ = run(divide(0.0))
-  golden.near(mean - mean_without, unread.pop('loss_per_token'), TOL)
+  golden.near(mean[0] - mean[1], unread.pop('loss_per_token'), TOL)
 
-  for name, smoothing in (('eps00', 0.0), ('eps01', 0.1)):
-    goal = objective.get('next_token', losses={}, smoothing=smoothing)
-    (loss, sums), (gradient, _) = run(goal)
+  for name, found in zip(('eps00', 'eps01'), smoothed, strict=True):
+    (loss, sums), (gradient, _) = found
     total = unread.pop(f'ls_loss_{name}')
     golden.near(loss * count, total, TOL)
     golden.near(sums['nll_sum'], unread.pop(f'ls_nll_{name}'), TOL)
@@ -431,15 +434,15 @@ def losses(found):
 class Model:
   """The translator of a file, and what it reads; targets are not among it."""
 
-  def __init__(self, unread, *, train):
+  def __init__(self, unread):
     E, H = int(unread.pop('num_experts')), int(unread.pop('heads'))
     layers = tuple(int(n) for n in unread.take('dec_layers', 'enc_layers'))
     self.E = E
     pad, source_BxS, ids_BxL = unread.take('pad_idx', 'src', 'prev')
     weights = unread.prefixed('w.')
     V = len(weights['encoder.embed_tokens.weight'])
-    model, self.run = _model(E, H, *layers, V, train)
-    self.weights = Weights(model, weights)
+    self.kind = (E, H, *layers, V)
+    self.weights = Weights(_model(*self.kind), weights)
     self.pad, (B, L) = pad, ids_BxL.shape
     self.real_BxL = ids_BxL != pad
     self.batch = {
@@ -458,45 +461,79 @@ class Model:
 
 
 @functools.cache
-def _model(E, H, N, encoder_N, V, train):
-  """(the model, a function of (params, batch, forced)).
-
-  In training it returns logits, aux, and how to pull a gradient back to the
-  parameters; else the encoder's answer, logits, aux.
-  """
+def _model(E, H, N, encoder_N, V):
   fields = _fields(E, H, 'post', per='batch')
-  model = _shapes({**fields, 'N': N, 'encoder_N': encoder_N}, V)
-  _, state = models.split(model)
+  fields = {**fields, 'N': N, 'encoder_N': encoder_N}
+  return golden.shapes('translator', fields, V=V, gmm='xla')
+
+
+def _forward(model, params, batch, forced):
+  """logits_BxLxV, aux, in training."""
+  ctx = routing.context(batch, jax.random.key(0), 0, train=True, forced=forced)
+  return models.bind(model, params, {})(batch, ctx)
+
+
+@functools.cache
+def _train(kind, alpha, smoothing):
+  """(params, batch, the routes of both passes) -> what a step is made of.
+
+  The mean loss, metrics, both passes' logits, of each their smoothed and plain
+  cross-entropies, and the gradients of the params.
+  """
+  model = _model(*kind)
+  goal = objective.get(
+    'consistency', losses={}, alpha=alpha, smoothing=smoothing
+  )
+
+  @golden.jit
+  def run(params, batch, forced_2):
+    def loss(params):
+      # One after the other, so that a pass is compiled once.
+      of = functools.partial(_forward, model, params, batch)
+      passes = jax.lax.map(of, forced_2)
+      pass_of = lambda i: jax.tree.map(lambda a: a[i], passes)
+      mean, sums = goal(lambda batch, pass_: pass_of(pass_), batch)
+      return mean, (sums, passes[0])
+
+    (mean, (sums, logits_2xBxLxV)), grads = jax.value_and_grad(
+      loss, has_aux=True
+    )(params)
+    target_BxL = batch['target_BxL']
+    entropies = [
+      (
+        objective.smoothed(logits_BxLxV, target_BxL, smoothing),
+        objective.cross_entropy(logits_BxLxV, target_BxL),
+      )
+      for logits_BxLxV in logits_2xBxLxV
+    ]
+    return mean, sums, logits_2xBxLxV, entropies, grads
+
+  return run
+
+
+@functools.cache
+def _infer(kind):
+  """(params, batch, forced) -> the encoder's answer, logits, aux."""
+  model = _model(*kind)
 
   @golden.jit
   def run(params, batch, forced):
-    ctx = routing.context(
-      batch, jax.random.key(0), 0, train=train, forced=forced
-    )
-    bind = lambda params: models.bind(model, params, state)
-    if train:
-      forward = lambda params: bind(params)(batch, ctx)
-      logits_BxLxV, pullback, aux = jax.vjp(forward, params, has_aux=True)
-      return logits_BxLxV, aux, pullback
+    ctx = routing.context(batch, jax.random.key(0), 0, train=False)
+    bound = models.bind(model, params, {})
     # In two steps, as a search for translations has it.
-    encoded, aux = bind(params).encode(batch, ctx.replace(forced=forced[:2]))
-    logits_BxLxV, more = bind(params).decode(
+    encoded, aux = bound.encode(batch, ctx.replace(forced=forced[:2]))
+    logits_BxLxV, more = bound.decode(
       batch, encoded, ctx.replace(forced=forced[2:])
     )
     return encoded[0], logits_BxLxV, aux + more
 
-  return model, run
-
-
-@golden.jit
-def _pull(pullback, slope_BxLxV):
-  return pullback(slope_BxLxV)[0]
+  return run
 
 
 def trainstep(found):
   """Two passes with the recorded draws: logits, losses, every gradient."""
   unread = Unread(found)
-  model = Model(unread, train=True)
+  model = Model(unread)
   batch = model.batch
   (B, S), (_, L) = batch['source_BxS'].shape, batch['ids_BxL'].shape
   assert unread.pop('expert_layer_idx').tolist() == [0, 2]
@@ -512,37 +549,21 @@ def trainstep(found):
     for i in range(2)
   ]
   alpha, smoothing = map(float, unread.take('alpha', 'label_smoothing'))
-  goal = objective.get(
-    'consistency', losses={}, alpha=alpha, smoothing=smoothing
-  )
-
-  # In three parts, so that the second pass is not compiled again.
-  passes = [model.run(model.weights.params, batch, f) for f in forced]
-  logits = [logits_BxLxV for logits_BxLxV, _, _ in passes]
-
-  def loss(logits):
-    return goal(lambda batch, pass_: (logits[pass_], passes[pass_][1]), batch)
-
-  (mean, sums), slopes = jax.value_and_grad(loss, has_aux=True)(logits)
-  grads = jax.tree.map(
-    jnp.add,
-    *(
-      _pull(pullback, slope)
-      for (_, _, pullback), slope in zip(passes, slopes, strict=True)
-    ),
+  mean, sums, logits_2xBxLxV, entropies, grads = jax.device_get(
+    _train(model.kind, alpha, smoothing)(
+      model.weights.params,
+      batch,
+      jax.tree.map(lambda *a: np.stack(a), *forced),
+    )
   )
   nll_2, real_BxL = unread.pop('nll'), model.real_BxL
-  for i, logits_BxLxV in enumerate(logits):
+  for i, logits_BxLxV in enumerate(logits_2xBxLxV):
     # Nothing is said of what follows a target's end.
     theirs = unread.take(f'logits{i + 1}', f'probs{i + 1}')
-    ours = logits_BxLxV, jax.nn.softmax(logits_BxLxV)
+    ours = logits_BxLxV, np.exp(golden.log_softmax(logits_BxLxV))
     for a, b in zip(ours, theirs, strict=True):
       golden.near(a[real_BxL], b[real_BxL], TOL)
-    of = (logits_BxLxV, batch['target_BxL'])
-    smoothed_BxL, nll_BxL = (
-      objective.smoothed(*of, smoothing),
-      objective.cross_entropy(*of),
-    )
+    smoothed_BxL, nll_BxL = entropies[i]
     golden.near(
       smoothed_BxL[counted_BxL].sum(), unread.pop(f'loss{i + 1}'), TOL
     )
@@ -570,15 +591,16 @@ def trainstep(found):
 def model_infer(found):
   """Both inference levels, with the recorded draws."""
   unread = Unread(found)
-  model = Model(unread, train=False)
+  model = Model(unread)
   B, real_BxL = len(model.real_BxL), model.real_BxL
+  run = _infer(model.kind)
   for level in ('l0', 'l1'):
     masks = unread.take(f'enc_mask_{level}', f'dec_mask_{level}')
     if level == 'l1':  # a draw for each place, the same in all rows
       masks = [np.repeat(mask[:, :, None], B, axis=2) for mask in masks]
     forced = model.forced(*masks)
-    encoded_BxSxD, logits_BxLxV, aux = model.run(
-      model.weights.params, model.batch, forced
+    encoded_BxSxD, logits_BxLxV, aux = jax.device_get(
+      run(model.weights.params, model.batch, forced)
     )
     golden.near(encoded_BxSxD, _rows(unread.pop(f'enc_out_{level}')), TOL)
     expected = unread.pop(f'logits_{level}')
