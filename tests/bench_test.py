@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -11,27 +12,84 @@ import pytest
 
 from pallas_kernels import bench
 
+ROOT = pathlib.Path(__file__).parent.parent
 
-def run(module, *args):
-  return subprocess.run(
-    [sys.executable, '-m', module, *args],
-    cwd=pathlib.Path(__file__).parent.parent,
+# As `python -m MODULE ARGS` for each list of arguments, but that what MODULE
+# imports is imported once: each command is a fork of this process, and what
+# Python does at its end, which takes most of a short command, is left out.
+FORKS = """
+import importlib, json, os, runpy, sys
+module, imports, commands = json.loads(sys.argv[1])
+for name in imports:
+  importlib.import_module(name)
+for i, args in enumerate(commands):
+  child = os.fork()
+  if not child:
+    for fd, name in (1, 'stdout'), (2, 'stderr'):
+      os.dup2(os.open(f'{i}.{name}', os.O_WRONLY | os.O_CREAT), fd)
+    sys.argv = [module, *args]
+    status = 0
+    try:
+      runpy.run_module(module, run_name='__main__', alter_sys=True)
+    except SystemExit as error:
+      status = error.code or 0
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+  _, status = os.waitpid(child, 0)
+  print(os.waitstatus_to_exitcode(status))
+"""
+
+
+def commands(folder, module, imports, *commands):
+  """[(exit status, stdout, stderr)] of commands of a module, one by one."""
+  folder.mkdir()
+  cache = {
+    'JAX_COMPILATION_CACHE_DIR': str(folder / 'compiled'),
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+  }
+  done = subprocess.run(
+    [sys.executable, '-c', FORKS, json.dumps([module, imports, commands])],
+    env=os.environ | {'PYTHONPATH': str(ROOT)} | cache,
+    cwd=folder,
     capture_output=True,
     text=True,
-    check=False,
+    check=True,
   )
+  text = lambda i, name: (folder / f'{i}.{name}').read_text()
+  return [
+    (int(line), text(i, 'stdout'), text(i, 'stderr'))
+    for i, line in enumerate(done.stdout.splitlines())
+  ]
 
 
-def test_a_small_bench(tmp_path):
+def refuses(found, said):
+  """Whether each command said what it should, in a line, and no more."""
+  for (status, _, error), expected in zip(found, said, strict=True):
+    assert status == 2, error
+    assert expected in error and len(error.splitlines()) == 1
+
+
+BAD = {
+  '--shape=Z': "shape 'Z' is not MxAxBxE",
+  '--groups=some': '--groups=some; there are even, zipf',
+  '--impl=cuda': 'pallas_kernels has no cuda.gmm',
+  '--impl=tpu': '--impl=tpu --shape=A',
+  '--rounds=0': 'rounds',
+  '--rivals=torch': 'in bfloat16 on Hopper GPUs, not in float32 on cpu',
+}
+
+
+def test_a_small_bench_and_bad_flags_get_one_line(tmp_path):
   path = tmp_path / 'rows.jsonl'
-  done = run(
-    'pallas_kernels.bench',
-    '--shape=even,8x4x2x3',
-    '--groups=zipf',
-    '--rounds=1',
-    f'--json={path}',
+  small = '--shape=even,8x4x2x3', '--groups=zipf', '--rounds=1'
+  (status, output, error), *refused = commands(
+    *(tmp_path / 'here', 'pallas_kernels.bench'),
+    ['pallas_kernels.hopper', 'pallas_kernels.command', 'absl.logging'],
+    *([*small, f'--json={path}'], *([flag] for flag in BAD)),
   )
-  assert done.returncode == 0, done.stderr
+  refuses(refused, BAD.values())
+  assert status == 0, error
   rows = [json.loads(line) for line in path.read_text().splitlines()]
   found = {(r['shape'], r['groups'], r['pass'], r['candidate']) for r in rows}
   for pass_ in 'fwd', 'dlhs', 'drhs':
@@ -42,7 +100,7 @@ def test_a_small_bench(tmp_path):
     assert ('8x4x2x3', 'zipf', pass_, 'batched') not in found
   assert all(r['ratio'] == 1 for r in rows if r['candidate'] == 'dense')
   assert all(r['seconds'] > 0 and r['platform'] == 'cpu' for r in rows)
-  assert len(done.stdout.splitlines()) == 3 + 2 * 3 + 1  # head, rows, a note
+  assert len(output.splitlines()) == 3 + 2 * 3 + 1  # head, rows, a note
 
 
 def test_ratios_are_of_the_same_round():
@@ -68,28 +126,17 @@ def test_a_rival_that_answers_otherwise_is_no_rival():
     bench._agree(calls, ['gpu', 'mgpu'])
 
 
-@pytest.mark.parametrize(
-  'flag,said',
-  [
-    ('--shape=Z', "shape 'Z' is not MxAxBxE"),
-    ('--groups=some', '--groups=some; there are even, zipf'),
-    ('--impl=cuda', 'pallas_kernels has no cuda.gmm'),
-    ('--impl=tpu', '--impl=tpu --shape=A'),
-    ('--rounds=0', 'rounds'),
-    ('--rivals=torch', 'in bfloat16 on Hopper GPUs, not in float32 on cpu'),
-  ],
-)
-def test_bad_flags_get_one_line(flag, said):
-  done = run('pallas_kernels.bench', flag)
-  assert done.returncode == 2
-  assert said in done.stderr and len(done.stderr.splitlines()) == 1
-
-
 @pytest.mark.skipif(
   importlib.util.find_spec('torch') is not None,
   reason='says what to do where torch is missing: it is installed',
 )
 def test_speed_names_the_extra_that_it_needs():
-  done = run('experiments.speed')
+  done = subprocess.run(
+    [sys.executable, '-m', 'experiments.speed'],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
   assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
   assert "pip install -e '.[torch]'" in done.stderr

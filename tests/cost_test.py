@@ -1,9 +1,8 @@
 """The schedule reader, the byte counter and the tile model, without libtpu."""
 
 import functools
-import subprocess
-import sys
 
+import bench_test
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -227,25 +226,17 @@ def test_a_case_has_its_own_groups():
     shapes.find('no_rows')
 
 
-@pytest.mark.parametrize(
-  'flag,said',
-  [
-    ('--chip=v9', "--chip has 'v9'; there are v5e, v5p, v6e, tpu7x"),
-    (
-      '--shape=gpt',
-      "shape 'gpt' is not MxAxBxE, nor one of A, B, C, mix",
-    ),
-    ('--shape=1x2x3', "shape '1x2x3' is not MxAxBxE"),
-    ('--pass=back', "--pass has 'back'"),
-    ('--impl=cuda', "--impl has 'cuda'"),
-  ],
-)
-def test_bad_flags_get_one_line(flag, said):
-  done = subprocess.run(
-    [sys.executable, '-m', 'pallas_kernels.cost', flag],
-    capture_output=True,
-    text=True,
-    check=False,
+def test_bad_flags_get_one_line(tmp_path):
+  bad = {
+    '--chip=v9': "--chip has 'v9'; there are v5e, v5p, v6e, tpu7x",
+    '--shape=gpt': "shape 'gpt' is not MxAxBxE, nor one of A, B, C, mix",
+    '--shape=1x2x3': "shape '1x2x3' is not MxAxBxE",
+    '--pass=back': "--pass has 'back'",
+    '--impl=cuda': "--impl has 'cuda'",
+  }
+  found = bench_test.commands(
+    *(tmp_path / 'here', 'pallas_kernels.cost'),
+    ['pallas_kernels.rivals', 'pallas_kernels.hopper', 'absl.flags'],
+    *([flag] for flag in bad),
   )
-  assert done.returncode == 2
-  assert said in done.stderr and len(done.stderr.splitlines()) == 1
+  bench_test.refuses(found, bad.values())

@@ -21,30 +21,62 @@ from pallas_kernels.shapes import CASES
 IMPLS = ('cpu', 'interpret', 'xla')
 GMM = {impl: functools.partial(ops.gmm, impl=impl) for impl in IMPLS}
 TOLERANCE = {'float32': 1e-5, 'bfloat16': 1e-2, 'float64': 1e-13}
-FEW = ('empty_experts', 'sum_below_M')
+# Cases of which only the groups matter: 'skewed' is multiplied with them too.
+WITHIN = ('even', 'empty_experts', 'one_hot', 'sum_below_M', 'no_rows_used')
 ALL = [
   (impl, name, dtype)
   for impl in IMPLS
   for dtype in TOLERANCE
-  for name in (CASES if dtype == 'float32' else FEW)
-  if (impl, dtype) != ('interpret', 'float64')
+  for name in (CASES if dtype == 'float32' else ['skewed'])
+  if name not in WITHIN and (impl, dtype) != ('interpret', 'float64')
 ]
 
 
-def draw(name, dtype='float32', cases=CASES):
-  """x, w, dy, group as jax arrays; the rows past the groups are NaN."""
-  M, A, B, group = cases[name]
+def groups(name):
+  """int32 [E] each: a case's own and others; for 'skewed' a great many."""
+  M, A, B, own = CASES[name]
+  E = len(own)
+  padded = lambda group: np.int32((*group, *[0] * E)[:E])
+  found = [padded(own)]
+  if A == B == 1:  # other sums might cancel, as each result is one number
+    return found
+  found += [padded(own)[::-1], padded(own) // 2, padded([0] * (E // 2) + [M])]
+  if name != 'skewed':
+    return found
+  found += [
+    padded(group)
+    for _, _, _, group in CASES.values()
+    if sum(group) <= M and not any(group[E:])
+  ]
+  rng = np.random.default_rng(0)
+  for _ in range(40):
+    share = rng.dirichlet(np.full(E + 1, 0.3))
+    found.append(np.int32(rng.multinomial(M, share)[:-1]))
+  return found
+
+
+def test_groups_within_another_case_fit_it():
+  found = [group_E[group_E > 0].tolist() for group_E in groups('skewed')]
+  for name in WITHIN:
+    assert [rows for rows in CASES[name][3] if rows] in found, name
+
+
+def draw(name, dtype='float32', cases=CASES, group_E=None):
+  """x, w, dy, group; the rows past the groups are NaN."""
+  M, A, B, own = cases[name]
+  group_E = np.array(own, np.int32) if group_E is None else group_E
+  rows = sum(group_E)
   rng = np.random.default_rng(len(name))
   x_MxA, dy_MxB = rng.normal(size=(M, A)), rng.normal(size=(M, B))
-  w_ExAxB = rng.normal(size=(len(group), A, B))
+  w_ExAxB = rng.normal(size=(len(group_E), A, B))
   # Experts of very different scale: an absolute tolerance would hide some.
-  scale_E = 10.0 ** rng.integers(-3, 4, size=len(group))
+  scale_E = 10.0 ** rng.integers(-3, 4, size=len(group_E))
   w_ExAxB *= scale_E[:, None, None]
-  x_MxA[: sum(group)] *= np.repeat(scale_E[::-1], group)[:, None]
-  x_MxA[sum(group) :] = np.nan
-  dy_MxB[sum(group) :] = np.nan
-  cast = functools.partial(jnp.asarray, dtype=dtype)
-  return cast(x_MxA), cast(w_ExAxB), cast(dy_MxB), jnp.asarray(group, jnp.int32)
+  x_MxA[:rows] *= np.repeat(scale_E[::-1], group_E)[:, None]
+  x_MxA[rows:] = np.nan
+  dy_MxB[rows:] = np.nan
+  cast = lambda a: a.astype(jnp.dtype(dtype))
+  return cast(x_MxA), cast(w_ExAxB), cast(dy_MxB), group_E
 
 
 def oracle(x_MxA, w_ExAxB, dy_MxB, group_E):
@@ -85,99 +117,83 @@ def vjp(x_MxA, w_ExAxB, dy_MxB, group_E, gmm=GMM['cpu']):
   return (y, *back(dy_MxB))
 
 
+def check_all(found, operands, tolerance):
+  """What `vjp` gave for operands against the oracle."""
+  y, dx, dw = jax.block_until_ready(found)
+  x, w, dy, group = operands
+  for got, like in (y, dy), (dx, x), (dw, w):
+    assert got.shape == like.shape and got.dtype == like.dtype
+  want_y, want_dx, want_dw = oracle(x, w, dy, group)
+  check(by_expert(y, group), want_y, tolerance)
+  check(by_expert(dx, group), want_dx, tolerance)
+  check(dw, want_dw, tolerance)
+
+
 @pytest.mark.parametrize('impl,name,dtype', ALL)
 def test_values_and_gradients(impl, name, dtype):
+  """By one program for all group sizes."""
   x64 = dtype == 'float64'
   with jax.enable_x64(True) if x64 else contextlib.nullcontext():
-    x, w, dy, group = draw(name, dtype)
     step = jax.jit(functools.partial(vjp, gmm=GMM[impl]))
-    y, dx, dw = step(x, w, dy, group)
-    for got, like in (y, dy), (dx, x), (dw, w):
-      assert got.shape == like.shape and got.dtype == like.dtype
-    want_y, want_dx, want_dw = oracle(x, w, dy, group)
-    check(by_expert(y, group), want_y, TOLERANCE[dtype])
-    check(by_expert(dx, group), want_dx, TOLERANCE[dtype])
-    check(dw, want_dw, TOLERANCE[dtype])
-
-
-@pytest.mark.parametrize('impl', IMPLS)
-def test_group_sizes_are_dynamic(impl):
-  x, w, dy, group = draw('skewed')
-  step = jax.jit(functools.partial(vjp, gmm=GMM[impl]))
-  for sizes in (group, group[::-1], group // 2, jnp.zeros_like(group)):
-    y, dx, dw = step(x, w, dy, sizes)
-    want_y, want_dx, want_dw = oracle(x, w, dy, sizes)
-    check(by_expert(y, sizes), want_y, 1e-5)
-    check(by_expert(dx, sizes), want_dx, 1e-5)
-    check(dw, want_dw, 1e-5)
+    for group_E in groups(name):
+      operands = draw(name, dtype, group_E=group_E)
+      check_all(step(*operands), operands, TOLERANCE[dtype])
   assert step._cache_size() == 1
 
 
-@pytest.mark.parametrize('impl', IMPLS)
-def test_random_groups(impl):
-  rng = np.random.default_rng(0)
-  M, E = 700, 6
-  x = jnp.asarray(rng.normal(size=(M, 8)), jnp.float32)
-  dy = jnp.asarray(rng.normal(size=(M, 12)), jnp.float32)
-  w = jnp.asarray(rng.normal(size=(E, 8, 12)), jnp.float32)
-  step = jax.jit(functools.partial(vjp, gmm=GMM[impl]))
-  for _ in range(40):
-    share = rng.dirichlet(np.full(E + 1, 0.3))
-    group = jnp.asarray(rng.multinomial(M, share)[:E], jnp.int32)
-    used = (jnp.arange(M) < group.sum())[:, None]
-    xs, dys = jnp.where(used, x, jnp.nan), jnp.where(used, dy, jnp.nan)
-    y, dx, dw = step(xs, w, dys, group)
-    want_y, want_dx, want_dw = oracle(x, w, dy, group)
-    check(by_expert(y, group), want_y, 1e-5)
-    check(by_expert(dx, group), want_dx, 1e-5)
-    check(dw, want_dw, 1e-5)
+def _deep_loss(x, w, gmm, remat):
+  """Of layers h + tanh(gmm(h)), by a scan."""
+  group_E = np.array((50, 0, 70), np.int32)
+
+  def layer(h, w):
+    return h + jnp.tanh(gmm(h, w, group_E)), None
+
+  layer = jax.checkpoint(layer) if remat else layer
+  return jnp.sum(jax.lax.scan(layer, x, w)[0] ** 2)
 
 
-@pytest.mark.parametrize('impl', IMPLS)
-@pytest.mark.parametrize('remat', [False, True])
-def test_inside_scan_jit_grad(remat, impl):
+@functools.cache
+def _deep():
+  """Arguments of the loss of three layers, and its gradients."""
   rng = np.random.default_rng(1)
-  layers, M, A, group = 3, 120, 16, jnp.asarray((50, 0, 70), jnp.int32)
-  x = jnp.asarray(rng.normal(size=(M, A)), jnp.float32)
-  w = jnp.asarray(rng.normal(size=(layers, 3, A, A)) / 4, jnp.float32)
+  x = np.float32(rng.normal(size=(120, 16)))
+  w = np.float32(rng.normal(size=(3, 3, 16, 16)) / 4)
 
-  def dense(x, w, group):
-    ends = np.cumsum(np.asarray(group))
-    return jnp.concatenate(
-      [r @ w[e] for e, r in enumerate(jnp.split(x, ends)[:-1])]
-    )
+  def dense(x, w, group_E):
+    own_MxE = np.eye(3, dtype=np.float32)[np.repeat(np.arange(3), group_E)]
+    return jnp.einsum('ma,eab,me->mb', x, w, own_MxE, precision='highest')
 
-  def loss(x, w, gmm):
-    def layer(h, w):
-      return h + jnp.tanh(gmm(h, w, group)), None
+  loss = functools.partial(_deep_loss, gmm=dense, remat=False)
+  return (x, w), jax.device_get(jax.jit(jax.grad(loss, (0, 1)))(x, w))
 
-    layer = jax.checkpoint(layer) if remat else layer
-    return jnp.sum(jax.lax.scan(layer, x, w)[0] ** 2)
 
-  got = jax.jit(jax.grad(lambda x, w: loss(x, w, GMM[impl]), (0, 1)))(x, w)
-  want = jax.grad(lambda x, w: loss(x, w, dense), (0, 1))(x, w)
+@pytest.mark.parametrize(
+  'impl, remat', [('cpu', False), ('interpret', True), ('xla', True)]
+)
+def test_inside_scan_jit_grad(impl, remat):
+  args, want = _deep()
+  loss = functools.partial(_deep_loss, gmm=GMM[impl], remat=remat)
+  got = jax.jit(jax.grad(loss, (0, 1)))(*args)
+  group = 50, 0, 70
   check(by_expert(got[0], group), by_expert(want[0], group), 1e-5)
-  for layer in range(layers):
-    check(got[1][layer], np.asarray(want[1][layer], np.float64), 1e-5)
+  for found, expected in zip(got[1], np.float64(want[1]), strict=True):
+    check(found, expected, 1e-5)
 
 
-@pytest.mark.parametrize('impl', ['cpu', 'interpret'])
-@pytest.mark.parametrize('axes', [(0, 0, 0, 0), (0, None, 0, None)])
-def test_vmap(axes, impl):
-  x, w, dy, group = draw('skewed')
+@pytest.mark.parametrize(
+  'impl, axes', [('cpu', (0, 0, 0, 0)), ('interpret', (0, None, 0, 0))]
+)
+def test_vmap(impl, axes):
+  one = draw('skewed')
   two = [
-    jnp.stack([a, a[::-1]]) if axis == 0 else a
-    for a, axis in zip((x, w, dy, group), axes, strict=True)
+    np.stack([a, a[::-1]]) if axis == 0 else a
+    for a, axis in zip(one, axes, strict=True)
   ]
-  got = jax.jit(jax.vmap(functools.partial(vjp, gmm=GMM[impl]), in_axes=axes))(
-    *two
-  )
+  step = jax.vmap(functools.partial(vjp, gmm=GMM[impl]), in_axes=axes)
+  got = jax.jit(step)(*two)
   for i in range(2):
     one = [a[i] if axis == 0 else a for a, axis in zip(two, axes, strict=True)]
-    want_y, want_dx, want_dw = oracle(*one)
-    check(by_expert(got[0][i], one[3]), want_y, 1e-5)
-    check(by_expert(got[1][i], one[3]), want_dx, 1e-5)
-    check(got[2][i], want_dw, 1e-5)
+    check_all([a[i] for a in got], one, 1e-5)
 
 
 def test_checked_shard_map_sums_the_gradient_of_a_replicated_weight():
@@ -185,7 +201,7 @@ def test_checked_shard_map_sums_the_gradient_of_a_replicated_weight():
   devices = jax.devices()
   mesh = jax.sharding.Mesh(devices, ('data',))
   x, w, dy, group = draw('skewed')
-  x, dy, group = (jnp.stack([a] * len(devices)) for a in (x, dy, group))
+  x, dy, group = (np.stack([a] * len(devices)) for a in (x, dy, group))
 
   def local(x, w, dy, group):
     y, dx, dw = vjp(x[0], w, dy[0], group[0])

@@ -12,10 +12,20 @@ import pytest
 
 from moe_jax import plan as plans
 
-make = jax.jit(plans.by_token, static_argnames=('E', 'capacity', 'group'))
-sort = jax.jit(plans.sort, static_argnames='limit')
-dispatch = jax.jit(plans.dispatch)
-combine = jax.jit(plans.combine, static_argnames='T')
+
+def _jit(f, *static):
+  """By one program, with NumPy arrays as the answer."""
+  program = jax.jit(f, static_argnames=static)
+  return lambda *args, **kw: jax.device_get(program(*args, **kw))
+
+
+make = _jit(plans.by_token, 'E', 'capacity', 'group')
+sort = _jit(plans.sort, 'limit')
+spread = _jit(plans.spread, 'C', 'T')
+dropped = _jit(plans.dropped)
+dispatch = _jit(plans.dispatch)
+combine = _jit(plans.combine, 'T')
+
 
 # Token t holds the value t, so that a row says where it came from.
 EXPERT_4x2 = np.array([[2, 0], [0, 2], [2, 1], [0, 2]], np.int32)
@@ -23,7 +33,7 @@ GATE_4x2 = np.array([[1, 2], [3, 4], [5, 6], [7, 8]], np.float32)
 
 
 def _values(T):
-  return jnp.arange(T, dtype=jnp.float32)[:, None]
+  return np.arange(T, dtype=np.float32)[:, None]
 
 
 def _random(T, K, E, seed=0, none=0):
@@ -58,9 +68,7 @@ def test_capacity_by_hand_first_choices_come_first():
   plan = by_token(EXPERT_4x2, GATE_4x2, 3, capacity=2)
   np.testing.assert_array_equal(plan.group_E, [2, 1, 2])
   np.testing.assert_array_equal(plan.token_M[:5], [1, 3, 2, 0, 2])
-  assert (
-    float(plans.dropped(make(EXPERT_4x2, GATE_4x2, 3, capacity=2))) == 3 / 8
-  )
+  assert dropped(make(EXPERT_4x2, GATE_4x2, 3, capacity=2)) == 3 / 8
   y_TxD = combine(dispatch(_values(4) + 1, plan), plan, 4)
   np.testing.assert_array_equal(y_TxD[:, 0], [1 * 1, 3 * 2, 11 * 3, 7 * 4])
 
@@ -76,7 +84,7 @@ def test_groups_have_capacities_of_their_own():
 def test_a_group_that_does_not_divide_the_tokens_is_refused():
   with pytest.raises(ValueError, match=r'6 tokens .* 4'):
     plans.by_token(
-      jnp.zeros((6, 1), jnp.int32), jnp.ones((6, 1)), 2, capacity=1, group=4
+      np.zeros((6, 1), np.int32), np.ones((6, 1)), 2, capacity=1, group=4
     )
 
 
@@ -88,7 +96,7 @@ def test_capacity_boundaries_agree_with_the_loops(capacity):
     kept_TxK = oracle.keep(expert_TxK, 4, capacity, group)
     np.testing.assert_array_equal(plan.expert_TxK, kept_TxK)
     np.testing.assert_array_equal(sort(plan).home_TxK < 32, kept_TxK < 4)
-    assert round(float(plans.dropped(plan)) * 32) == (kept_TxK == 4).sum()
+    assert round(float(dropped(plan)) * 32) == (kept_TxK == 4).sum()
 
 
 @pytest.mark.parametrize(
@@ -205,13 +213,13 @@ def test_gradients_are_slopes(capacity):
       toward[name] = np.random.default_rng(7).normal(size=args[name].shape)
       expected = oracle.slope(value, args, toward)
       assert abs(expected) > 1e-2
-      found = float(jnp.sum(grads[name] * toward[name]))
+      found = np.sum(grads[name] * toward[name])
       np.testing.assert_allclose(found, expected, 1e-7, err_msg=name)
 
 
 def test_expert_choice_rows_by_hand():
-  token_1xExC = jnp.array([[[3, 0], [0, 1]]], jnp.int32)
-  gate_1xExC = jnp.array([[[1.0, 2.0], [3.0, 4.0]]])
+  token_1xExC = np.array([[[3, 0], [0, 1]]], np.int32)
+  gate_1xExC = np.array([[[1.0, 2.0], [3.0, 4.0]]], np.float32)
   plan = sort(plans.ByExpert(token_1xExC, gate_1xExC, 4))
   np.testing.assert_array_equal(plan.group_E, [2, 2])
   rows_MxD = dispatch(_values(4), plan)
@@ -221,8 +229,8 @@ def test_expert_choice_rows_by_hand():
 
 
 def test_groups_of_expert_choice_are_counted_from_their_first_token():
-  place_2x2x1 = jnp.array([[[1], [0]], [[1], [1]]], jnp.int32)
-  gate_2x2x1 = jnp.arange(4.0).reshape(2, 2, 1)
+  place_2x2x1 = np.array([[[1], [0]], [[1], [1]]], np.int32)
+  gate_2x2x1 = np.arange(4, dtype=np.float32).reshape(2, 2, 1)
   rows = sort(plans.ByExpert(place_2x2x1, gate_2x2x1, 3))
   np.testing.assert_array_equal(rows.token_M, [1, 4, 0, 4])
   np.testing.assert_array_equal(rows.weight_M, [0, 2, 1, 3])
@@ -234,29 +242,30 @@ def test_a_limit_loses_the_rows_of_the_last_experts(kind):
   if kind == 'token':
     plan = make(EXPERT_4x2, GATE_4x2, 3)
   else:
-    place_1x2x3 = jnp.array([[[0, 1, 2], [2, 3, 1]]], jnp.int32)
-    plan = plans.ByExpert(place_1x2x3, jnp.ones((1, 2, 3)), 4)
+    place_1x2x3 = np.array([[[0, 1, 2], [2, 3, 1]]], np.int32)
+    plan = plans.ByExpert(place_1x2x3, np.ones((1, 2, 3), np.float32), 4)
   whole, rows = sort(plan), sort(plan, limit=5)
   assert len(rows.token_M) == 5 and rows.group_E.sum() == 5
   np.testing.assert_array_equal(rows.token_M, whole.token_M[:5])
-  want_TxD = combine(
-    jnp.where(jnp.arange(len(whole.token_M))[:, None] < 5, 1.0, 0.0), whole, 4
-  )
-  y_TxD = combine(jnp.ones((5, 1)), rows, 4)
+  first_Mx1 = np.float32(_values(len(whole.token_M)) < 5)
+  want_TxD = combine(first_Mx1, whole, 4)
+  y_TxD = combine(np.ones((5, 1), np.float32), rows, 4)
   np.testing.assert_array_equal(y_TxD, want_TxD)
-  assert int(plan.rows()) - int(rows.group_E.sum()) == len(whole.token_M) - 5
+  total = jax.jit(lambda plan: plan.rows())(plan)
+  assert int(total) - int(rows.group_E.sum()) == len(whole.token_M) - 5
 
 
 @pytest.mark.parametrize('C, lost', [(1, 5), (3, 1), (4, 0)])
 def test_spread_gives_every_expert_as_many_places(C, lost):
   rows = sort(make(EXPERT_4x2, GATE_4x2, 3))
-  wide = jax.jit(plans.spread, static_argnums=(1, 2))(rows, C, 4)
+  wide = spread(rows, C, 4)
   np.testing.assert_array_equal(wide.group_E, [C] * 3)
   assert int((wide.token_M < 4).sum()) == 8 - lost
   place_M = np.concatenate([np.arange(n) for n in rows.group_E])
-  kept_M = jnp.asarray(place_M < C, jnp.float32)[:, None]
+  kept_M = np.float32(place_M < C)[:, None]
   want_TxD = combine(kept_M, rows, 4)
-  y_TxD = combine(jnp.where(wide.token_M[:, None] < 4, 1.0, jnp.nan), wide, 4)
+  used_Px1 = wide.token_M[:, None] < 4
+  y_TxD = combine(np.where(used_Px1, 1, np.nan).astype(np.float32), wide, 4)
   np.testing.assert_array_equal(y_TxD, want_TxD)
   x_PxD = dispatch(_values(4) + 1, wide)
   np.testing.assert_array_equal(
@@ -269,9 +278,11 @@ def test_the_plan_of_some_experts(kind):
   if kind == 'token':
     plan = make(EXPERT_4x2, GATE_4x2, 3)
   else:
-    place_1x3x2 = jnp.array([[[3, 0], [0, 1], [2, 1]]], jnp.int32)
-    plan = plans.ByExpert(place_1x3x2, jnp.arange(6.0).reshape(1, 3, 2), 4)
-  whole, part = sort(plan), sort(plan.of(jnp.int32(1), 2))
+    place_1x3x2 = np.array([[[3, 0], [0, 1], [2, 1]]], np.int32)
+    gate_1x3x2 = np.arange(6, dtype=np.float32).reshape(1, 3, 2)
+    plan = plans.ByExpert(place_1x3x2, gate_1x3x2, 4)
+  of_some = _jit(lambda plan, first: plans.sort(plan.of(first, 2)))
+  whole, part = sort(plan), of_some(plan, np.int32(1))
   first, rows = int(whole.group_E[0]), int(whole.group_E[1:].sum())
   np.testing.assert_array_equal(part.group_E, whole.group_E[1:])
   for name in ('token_M', 'weight_M'):
@@ -283,15 +294,16 @@ def test_answers_keep_their_type_and_are_summed_in_the_gates():
   expert_TxK = np.zeros((1, 3), np.int32)
   gate_TxK = np.array([[1, 2**-8, 2**-8]], np.float32)
   plan = by_token(expert_TxK, gate_TxK, 1)
-  y_TxD = combine(jnp.ones((3, 2), jnp.bfloat16), plan, 1)
+  y_TxD = combine(np.ones((3, 2), jnp.bfloat16), plan, 1)
   assert y_TxD.dtype == jnp.bfloat16
   # One by one, in bfloat16, both small gates would be rounded away.
   np.testing.assert_array_equal(np.float32(y_TxD), 1 + 2**-7)
 
 
 def test_count_leaves_out_the_id_E():
-  expert_M = jnp.array([0, 3, 1, 3, 0, 2], jnp.int32)
-  np.testing.assert_array_equal(plans.count(expert_M, 3), [2, 1, 1])
+  expert_M = np.array([0, 3, 1, 3, 0, 2], np.int32)
+  found_E = _jit(plans.count, 'E')(expert_M, 3)
+  np.testing.assert_array_equal(found_E, [2, 1, 1])
 
 
 # Few shapes, so that few programs are compiled; what is in them is free.
@@ -322,9 +334,7 @@ def test_every_kept_choice_has_one_row_with_its_expert(routing):
   expert_TxK, E, capacity, group = routing
   T, K = expert_TxK.shape
   gate_TxK = np.arange(T * K, dtype=np.float32).reshape(T, K)
-  plan = jax.device_get(
-    by_token(expert_TxK, gate_TxK, E, capacity=capacity, group=group)
-  )
+  plan = by_token(expert_TxK, gate_TxK, E, capacity=capacity, group=group)
   kept_TxK = expert_TxK
   if capacity is not None:
     kept_TxK = oracle.keep(expert_TxK, E, capacity, group)
