@@ -20,18 +20,28 @@ def _config(**changes):
   ).to_dict()
   fields.pop('name')
   return classifier.Config(
-    **{**fields, 'gmm': 'cpu', 'V': V, 'size': SIZE, **changes}
+    **{**fields, 'gmm': 'xla', 'V': V, 'size': SIZE, **changes}
   )
 
 
+def _build():
+  return classifier.build(_config(), parallel.Layout(), rngs=nnx.Rngs(0))
+
+
 @functools.cache
-def _model(**changes):
-  c = _config(**changes)
-  model = classifier.build(c, parallel.Layout(), rngs=nnx.Rngs(0))
-  # A head that is not zero, so that the answer depends on the image.
-  draw = jax.random.normal(jax.random.key(1), model.head_DxV.shape)
-  model.head_DxV[...] = draw
-  return model
+def _model():
+  """Shapes without arrays."""
+  return nnx.eval_shape(_build)
+
+
+@functools.cache
+def _params():
+  """None is zero, the head neither, so that the answer depends on the image."""
+  draw = np.random.default_rng(1)
+  return jax.tree.map(
+    lambda a: draw.normal(0, 0.5, a.shape).astype(np.float32),
+    models.split(_model())[0],
+  )
 
 
 def _batch(seed=0):
@@ -44,9 +54,23 @@ def _batch(seed=0):
   }
 
 
-def _run(model, batch):
-  ctx = routers.context(batch, jax.random.key(0), 0, train=False)
-  return model(jax.tree.map(jnp.asarray, batch), ctx)
+def _run(batch, params=None):
+  """logits_Bx1xV, aux, and the gradients of the loss."""
+  return jax.device_get(_compiled(params or _params(), batch))
+
+
+@jax.jit
+def _compiled(params, batch):
+  goal = objective.classification(losses={'balance': 0.1}, sigmoid=True)
+
+  def loss(params):
+    model = models.bind(_model(), params, {})
+    ctx = routers.context(batch, jax.random.key(0), 0, train=False)
+    found = model(batch, ctx)
+    return goal(lambda batch, pass_: found, batch)[0], found
+
+  grads, found = jax.grad(loss, has_aux=True)(params)
+  return *found, grads
 
 
 def test_patches_are_squares_row_by_row():
@@ -60,43 +84,40 @@ def test_patches_are_squares_row_by_row():
 
 
 def test_every_patch_reaches_the_class_token():
-  model, batch = _model(), _batch()
-  logits_Bx1xV, (aux,) = _run(model, batch)
+  batch = _batch()
+  logits_Bx1xV, (aux,), _ = _run(batch)
   assert logits_Bx1xV.shape == (B, 1, V)
   assert aux['load_E'].sum() == B * 7 * 2  # patches, class token; k
   for y, x in ((0, 0), (3, 5)):
     moved = batch['image_BxYxXxC'].copy()
     moved[0, y, x] += 1
-    other, _ = _run(model, {**batch, 'image_BxYxXxC': moved})
+    other = _run({**batch, 'image_BxYxXxC': moved})[0]
     change = np.abs(other - logits_Bx1xV).max(axis=(1, 2))
     assert change[0] > 1e-4 and (change[1:] < 1e-6).all()
 
 
 def test_places_are_told_apart():
-  model, batch = _model(), _batch()
+  batch = _batch()
   turned = np.ascontiguousarray(batch['image_BxYxXxC'][:, ::-1])
   a, b = (
-    _run(model, {**batch, 'image_BxYxXxC': x})[0]
+    _run({**batch, 'image_BxYxXxC': x})[0]
     for x in (batch['image_BxYxXxC'], turned)
   )
   assert np.abs(a - b).max() > 1e-4
 
 
 def test_it_starts_from_equal_chances():
-  model = classifier.build(_config(), parallel.Layout(), rngs=nnx.Rngs(0))
-  np.testing.assert_array_equal(_run(model, _batch())[0], np.zeros((B, 1, V)))
+  @jax.jit  # of which only these are made
+  def head():
+    model = _build()
+    return {'head_DxV': model.head_DxV[...], 'bias_V': model.bias_V[...]}
+
+  logits_Bx1xV, *_ = _run(_batch(), {**_params(), **head()})
+  np.testing.assert_array_equal(logits_Bx1xV, np.zeros((B, 1, V)))
 
 
 def test_every_parameter_has_a_gradient():
-  model, batch = _model(), _batch()
-  params, state = models.split(model)
-  goal = objective.classification(losses={'balance': 0.1}, sigmoid=True)
-
-  def loss(params):
-    bound = models.bind(model, params, state)
-    return goal(lambda batch, pass_: _run(bound, batch), batch)[0]
-
-  grads = jax.jit(jax.grad(loss))(params)
+  *_, grads = _run(_batch())
   for path, d in jax.tree_util.tree_leaves_with_path(grads):
     assert np.isfinite(d).all(), path
     if path[-1].key != 'bias_key_HxS':  # which a softmax cannot feel
@@ -105,7 +126,7 @@ def test_every_parameter_has_a_gradient():
 
 def test_cost_by_hand():
   D, F, E = 16, 8, 4
-  cost = classifier.cost(nnx.eval_shape(lambda: _model()), 1)
+  cost = classifier.cost(_model(), 1)
   attention, norm = 4 * (D * D + D), 2 * D
   dense, expert = 2 * D * 24 + 24 + D, 2 * D * F + F + D
   layers = 2 * attention + 4 * norm + dense + D * E

@@ -4,7 +4,6 @@ import pathlib
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from small import small_config
@@ -25,16 +24,16 @@ def test_its_router_is_found_trains_and_is_noisy(corpus, tmp_path, monkeypatch):
   summary = train.run(jobs.prepare(c, str(tmp_path / 'run')))
   assert summary['eval_loss'] < summary['initial_loss'] - 0.2
 
-  router = routers.get('noisy')(8, 4, rngs=nnx.Rngs(0))
-  x_TxD = jax.random.normal(jax.random.key(1), (32, 8))
+  x_TxD = np.float32(np.random.default_rng(1).normal(size=(32, 8)))
   batch = {
-    'ids_BxL': jnp.zeros((2, 16), jnp.int32),
-    'pos_BxL': jnp.zeros((2, 16), jnp.int32),
-    'row_B': jnp.arange(2, dtype=jnp.int32),
+    'ids_BxL': np.zeros((2, 16), np.int32),
+    'pos_BxL': np.zeros((2, 16), np.int32),
+    'row_B': np.arange(2, dtype=np.int32),
   }
 
   @jax.jit
   def route(seed, x_TxD):
+    router = routers.get('noisy')(8, 4, rngs=nnx.Rngs(0))
     ctx = routers.context(batch, jax.random.key(seed), 0, train=True)
     return router(x_TxD, ctx, ())[1]['route']
 

@@ -158,6 +158,10 @@ def test_config_and_summary_are_shown_escaped_and_whole(tmp_path):
     'gmm ragged_dot',
   ):
     assert shown in page.texts, shown
+  # Of the config a table of the run's own values, and one of each group.
+  texts = [t for t in page.texts if t.strip()]
+  at = texts.index('run')
+  assert texts[at : at + 6] == ['run', 'steps', '300', 'model', 'E', '4']
 
 
 def test_headline_numbers(tmp_path):

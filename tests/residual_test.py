@@ -20,11 +20,15 @@ MOMENTUM = {name: {} for name in residual.MOMENTUM} | {
 
 def _run(rule, x=X, answers=ANSWERS):
   """The stream after each of the layers that answer so."""
+  return np.stack(_stream(rule, x, answers))
+
+
+def _stream(rule, x, answers):
   memory, out = rule.init(x), []
   for depth, h in enumerate(answers):
     x, memory = rule.apply(x, memory, h, np.int32(depth))
-    out.append(np.asarray(x))
-  return np.stack(out)
+    out.append(x)
+  return out
 
 
 def test_plain_adds():
@@ -46,7 +50,14 @@ def test_heavy_ball_averages_over_depth():
 
 def test_heavy_ball_without_memory_is_plain_bit_for_bit():
   rule = residual.get('heavy_ball', mu=0.0, gamma=1.0, sign=1.0)
-  np.testing.assert_array_equal(_run(rule), _run(residual.get('plain')))
+  plain = residual.get('plain')
+  np.testing.assert_array_equal(_run(rule), _run(plain))
+  slopes = lambda rule: jax.jit(
+    jax.grad(
+      lambda x, answers: jnp.vdot(X, _stream(rule, x, answers)[-1]), (0, 1)
+    )
+  )(X, ANSWERS)
+  jax.tree.map(np.testing.assert_array_equal, slopes(rule), slopes(plain))
 
 
 def test_negative_momentum_alternates():
@@ -211,6 +222,38 @@ def test_gradients_of_adam_are_finite_where_answers_vanish(layers):
 
   slope = jax.grad(total)(jnp.zeros(2))
   assert np.isfinite(slope).all() and slope.any()
+
+
+@pytest.mark.parametrize('name', residual.RULES)
+def test_gradients_are_the_slopes_of_the_stream(name):
+  """For the input and every answer, where the depth is traced."""
+  rule = residual.get(name, **MOMENTUM.get(name, {}))
+
+  @jax.jit
+  def goal(x, answers):
+    def layer(carry, scanned):
+      x, memory = carry
+      depth, h = scanned
+      x, memory = rule.apply(x, memory, rule.peek(h, memory), depth)
+      return (x, memory), x
+
+    depths = jnp.arange(len(answers), dtype=jnp.int32)
+    _, stream = jax.lax.scan(layer, (x, rule.init(x)), (depths, answers))
+    return jnp.vdot(LAYERS, stream)
+
+  at = np.float64(X[1] * LAYERS[0]), LAYERS[:, ::-1]
+  with jax.enable_x64(True):
+    grads = jax.jit(jax.grad(goal, (0, 1)))(*at)
+    for i, grad in enumerate(grads):
+      for place in ((0,) * grad.ndim, (-1,) * grad.ndim):
+        moved = [list(at), list(at)]
+        for side, step in zip(moved, (1e-6, -1e-6), strict=True):
+          side[i] = side[i].copy()
+          side[i][place] += step
+        slope = (goal(*moved[0]) - goal(*moved[1])) / 2e-6
+        np.testing.assert_allclose(grad[place], slope, 1e-5, 1e-8)
+      if i or name not in ('replace', 'adam'):  # which decays all of x
+        assert np.abs(grad).min() > 0
 
 
 # Links.

@@ -5,19 +5,23 @@ import dataclasses
 import functools
 import json
 import math
+import shutil
 import sys
+import types
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+import tiny
 from flax import nnx
-from small import lines_of, small_config
+from small import lines_of, small_config, without_clocks
 
-from moe_jax import config, job, parallel, routers, train
+from moe_jax import config, job, parallel, routers, train, trunk
+from moe_jax import plan as plans
 from moe_jax.experts import Experts
-from moe_jax.plan import sort
 
 B, L, D, E, F = 2, 12, 16, 4, 8
 T = B * L
@@ -58,28 +62,40 @@ def case(request):
   return request.param
 
 
-@dataclasses.dataclass(frozen=True)
+class Decided(NamedTuple):
+  """What a router says of tokens."""
+
+  train: tuple  # plan, aux
+  still: tuple  # the same out of training
+  again: tuple  # the same as train, with its routing replayed
+  grads: Any  # as those of Layer.grads, each gate weighted by its place
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Layer:
-  """A router and experts that are the same for all routers, as functions.
+  """A router, as functions that are compiled once for all tests of a case.
 
   Attributes:
-    router: abstract; its parameters are in `params`.
-    params: numpy, {'router': ..., 'experts': ...}.
+    router: abstract.
+    params: numpy, its parameters.
     route: (params, x_TxD, ctx) -> plan, aux.
-    run: (params, x_TxD, ctx) -> y_TxD, plan, aux.
-    grads: (params, x_TxD, r_TxD, ctx) -> of <r, y> + the router's losses, for
-      params and x, and y_TxD.
-    route_grads: the same of <r, gates> + losses, without experts.
-    traces: how often `run` was traced.
+    decide: (params, x_TxD, ctx) -> Decided.
+    grads: (params, x_TxD, ctx, r) -> plan, aux, and the gradients of
+      <r, gates> + the router's losses for params and x_TxD.
+    traces: how often `decide` was traced.
   """
 
   router: routers.Router
   params: dict
   route: collections.abc.Callable
-  run: collections.abc.Callable
+  decide: collections.abc.Callable
   grads: collections.abc.Callable
-  route_grads: collections.abc.Callable
   traces: list
+
+  def run(self, x_TxD, ctx):
+    """y_TxD, rows and aux, with the experts that all routers have."""
+    plan, aux = self.decide(self.params, x_TxD, ctx).train
+    return *_experts(_weights(), x_TxD, plan), jax.device_get(aux)
 
 
 @jax.custom_vjp
@@ -128,61 +144,36 @@ def _defined(group_E, x_MxA):
 def _layer(name, options):
   make = lambda: routers.get(name)(D, E, rngs=nnx.Rngs(0), **dict(options))
   router = nnx.eval_shape(make)
-  experts = nnx.eval_shape(
-    lambda: Experts(
-      E, D, F, activation='swiglu', gmm=_worst_gmm, bias=True, rngs=nnx.Rngs(0)
-    )
-  )
   graph, w, state = nnx.split(router, nnx.Param, ...)
   if state:
-    state = nnx.state(make(), nnx.Not(nnx.Param))
-  graph_experts, w_experts = nnx.split(experts)
-  draw = np.random.default_rng(1)
-  fill = lambda a: draw.normal(0, 0.3, a.shape).astype(np.float32)
-  params = {
-    'router': jax.tree.map(fill, nnx.to_pure_dict(w)),
-    'experts': jax.tree.map(fill, nnx.to_pure_dict(w_experts)),
-  }
+    state = jax.jit(lambda: nnx.state(make(), nnx.Not(nnx.Param)))()
   traces = []
 
-  def bound(params):
-    nnx.replace_by_pure_dict(w, params['router'])
-    return nnx.merge(graph, w, state)
-
   def route(params, x_TxD, ctx):
-    router = bound(params)
+    nnx.replace_by_pure_dict(w, params)
+    router = nnx.merge(graph, w, state)
     plan, aux, _ = router(x_TxD, ctx, router.memory(x_TxD))
-    return sort(plan), aux
+    return plan, aux
 
-  def forward(params, x_TxD, ctx):
-    nnx.replace_by_pure_dict(w_experts, params['experts'])
-    experts = nnx.merge(graph_experts, w_experts)
-    router = bound(params)
-    plan, aux, _ = router(x_TxD, ctx, router.memory(x_TxD))
-    return parallel.Layout()(x_TxD, plan, experts)[0], aux
+  def grads(params, x_TxD, ctx, r=None):
+    def objective(params, x_TxD):
+      plan, aux = route(params, x_TxD, ctx)
+      gate = _gate(plan)
+      r_gate = _places(gate) if r is None else r
+      return sum(aux['losses'].values(), jnp.vdot(r_gate, gate)), (plan, aux)
 
-  def run(params, x_TxD, ctx):
+    slopes, decided = jax.grad(objective, (0, 1), has_aux=True)(params, x_TxD)
+    return *decided, slopes
+
+  def decide(params, x_TxD, ctx):
     traces.append(1)
-    return forward(params, x_TxD, ctx)[0], *route(params, x_TxD, ctx)
+    plan, aux, slopes = grads(params, x_TxD, ctx)
+    still = route(params, x_TxD, ctx.replace(train=False))
+    again = route(params, x_TxD, ctx.replace(forced=aux['route']))
+    return Decided((plan, aux), still, again, slopes)
 
-  def grads(params, x_TxD, r_TxD, ctx):
-    def objective(params, x_TxD):
-      y_TxD, aux = forward(params, x_TxD, ctx)
-      return sum(aux['losses'].values(), jnp.sum(r_TxD * y_TxD)), y_TxD
-
-    return jax.grad(objective, argnums=(0, 1), has_aux=True)(params, x_TxD)
-
-  def route_grads(params, x_TxD, ctx):
-    def objective(params, x_TxD):
-      rows, aux = route(params, x_TxD, ctx)
-      r_M = jnp.arange(len(rows.weight_M), dtype=x_TxD.dtype)
-      return sum(aux['losses'].values(), jnp.sum(r_M * rows.weight_M))
-
-    return jax.grad(objective, argnums=(0, 1))(params, x_TxD)
-
-  return Layer(
-    router, params, *map(jax.jit, (route, run, grads, route_grads)), traces
-  )
+  params = _filled(nnx.to_pure_dict(w))
+  return Layer(router, params, *map(jax.jit, (route, decide, grads)), traces)
 
 
 def _of(case):
@@ -190,7 +181,74 @@ def _of(case):
   return _layer(name, tuple(options.items()))
 
 
-def _ctx(seed=0, forced=None, train=True, microbatch=0, step=0):
+def _filled(tree):
+  draw = np.random.default_rng(1)
+  fill = lambda a: draw.normal(0, 0.3, a.shape).astype(np.float32)
+  return jax.tree.map(fill, tree)
+
+
+def _places(a):
+  return np.arange(a.size, dtype=a.dtype).reshape(a.shape)
+
+
+def _gate(plan):
+  return getattr(plan, _gate_name(plan))
+
+
+def _gate_name(plan):
+  return 'weight_TxK' if isinstance(plan, plans.ByToken) else 'weight_NxExC'
+
+
+# The experts are the same for all routers, and are compiled once for all plans
+# of the same sizes.
+
+
+@functools.cache
+def _abstract_experts():
+  make = lambda: Experts(
+    E, D, F, activation='swiglu', gmm=_worst_gmm, bias=True, rngs=nnx.Rngs(0)
+  )
+  return nnx.split(nnx.eval_shape(make))
+
+
+@functools.cache
+def _weights():
+  return _filled(nnx.to_pure_dict(_abstract_experts()[1]))
+
+
+@jax.jit
+def _experts(weights, x_TxD, plan):
+  """y_TxD, rows"""
+  graph, w = _abstract_experts()
+  nnx.replace_by_pure_dict(w, weights)
+  y_TxD, _ = parallel.Layout()(x_TxD, plan, nnx.merge(graph, w))
+  return y_TxD, plans.sort(plan)
+
+
+@jax.jit
+def _expert_grads(weights, x_TxD, plan, r_TxD):
+  """y_TxD, and the gradients of <r, y> for weights, x_TxD and the gates."""
+
+  def objective(weights, x_TxD, gate):
+    changed = plan.replace(**{_gate_name(plan): gate})
+    y_TxD, _ = _experts(weights, x_TxD, changed)
+    return jnp.vdot(r_TxD, y_TxD), y_TxD
+
+  slopes, y_TxD = jax.grad(objective, (0, 1, 2), has_aux=True)(
+    weights, x_TxD, _gate(plan)
+  )
+  return y_TxD, slopes
+
+
+_sort = jax.jit(plans.sort)
+
+
+def _rows(plan):
+  return jax.device_get(_sort(plan))
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _context(seed, microbatch, step, train):
   places_BxL = np.broadcast_to(np.arange(L, dtype=np.int32), (B, L))
   batch = {
     'ids_BxL': np.random.default_rng(2).integers(0, 9, (B, L), np.int32),
@@ -198,91 +256,91 @@ def _ctx(seed=0, forced=None, train=True, microbatch=0, step=0):
     'row_B': np.arange(B, dtype=np.int32),
   }
   ctx = routers.context(
-    batch,
-    jax.random.key(seed),
-    jnp.int32(step),
-    train=train,
-    microbatch=microbatch,
+    batch, jax.random.key(seed), step, train=train, microbatch=microbatch
   )
-  return ctx.at_depth(jnp.int32(1), forced)
+  return ctx.at_depth(jnp.int32(1), None)
+
+
+@functools.cache
+def _ctx(seed=0, train=True, microbatch=0, step=0):
+  return _context(*np.int32([seed, microbatch, step]), train)
 
 
 def _x(seed=0):
   return np.random.default_rng(seed).normal(size=(T, D)).astype(np.float32)
 
 
-def _experts_of_rows(plan):
-  return np.repeat(np.arange(E), plan.group_E)
+def _experts_of_rows(rows):
+  return np.repeat(np.arange(E), rows.group_E)
 
 
-def _gates(plan):
-  """gate_TxE in float64, from the rows of a plan."""
+def _gates(rows):
+  """gate_TxE in float64."""
   gate_TxE = np.zeros((T, E))
-  for row, e in enumerate(_experts_of_rows(plan)):
-    gate_TxE[plan.token_M[row], e] += float(plan.weight_M[row])
+  for row, e in enumerate(_experts_of_rows(rows)):
+    gate_TxE[rows.token_M[row], e] += float(rows.weight_M[row])
   return gate_TxE
 
 
-def _experts_of_tokens(plan):
+def _experts_of_tokens(rows):
   """The sorted experts of each token."""
   experts = [[] for _ in range(T)]
-  for row, e in enumerate(_experts_of_rows(plan)):
-    experts[plan.token_M[row]].append(int(e))
+  for row, e in enumerate(_experts_of_rows(rows)):
+    experts[rows.token_M[row]].append(int(e))
   return [sorted(e) for e in experts]
 
 
 def _draws(layer):
   """Whether its routing depends on the key."""
-  a, b = (layer.run(layer.params, _x(), _ctx(seed))[0] for seed in (0, 1))
+  a, b = (layer.run(_x(), _ctx(seed))[0] for seed in (0, 1))
   return not np.array_equal(a, b)
 
 
 def test_aux_has_what_the_contract_says(case):
   layer = _of(case)
-  _, plan, aux = layer.run(layer.params, _x(), _ctx())
+  _, rows, aux = layer.run(_x(), _ctx())
   assert {'load_E', 'dropped', 'route', 'entropy', 'losses'} <= set(aux)
-  assert aux['load_E'].shape == (E,) and aux['load_E'].dtype == jnp.int32
-  assert aux['route'].dtype == jnp.int32
+  assert aux['load_E'].shape == (E,) and aux['load_E'].dtype == np.int32
+  assert aux['route'].dtype == np.int32
   assert aux['dropped'].shape == aux['entropy'].shape == ()
   assert 0 <= aux['dropped'] <= 1 and 0 <= aux['entropy'] <= 1
   for name, loss in aux['losses'].items():
     assert loss.shape == () and loss >= 0, name
   assert 0 < layer.router.k <= E
-  assert plan.weight_M.shape == plan.token_M.shape
+  assert rows.weight_M.shape == rows.token_M.shape
 
 
 def test_rows_are_grouped_and_none_is_lost(case):
   layer = _of(case)
-  plan, aux = jax.device_get(layer.run(layer.params, _x(), _ctx())[1:])
-  route = np.array(aux['route'])
-  if plan.home_TxK is None:  # of expert choice, places in groups of tokens
+  _, rows, aux = jax.device_get(layer.run(_x(), _ctx()))
+  route = aux['route']
+  if rows.home_TxK is None:  # of expert choice, places in groups of tokens
     first_Nx1x1 = np.arange(len(route))[:, None, None] * (T // len(route))
     route = (first_Nx1x1 + route).swapaxes(0, 1).reshape(E, -1)
-  rows = plan.group_E.sum()
-  assert rows <= len(plan.token_M)
-  assert (plan.weight_M >= 0).all()
-  token_choice = plan.home_TxK is not None
+  number = rows.group_E.sum()
+  assert number <= len(rows.token_M)
+  assert (rows.weight_M >= 0).all()
+  token_choice = rows.home_TxK is not None
   wanted = collections.Counter()
   for i, j in np.ndindex(*route.shape):
     wanted[(i, route[i, j]) if token_choice else (route[i, j], i)] += 1
   found = collections.Counter(
-    zip(plan.token_M.tolist(), _experts_of_rows(plan).tolist(), strict=False)
+    zip(rows.token_M.tolist(), _experts_of_rows(rows).tolist(), strict=False)
   )
   assert not found - wanted  # no row that was not chosen
   assert max(found.values()) == 1
   load_E = [sum(n for (_, e), n in wanted.items() if e == i) for i in range(E)]
   np.testing.assert_array_equal(aux['load_E'], load_E)  # before dropping
   if token_choice:
-    fraction = 1 - rows / wanted.total()
+    fraction = 1 - number / wanted.total()
   else:
-    fraction = 1 - len(set(plan.token_M.tolist())) / T
+    fraction = 1 - len(set(rows.token_M.tolist())) / T
   np.testing.assert_allclose(aux['dropped'], fraction, atol=1e-6)
 
 
 def test_layer_agrees_with_the_oracle(case):
-  layer = _of(case)
-  y_TxD, plan, _ = jax.device_get(layer.run(layer.params, _x(), _ctx()))
-  expected = oracle.moe_dense(_x(), _gates(plan), layer.params['experts'])
+  y_TxD, rows, _ = jax.device_get(_of(case).run(_x(), _ctx()))
+  expected = oracle.moe_dense(_x(), _gates(rows), _weights())
   assert np.abs(expected).max() > 0.1
   np.testing.assert_allclose(y_TxD, expected, 1e-4, 1e-5)
 
@@ -294,34 +352,60 @@ def test_gradients_agree_with_the_oracle(case):
   router's own losses add, are recomputed in float64.
   """
   layer = _of(case)
-  forced = layer.route(layer.params, _x(), _ctx())[1]['route']
+  at = {'x': _x(), 'router': layer.params, 'experts': _weights()}
+  at = jax.tree.map(np.float64, at)
+  r_TxD = np.random.default_rng(3).normal(size=(T, D))
+
+  def oracle_of(at):
+    rows, aux, *_ = _replay(layer, at)
+    y_TxD = oracle.moe_dense(at['x'], _gates(rows), at['experts'])
+    return y_TxD, sum(aux['losses'].values())
+
+  def value(at, toward, s):
+    y_TxD, losses = oracle_of(jax.tree.map(lambda a, v: a + s * v, at, toward))
+    return np.sum(r_TxD * y_TxD) + losses
+
+  rows, aux, plan, _ = _replay(layer, at)
   with jax.enable_x64(True):
-    at = jax.tree.map(np.float64, {**layer.params, 'x': _x()})
-    r_TxD = np.random.default_rng(3).normal(size=(T, D))
-    ctx = _ctx(forced=forced)
-    (grads, d_x_TxD), y_TxD = layer.grads(at, at['x'], r_TxD, ctx)
+    found = _expert_grads(at['experts'], at['x'], plan, r_TxD)
+  y_TxD, (d_experts, d_x_TxD, d_gate) = jax.device_get(found)
+  *_, (d_router, d_x_through_gates_TxD) = _replay(layer, at, d_gate)
+  # Nothing was narrowed on the way.
+  for a in jax.tree.leaves(
+    (y_TxD, d_x_TxD, d_x_through_gates_TxD, d_router, rows.weight_M)
+  ):
+    assert a.dtype == np.float64
+  for number in (*aux['losses'].values(), aux['entropy']):
+    assert number.dtype == np.float64
+  np.testing.assert_allclose(y_TxD, oracle_of(at)[0], 1e-12, 1e-13)
 
-    def value(at, toward, s):
-      at = jax.tree.map(lambda a, v: a + s * v, at, toward)
-      plan, aux = jax.device_get(layer.route(at, at['x'], ctx))
-      expected_TxD = oracle.moe_dense(at['x'], _gates(plan), at['experts'])
-      return np.sum(r_TxD * expected_TxD) + sum(aux['losses'].values())
+  grads = {
+    'x': d_x_TxD + d_x_through_gates_TxD,
+    'router': d_router,
+    'experts': d_experts,
+  }
+  for name, toward in _directions(at):
+    expected = (value(at, toward, 1e-5) - value(at, toward, -1e-5)) / 2e-5
+    products = jax.tree.map(lambda g, v: np.sum(g * v), grads, toward)
+    found = sum(jax.tree.leaves(products))
+    np.testing.assert_allclose(found, expected, 1e-5, 1e-7, err_msg=name)
 
-    for name, toward in _directions(at):
-      expected = (value(at, toward, 1e-5) - value(at, toward, -1e-5)) / 2e-5
-      products = jax.tree.map(
-        lambda g, v: np.sum(g * v), {**grads, 'x': d_x_TxD}, toward
-      )
-      found = sum(jax.tree.leaves(products))
-      np.testing.assert_allclose(found, expected, 1e-5, 1e-7, err_msg=name)
 
-    plan, aux = jax.device_get(layer.route(at, at['x'], ctx))
-    # Nothing was narrowed on the way.
-    assert y_TxD.dtype == d_x_TxD.dtype == plan.weight_M.dtype == np.float64
-    for number in (*aux['losses'].values(), aux['entropy']):
-      assert number.dtype == np.float64
-    expected_TxD = oracle.moe_dense(at['x'], _gates(plan), at['experts'])
-    np.testing.assert_allclose(y_TxD, expected_TxD, 1e-12, 1e-13)
+@functools.cache
+def _recorded(layer):
+  """plan, aux"""
+  return jax.device_get(layer.decide(layer.params, _x(), _ctx()).train)
+
+
+def _replay(layer, at, r=None):
+  """rows, aux, plan and gradients in float64, of the routing recorded."""
+  plan, aux = _recorded(layer)
+  ctx = _ctx().replace(forced=aux['route'])
+  r = np.zeros(_gate(plan).shape) if r is None else r
+  params, x_TxD = jax.tree.map(np.float64, (at['router'], at['x']))
+  with jax.enable_x64(True):
+    plan, aux, slopes = layer.grads(params, x_TxD, ctx, r)
+    return jax.device_get((_sort(plan), aux, plan, slopes))
 
 
 def _directions(at):
@@ -343,7 +427,7 @@ def _directions(at):
 def test_gradients_are_finite_where_scores_are_extreme(case, scale):
   layer = _of(case)
   params = jax.tree.map(lambda a: scale * a, layer.params)
-  grads = layer.route_grads(params, _x(), _ctx())
+  grads = layer.decide(params, _x(), _ctx()).grads
   for leaf in jax.tree.leaves(grads):
     assert np.isfinite(leaf).all()
 
@@ -355,10 +439,9 @@ def test_permuted_tokens_are_routed_alike_where_declared(case):
     [np.random.default_rng(b).permutation(L) for b in (5, 6)]
   )
   order_T = (order_BxL + L * np.arange(B)[:, None]).reshape(-1)
-  y_TxD = np.array(layer.run(layer.params, _x(), ctx)[0])
-  moved_TxD = layer.run(
-    layer.params, _x()[order_T], ctx.replace(ids_T=ctx.ids_T[order_T])
-  )[0]
+  y_TxD = np.array(layer.run(_x(), ctx)[0])
+  ids_T = np.array(ctx.ids_T)[order_T]
+  moved_TxD = np.array(layer.run(_x()[order_T], ctx.replace(ids_T=ids_T))[0])
   differs = np.abs(moved_TxD - y_TxD[order_T]).max()
   if layer.router.equivariant:
     assert differs < 1e-5
@@ -368,15 +451,15 @@ def test_permuted_tokens_are_routed_alike_where_declared(case):
 
 def test_later_tokens_matter_only_where_declared(case):
   layer = _of(case)
-  y_TxD = np.array(layer.run(layer.params, _x(), _ctx())[0])
+  y_TxD = np.array(layer.run(_x(), _ctx())[0])
   moved = 0.0
   for seed in (1, 2, 3):
     for cut in (3, 8):
       x_BxLxD = _x().reshape(B, L, D).copy()
       x_BxLxD[:, cut:] = _x(seed).reshape(B, L, D)[:, cut:]
-      other_TxD = layer.run(layer.params, x_BxLxD.reshape(T, D), _ctx())[0]
+      other_TxD = np.array(layer.run(x_BxLxD.reshape(T, D), _ctx())[0])
       before = np.s_[:, :cut]
-      difference = y_TxD.reshape(B, L, D) - other_TxD.reshape(B, L, D)
+      difference = (y_TxD - other_TxD).reshape(B, L, D)
       moved = max(moved, np.abs(difference[before]).max())
   if layer.router.causal:
     assert moved < 1e-6
@@ -386,7 +469,7 @@ def test_later_tokens_matter_only_where_declared(case):
 
 def test_same_key_same_plan(case):
   layer = _of(case)
-  a, b = (layer.run(layer.params, _x(), _ctx(seed=7)) for _ in range(2))
+  a, b = (layer.run(_x(), _ctx(seed=7)) for _ in range(2))
   jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
@@ -394,7 +477,10 @@ def test_without_training_only_declared_randomness_is_left(case):
   """A router that draws in evaluation is `random`; no other does."""
   layer = _of(case)
   a, b = (
-    layer.run(layer.params, _x(), _ctx(seed, train=False))[0] for seed in (0, 1)
+    _experts(
+      _weights(), _x(), layer.decide(layer.params, _x(), _ctx(seed)).still[0]
+    )[0]
+    for seed in (0, 1)
   )
   draws = case[0] == 'random' and case[1].get('per', 'token') in DRAWN
   assert np.array_equal(a, b) != draws
@@ -402,56 +488,71 @@ def test_without_training_only_declared_randomness_is_left(case):
 
 def test_compiles_once(case):
   layer = _of(case)
-  layer.run(layer.params, _x(), _ctx())
+  layer.run(_x(), _ctx())
   traced = len(layer.traces)
   for seed in (1, 2, 3):
     params = jax.tree.map(lambda a, s=seed: s * a, layer.params)
-    layer.run(params, _x(seed), _ctx(seed, step=seed))
+    layer.decide(params, _x(seed), _ctx(seed, step=seed))
   assert len(layer.traces) == traced
 
 
 def test_a_recorded_routing_is_replayed_and_its_gates_recomputed(case):
   layer = _of(case)
-  plan, aux = jax.device_get(layer.route(layer.params, _x(), _ctx()))
-  ctx = _ctx(forced=aux['route'])
-  again = jax.device_get(layer.route(layer.params, _x(), ctx))
-  jax.tree.map(np.testing.assert_array_equal, (plan, aux), again)
-  elsewhere, other = jax.device_get(layer.route(layer.params, _x(9), ctx))
-  np.testing.assert_array_equal(aux['route'], other['route'])
-  assert _experts_of_tokens(plan) == _experts_of_tokens(elsewhere)
-  gates_move = not np.array_equal(plan.weight_M, elsewhere.weight_M)
+  decided = layer.decide(layer.params, _x(), _ctx())
+  jax.tree.map(np.testing.assert_array_equal, decided.train, decided.again)
+  (here, aux, *_), (elsewhere, other, *_) = (
+    _replay(layer, {'router': layer.params, 'x': x}) for x in (_x(), _x(9))
+  )
+  recorded = decided.train[1]['route']
+  np.testing.assert_array_equal(aux['route'], recorded)
+  np.testing.assert_array_equal(other['route'], recorded)
+  assert _experts_of_tokens(here) == _experts_of_tokens(elsewhere)
+  gates_move = not np.array_equal(here.weight_M, elsewhere.weight_M)
   one_gate = layer.router.k == 1 and getattr(layer.router, 'renormalise', False)
   assert gates_move == (case[0] != 'random' and not one_gate)
 
 
+def test_recomputing_never_chooses_again(case):
+  """Not under the rematerialisation of moe_jax/trunk.py."""
+  layer = _of(case)
+
+  def goal(params, x_TxD):
+    plan, aux = layer.route(params, x_TxD, _ctx())
+    gate = _gate(plan)
+    return sum(aux['losses'].values(), jnp.vdot(_places(gate), gate))
+
+  recomputing = trunk.remat(types.SimpleNamespace(remat=True), goal)
+  keep, recompute = (
+    tiny.primitives(jax.grad(f, (0, 1)), layer.params, _x())
+    for f in (goal, recomputing)
+  )
+  assert recompute['top_k'] <= keep['top_k']
+
+
 def test_bfloat16_tokens_are_routed_in_float32(case):
   layer = _of(case)
-  if dict(case[1]).get('jitter'):  # drawn in the type of the tokens
-    ctx = _ctx(train=False)
-  else:
-    ctx = _ctx()
-  x_TxD = jnp.asarray(_x(), jnp.bfloat16)
-  low, high = (
-    jax.eval_shape(layer.run, layer.params, x, ctx)
-    for x in (x_TxD, x_TxD.astype(jnp.float32))
-  )
-  assert low[0].dtype == jnp.bfloat16
-  assert jax.tree.map(lambda a: a.dtype, low[1:]) == jax.tree.map(
-    lambda a: a.dtype, high[1:]
-  )
+  plan, aux = layer.decide(layer.params, _x(), _ctx()).train
+  x_TxD = _x().astype(jnp.bfloat16)
+  low = jax.eval_shape(layer.route, layer.params, x_TxD, _ctx())
+  dtypes = lambda tree: jax.tree.map(lambda a: a.dtype, tree)
+  assert dtypes(low) == dtypes((plan, aux))
+  y_TxD, _ = jax.eval_shape(_experts, _weights(), x_TxD, low[0])
+  assert y_TxD.dtype == jnp.bfloat16
 
 
 # What each router in particular decides.
 
 
-def _route(case, x_TxD, ctx=None):
-  """Plan and aux, of the router alone."""
+def _route(case, x_TxD, train=True):
+  """Rows and aux, of the router alone."""
   layer = _of(case)
-  return jax.device_get(layer.route(layer.params, x_TxD, ctx or _ctx()))
+  decided = layer.decide(layer.params, x_TxD, _ctx())
+  plan, aux = decided.train if train else decided.still
+  return jax.device_get((_sort(plan), aux))
 
 
 def _logits(case, x_TxD):
-  params = jax.tree.map(np.float64, _of(case).params['router'])
+  params = jax.tree.map(np.float64, _of(case).params)
   return np.float64(x_TxD) @ params['w_DxE'] + params.get('bias_logit_E', 0)
 
 
@@ -460,15 +561,11 @@ def _logits(case, x_TxD):
 )
 def test_token_choice_follows_its_papers(case):
   name, options = case
-  if options.get('jitter'):
-    ctx = _ctx(train=False)  # no jitter
-  else:
-    ctx = _ctx()
-  plan, aux = _route(case, _x(), ctx)
+  rows, aux = _route(case, _x(), train=not options.get('jitter'))
   k = options.get('k', 1 if name == 'switch' else 2)
   logits_TxE = _logits(case, _x())
   if options.get('score') == 'sigmoid':
-    score_TxE = 1 / (1 + np.exp(-logits_TxE))
+    score_TxE = _sigmoid(logits_TxE)
     probs_TxE = score_TxE / score_TxE.sum(1, keepdims=True)
   else:
     score_TxE = probs_TxE = oracle.softmax(logits_TxE)
@@ -490,7 +587,7 @@ def test_token_choice_follows_its_papers(case):
     assert round(float(aux['dropped']) * T * k) == dropped
   gate_TxE = np.zeros((T, E + 1))
   np.put_along_axis(gate_TxE, kept_TxK, gate_TxK, axis=1)
-  np.testing.assert_allclose(_gates(plan), gate_TxE[:, :E], 1e-5, 1e-6)
+  np.testing.assert_allclose(_gates(rows), gate_TxE[:, :E], 1e-5, 1e-6)
   share_E = np.bincount(expert_TxK.reshape(-1), minlength=E) / (T * k)
   np.testing.assert_allclose(
     aux['losses']['balance'], E * share_E @ probs_TxE.mean(0), 1e-5
@@ -516,9 +613,9 @@ def test_the_bias_has_a_say_in_which_groups_are_kept(best):
   """Of groups (0, 1) and (2, 3); gates are those of scores without it."""
   options = dict(expert_groups=2, group_best=best, score='sigmoid')
   route = _biased(renormalise=False, **options)
-  score_TxE = 1 / (1 + np.exp(-(_x() @ np.asarray(_topk().w_DxE[...]))))
+  score_TxE = _sigmoid(_x() @ _w_DxE())
   for bias_E in np.float32([[0, 0, 0, 0], [0.9, -0.5, 0, 0.3]]):
-    plan, _ = route(bias_E)
+    plan, *_ = route(bias_E, _x())
     choice_TxE = _of_best_groups(score_TxE + bias_E, options)
     expert_T = np.argmax(choice_TxE, axis=1)
     np.testing.assert_array_equal(plan.expert_TxK[:, 0], expert_T)
@@ -536,7 +633,7 @@ def test_the_bias_has_a_say_in_which_groups_are_kept(best):
 )
 def test_expert_choice_takes_the_best_tokens_of_each_group(case):
   group, k = case[1].get('group', L), case[1].get('k', 2)
-  plan, aux = _route(case, _x())
+  rows, aux = _route(case, _x())
   probs_TxE = oracle.softmax(_logits(case, _x()))
   capacity = math.ceil(group * k / E)
   gate_TxE = np.zeros((T, E))
@@ -545,97 +642,112 @@ def test_expert_choice_takes_the_best_tokens_of_each_group(case):
       here = probs_TxE[start : start + group, e]
       for t in oracle.best(here, capacity):
         gate_TxE[start + t, e] = here[t]
-  np.testing.assert_allclose(_gates(plan), gate_TxE, 1e-5, 1e-6)
+  np.testing.assert_allclose(_gates(rows), gate_TxE, 1e-5, 1e-6)
   np.testing.assert_array_equal(aux['load_E'], [T // group * capacity] * E)
   assert aux['dropped'] == np.float32((gate_TxE.sum(1) == 0).mean())
 
 
 def test_capacity_under_skew_drops_exactly_the_overflow():
   case = ('switch', {'capacity': None})
-  layer, crowded = _of(case), _of(('switch', {}))
   x_TxD = np.broadcast_to(_x()[:1], (T, D))  # all want the same expert
-  assert layer.route(layer.params, x_TxD, _ctx())[1]['dropped'] == 0
-  plan, aux = crowded.route(layer.params, x_TxD, _ctx())
+  assert _route(case, x_TxD)[1]['dropped'] == 0
+  rows, aux = _route(('switch', {}), x_TxD)
   capacity = math.ceil(1.25 * L / E)
-  assert plan.group_E.sum() == B * capacity
+  assert rows.group_E.sum() == B * capacity
   assert float(aux['dropped']) == pytest.approx(1 - capacity / L)
   assert aux['load_E'].max() == T
   assert float(aux['losses']['balance']) > 1.5
 
 
 def test_sigmoid_gates_are_those_of_the_best_and_sum_to_the_scale():
-  plan, _ = _route(('topk', VARIANTS['topk'][0]), _x())
-  np.testing.assert_allclose(_gates(plan).sum(1), 2.5, 1e-5)
-
-
-def _topk(**options):
-  router = routers.get('topk')(D, E, rngs=nnx.Rngs(0), **options)
-  router.w_DxE[...] = jnp.asarray(
-    np.random.default_rng(1).normal(0, 0.3, (D, E)), jnp.float32
-  )
-  return router
+  rows, _ = _route(('topk', VARIANTS['topk'][0]), _x())
+  np.testing.assert_allclose(_gates(rows).sum(1), 2.5, 1e-5)
 
 
 def test_bias_moves_choices_and_never_gates():
   route = _biased(score='sigmoid', renormalise=False)
-  plain, _ = route(np.zeros(E, np.float32))
+  plain, *_ = route(np.zeros(E, np.float32), _x())
   assert (plain.expert_TxK != 2).any()
-  plan, _ = route(np.float32([0, 0, 5, 0]))
+  plan, *_ = route(np.float32([0, 0, 5, 0]), _x())
   assert (plan.expert_TxK == 2).all()
-  gate_T = 1 / (1 + np.exp(-(_x() @ _topk().w_DxE[...])[:, 2]))
+  gate_T = _sigmoid(_x() @ _w_DxE())[:, 2]
   np.testing.assert_allclose(plan.weight_TxK[:, 0], gate_T, 1e-5)
 
 
 def test_bias_update_moves_the_load_towards_balance():
-  router = _topk(bias_rate=0.02)
-  x_TxD = _x() + 2 * np.asarray(router.w_DxE[...])[:, 0]  # expert 0 is loved
-  route = _biased(x_TxD, score='sigmoid')
+  x_TxD = _x() + 2 * _w_DxE()[:, 0]  # expert 0 is loved
+  route = _biased(score='sigmoid', renormalise=False)
   bias_E = np.zeros(E, np.float32)
-  first = load_E = route(bias_E)[1]['load_E']
-  for _ in range(60):
-    bias_E = router.update({'bias_E': bias_E}, load_E)['bias_E']
-    load_E = route(bias_E)[1]['load_E']
-  assert bias_E[0] == bias_E.min() < 0
-  assert int(first.max()) > 0.7 * T
-  assert int(load_E.max()) < 0.5 * T
+  loads = []
+  for _ in range(61):
+    bias_before_E = bias_E
+    _, aux, bias_E = route(bias_E, x_TxD)
+    loads.append(np.array(aux['load_E']))
+  assert bias_before_E[0] == bias_before_E.min() < 0
+  assert loads[0].max() > 0.7 * T
+  assert loads[-1].max() < 0.5 * T
 
 
-def _biased(x_TxD=None, **options):
-  """bias_E -> plan, aux of a top-1 router, jitted."""
-  graph, params, state = nnx.split(
-    _topk(k=1, bias_rate=0.1, **options), nnx.Param, routers.RouterState
+def _biased(**options):
+  """(bias_E, x_TxD) -> plan, aux and the next bias, of a top-1 router."""
+  return _biased_of(tuple(options.items()))
+
+
+@functools.cache
+def _biased_of(options):
+  make = lambda: routers.get('topk')(
+    D, E, k=1, bias_rate=0.02, rngs=nnx.Rngs(0), **dict(options)
   )
-  x_TxD = _x() if x_TxD is None else x_TxD
+  graph, params, state = nnx.split(
+    nnx.eval_shape(make), nnx.Param, routers.RouterState
+  )
 
-  def route(bias_E):
+  @jax.jit
+  def route(bias_E, x_TxD):
+    nnx.replace_by_pure_dict(params, {'w_DxE': _w_DxE()})
     nnx.replace_by_pure_dict(state, {'bias_E': bias_E})
-    return nnx.merge(graph, params, state)(x_TxD, _ctx(), ())[:2]
+    router = nnx.merge(graph, params, state)
+    plan, aux, _ = router(x_TxD, _ctx(), ())
+    return plan, aux, router.update({'bias_E': bias_E}, aux['load_E'])['bias_E']
 
-  return jax.jit(route)
+  return route
+
+
+def _w_DxE():
+  return _filled({'w_DxE': np.zeros((D, E))})['w_DxE']
+
+
+def _sigmoid(x):
+  return 1 / (1 + np.exp(-x))
 
 
 def test_without_a_rate_there_is_no_state():
-  router = _topk()
+  router = _of(('topk', {})).router
   assert not jax.tree.leaves(nnx.state(router, routers.RouterState))
-  assert router.update({}, jnp.ones(E)) == {}
+  assert router.update({}, np.ones(E)) == {}
 
 
 def test_torch_init_is_uniform_up_to_the_root_of_the_width():
-  make = lambda **options: routers.get('topk')(
-    256, 64, bias=True, rngs=nnx.Rngs(0), **options
+  def made(init):
+    router = routers.get('topk')(
+      256, 64, bias=True, init=init, rngs=nnx.Rngs(0)
+    )
+    return router.w_DxE[...], router.bias_logit_E[...]
+
+  torch, normal = jax.device_get(
+    jax.jit(lambda: (made('torch'), made('normal')))()
   )
-  torch, normal = make(init='torch'), make()
-  for param in (torch.w_DxE[...], torch.bias_logit_E[...]):
-    assert 0.9 / 16 < float(jnp.abs(param).max()) <= 1 / 16
-  assert float(jnp.std(torch.w_DxE[...])) == pytest.approx(3**-0.5 / 16, 0.02)
-  assert float(jnp.std(normal.w_DxE[...])) == pytest.approx(0.02, 0.02)
-  assert not normal.bias_logit_E[...].any()
+  for param in torch:
+    assert 0.9 / 16 < np.abs(param).max() <= 1 / 16
+  assert np.std(torch[0]) == pytest.approx(3**-0.5 / 16, 0.02)
+  assert np.std(normal[0]) == pytest.approx(0.02, 0.02)
+  assert not normal[1].any()
 
 
 def test_jitter_is_drawn_in_training_alone():
   case = ('switch', VARIANTS['switch'][1])
-  still, _ = _route(case, _x(), _ctx(train=False))
-  moved, _ = _route(case, _x(), _ctx())
+  still, _ = _route(case, _x(), train=False)
+  moved, _ = _route(case, _x())
   assert not np.array_equal(still.weight_M, moved.weight_M)
 
 
@@ -644,8 +756,8 @@ def test_jitter_is_drawn_in_training_alone():
 
 def _drawn(ctx, **options):
   """[B, L, k]: the experts that `random` draws."""
-  _, aux = _route(('random', options), _x(), ctx)
-  return aux['route'].reshape(B, L, -1)
+  _, aux = _of(('random', options)).route({}, _x(), ctx)
+  return np.array(aux['route']).reshape(B, L, -1)
 
 
 def test_random_draws_distinct_experts():
@@ -660,7 +772,7 @@ def test_random_is_uniform():
 
 
 def test_random_per_token_differs_between_tokens_and_rows():
-  drawn = _drawn(_ctx(), k=2)
+  drawn = _drawn(_ctx(), k=3)
   assert len({tuple(c) for c in drawn[0].tolist()}) > 2
   assert not np.array_equal(drawn[0], drawn[1])
 
@@ -693,10 +805,10 @@ def test_random_per_position_is_one_draw_for_each_place():
 
 def test_fixed_and_ensemble_draw_nothing():
   assert (_drawn(_ctx(), per='fixed', fixed=2) == 2).all()
-  plan, aux = _route(('random', {'per': 'ensemble'}), _x())
+  rows, aux = _route(('random', {'per': 'ensemble'}), _x())
   assert (np.sort(aux['route']) == np.arange(E)).all()
-  np.testing.assert_array_equal(plan.group_E, [T] * E)
-  np.testing.assert_array_equal(plan.weight_M, np.float32(1 / E))
+  np.testing.assert_array_equal(rows.group_E, [T] * E)
+  np.testing.assert_array_equal(rows.weight_M, np.float32(1 / E))
   assert _of(('random', {'per': 'ensemble'})).router.k == E
 
 
@@ -709,19 +821,21 @@ def test_evaluation_may_draw_otherwise():
   np.testing.assert_array_equal(_drawn(_ctx(train=False), **options), as_token)
 
 
-@pytest.mark.parametrize('per', ['token', 'sequence'])
-def test_a_row_draws_the_same_wherever_it_lies_in_the_batch(per):
+@pytest.mark.parametrize(
+  'options', [{'k': 3}, {'k': 2, 'per': 'sequence'}], ids=['token', 'sequence']
+)
+def test_a_row_draws_the_same_wherever_it_lies_in_the_batch(options):
   ctx = _ctx()
-  swapped = ctx.replace(row_T=ctx.row_T[::-1])
-  drawn = _drawn(ctx, k=2, per=per)
-  np.testing.assert_array_equal(_drawn(swapped, k=2, per=per), drawn[::-1])
+  swapped = ctx.replace(row_T=np.array(ctx.row_T)[::-1])
+  drawn = _drawn(ctx, **options)
+  np.testing.assert_array_equal(_drawn(swapped, **options), drawn[::-1])
 
 
 def test_layers_steps_and_passes_draw_anew():
   base = _ctx()
-  first = _drawn(base, k=2)
+  first = _drawn(base, k=3)
   for other in (base.at_depth(jnp.int32(2), None), _ctx(step=1), _ctx(seed=1)):
-    assert not np.array_equal(first, _drawn(other, k=2))
+    assert not np.array_equal(first, _drawn(other, k=3))
 
 
 def test_keys_of_a_step_are_those_of_its_parts():
@@ -768,7 +882,9 @@ class First(topk.Router):
     self.temperature = temperature
 
   def __call__(self, x_TxD, ctx, memory):
-    return super().__call__(x_TxD / self.temperature, ctx, memory)
+    if self.temperature != 1:
+      x_TxD = x_TxD / self.temperature
+    return super().__call__(x_TxD, ctx, memory)
 
 def Function(D, E): pass
 """
@@ -809,19 +925,30 @@ def test_a_name_with_a_dot_is_a_class_of_a_module(own, module):
 
 
 def test_a_router_of_ones_own_trains_and_goes_on(own, corpus):
-  c = small_config(corpus, steps=2, model__N=1)
-  c.model.router = config.router('own_first.First')
+  c = small_config(corpus, checkpoint_every=3)
+  c.model.router = config.router('own_first.First', k=2, temperature=1.0)
   workdir = own / 'run'
-  first = train.run(job.prepare(c, str(workdir)))
+  prepared = job.prepare(c, str(workdir))
+  (router,) = {
+    type(module): module
+    for _, module in nnx.iter_modules(prepared.model)
+    if isinstance(module, routers.Router)
+  }.values()
+  assert type(router).__module__ == 'own_first' and router.temperature == 1.0
+  first = train.run(prepared)
   assert job.prepare(c, str(workdir)) is None  # it has finished
+  lines = lines_of(workdir)
+  assert first['eval_loss'] < first['initial_loss']
   saved = json.loads((workdir / 'config.json').read_text())
-  assert saved['model']['router'] == config.router('own_first.First').to_dict()
-  c.steps = 4
+  assert saved['model']['router'] == c.model.router.to_dict()
+  shutil.rmtree(workdir / 'checkpoints' / '6')
+  (workdir / 'summary.json').unlink()
   more = train.run(job.prepare(c, str(workdir)))
   steps = [line['step'] for line in lines_of(workdir) if 'loss' in line]
-  assert steps == [1, 2, 3, 4]
-  assert more['eval_loss'] < first['eval_loss']
-  c.model.router = config.router('topk', k=1)
+  assert steps == [1, 2, 3, 4, 5, 6]
+  assert without_clocks(lines_of(workdir)) == without_clocks(lines)
+  assert more['eval_loss'] == first['eval_loss']
+  c.model.router = config.router('topk', k=2)
   with pytest.raises(ValueError, match=r"'own_first\.First' -> 'topk'"):
     job.prepare(c, str(workdir))
 

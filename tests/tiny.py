@@ -1,6 +1,8 @@
 """A decoder so small that plain loops check it, and its parameters."""
 
+import collections
 import functools
+import json
 import zlib
 
 import jax
@@ -44,7 +46,7 @@ TINY = {
   'embed_std': 0.02,
   'dtype': 'float32',
   'remat': False,
-  'gmm': 'cpu',
+  'gmm': 'xla',  # which compiles in half of the time
 }
 
 
@@ -52,11 +54,21 @@ def config(**changes):
   return decoder.Config(**{**TINY, **changes})
 
 
-def model(**changes):
+def fresh(**changes):
   """Shapes without arrays."""
   c = config(**changes)
   build = lambda: decoder.build(c, parallel.Layout(), rngs=nnx.Rngs(0))
   return nnx.eval_shape(build)
+
+
+def model(**changes):
+  """The same, made once, so that what `run` compiles is found again."""
+  return _model(json.dumps(changes, sort_keys=True))
+
+
+@functools.cache
+def _model(changes):
+  return fresh(**json.loads(changes))
 
 
 def params(model):
@@ -113,9 +125,45 @@ def forward(model, params, batch, forced=None):
 
 
 def run(model, params, batch, forced=None):
-  return jax.jit(functools.partial(forward, model))(params, batch, forced)
+  """The same compiled, once for each model."""
+  return jax.device_get(_compiled(forward, model)(params, batch, forced))
+
+
+def grads(model, params, batch):
+  """(loss, aux), gradients"""
+  return jax.device_get(_compiled(value_and_grad, model)(params, batch))
+
+
+@functools.cache
+def _compiled(function, model):
+  return jax.jit(functools.partial(function, model))
+
+
+def value_and_grad(model, params, batch):
+  """(loss, aux), gradients"""
+  goal = functools.partial(loss, model)
+  return jax.value_and_grad(goal, has_aux=True)(params, batch)
 
 
 def loss(model, params, batch):
   goal = objective.next_token(losses={'balance': 0.1, 'z': 0.01})
   return goal(lambda batch, pass_: forward(model, params, batch), batch)
+
+
+def primitives(function, *args):
+  """A Counter of the operations in the program of a function."""
+  return collections.Counter(_names(jax.make_jaxpr(function)(*args).jaxpr))
+
+
+def _names(jaxpr):
+  for equation in jaxpr.eqns:
+    yield equation.primitive.name
+    for inner in jax.tree.leaves(
+      list(equation.params.values()), is_leaf=_is_jaxpr
+    ):
+      if _is_jaxpr(inner):
+        yield from _names(getattr(inner, 'jaxpr', inner))
+
+
+def _is_jaxpr(x):
+  return hasattr(x, 'eqns') or hasattr(x, 'jaxpr')
