@@ -3,20 +3,17 @@
 import hashlib
 import itertools
 import json
-import os
-import pathlib
 import re
 import shutil
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from analysis_test import choices, routing, tokens
+from convert_test import described
 from report_test import headings, Page
-from small import small_config
+from small import command, small_config
 
 from moe_jax import (
   analysis,
@@ -28,29 +25,54 @@ from moe_jax import (
   plan,
   programs,
   routers,
-  train,
 )
 from moe_jax import job as jobs
 from moe_jax import routing as recorded
 
-ROOT = pathlib.Path(__file__).parents[1]
 L = 16
 
 
 def run_config(corpus):
   """Two layers of two iterations, with drops."""
-  c = small_config(corpus, steps=4, checkpoint_every=2)
+  c = small_config(corpus, steps=4)
   c.model.iterations = 2
   c.model.router = config.router('topk', k=2, capacity=0.75)
   return c
 
 
+def drawn(like, step):
+  """Lively random values of these shapes, of the step."""
+  draw = np.random.default_rng(step)
+  floats = lambda a: jnp.issubdtype(a.dtype, jnp.floating)
+  value = lambda a: 0.5 * draw.normal(size=a.shape) if floats(a) else 0
+  made = jax.tree.map(lambda a: np.full(a.shape, value(a), a.dtype), like)
+  return made._replace(step=np.int32(step))
+
+
 @pytest.fixture(scope='module')
 def run(corpus, tmp_path_factory):
-  """The work directory of a finished run."""
+  """The work directory of a run, as if it had been trained."""
   workdir = tmp_path_factory.mktemp('analyze') / 'run'
-  train.run(jobs.prepare(run_config(corpus), str(workdir)))
+  job = jobs.prepare(run_config(corpus), str(workdir))
+  described(workdir, job.config)
+  job.dataset.save(workdir)
+  whole = jax.NamedSharding(job.mesh, jax.P())
+  with checkpoint.Checkpoints(workdir, keep=2) as saved:
+    for step in (2, 4):
+      state = drawn(programs.abstract_state(job), step)
+      saved.save(step, jax.device_put(state, whole), {})
   return workdir
+
+
+@pytest.fixture(scope='module')
+def recorder(run):
+  """That of the run, which need not compile again."""
+  return recorded.recorder(recorded.load(str(run)))
+
+
+@pytest.fixture
+def _compiled(recorder, monkeypatch):
+  monkeypatch.setattr(recorded, 'recorder', lambda job: recorder)
 
 
 @pytest.fixture
@@ -76,6 +98,7 @@ def content(folder):
   }
 
 
+@pytest.mark.usefixtures('_compiled')
 def test_the_report_of_a_run(run, corpus, tmp_path, capsys):
   half_saved = run / 'checkpoints' / '6.orbax-checkpoint-tmp' / 'part'
   half_saved.parent.mkdir()
@@ -111,23 +134,22 @@ def test_the_report_of_a_run(run, corpus, tmp_path, capsys):
   assert 'MoE layer 1, iteration 1' in text and 'lines.jsonl#q' in text
 
 
-def test_what_is_recorded_is_what_the_model_does(run, corpus):
+def test_what_is_recorded_is_what_the_model_does(run, recorder, corpus):
   """Against the job of a training run, on the same rows."""
   job = recorded.load(str(run))
   read, batches = recorded.read(job, recorded.streams(job, []), 10**6)
-  found = recorded.record(
-    recorded.recorder(job), recorded.restore(job, 4), batches
-  )
+  found = recorded.record(recorder, recorded.restore(job, 4), batches)
   same = jobs.prepare(run_config(corpus), str(run.parent / 'none'))
   with checkpoint.Checkpoints(run, keep=9) as saved:
     state = saved.restore(programs.abstract_state(same)).state
   evaluate = programs.make_eval(same)
 
   @jax.jit
-  def aux_of(batch):
+  def both(state, batch, n):
     model = models.bind(same.model, state.params, state.router_state)
     ctx = routers.context(batch, jax.random.key(0), 4, train=False)
-    return model(batch, ctx)[1][0]
+    aux = model(batch, ctx)[1][0]
+    return evaluate(state, dict(batch), n)[0], aux
 
   rows = same.eval_batches()
   for n, batch in enumerate(itertools.islice(rows, 2)):
@@ -136,10 +158,9 @@ def test_what_is_recorded_is_what_the_model_does(run, corpus):
     np.testing.assert_array_equal(
       read.position_T[here], batch['pos_BxL'].reshape(-1)
     )
-    sums, _ = evaluate(state, dict(batch), jnp.int32(n))
+    sums, aux = jax.device_get(both(state, dict(batch), np.int32(n)))
     nats = float(sums['nll_sum'] / sums['tokens'])
     assert found.nll_T[here].mean() == pytest.approx(nats, rel=1e-5)
-    aux = jax.device_get(aux_of(batch))
     for s, at in enumerate(np.ndindex(2, 1, 2)):
       np.testing.assert_array_equal(
         found.expert_SxTxK[s, here], aux['route'][at]
@@ -200,14 +221,14 @@ def test_layers_are_counted_over_pools_and_segments():
 
 
 def test_a_model_whose_experts_choose(unread):
-  folder = unread(router={'name': 'expert_choice', 'k': 2, 'group': None})
+  router = {'name': 'expert_choice', 'k': 2, 'group': None}
+  folder = unread(router=router, N=1, iterations=1)
   job = recorded.load(str(folder))
   ids = np.random.default_rng(0).integers(0, 256, 40 * L + 1, np.int32)
   read, batches = recorded.read(job, {'noise': ids}, 20 * L)
   assert len(batches) == 2 and len(read.id_T) == 16 * L
-  found = recorded.record(
-    recorded.recorder(job), programs.initial_state(job), batches
-  )
+  weights = drawn(programs.abstract_weights(job), 0)
+  found = recorded.record(recorded.recorder(job), weights, batches)
   for expert_TxK in found.expert_SxTxK:
     for row_LxK in expert_TxK.reshape(16, L, -1):
       np.testing.assert_array_equal(np.bincount(row_LxK[row_LxK >= 0]), [8] * 4)
@@ -216,14 +237,13 @@ def test_a_model_whose_experts_choose(unread):
 @pytest.mark.parametrize('per', ['batch', 'sequence'])
 def test_draws_are_of_their_batch_and_row(unread, per):
   router = {'name': 'random', 'k': 1, 'per': per, 'eval_per': None, 'fixed': 0}
-  job = recorded.load(str(unread(router=router)))
+  job = recorded.load(str(unread(router=router, N=1, iterations=1)))
   ids = np.zeros(64 * L + 1, np.int32)
   _, batches = recorded.read(job, {'zeros': ids}, 64 * L)
-  found = recorded.record(
-    recorded.recorder(job), programs.initial_state(job), batches
-  )
-  expert_SxBxT = found.expert_SxTxK.reshape(4, len(batches), -1)
-  assert (expert_SxBxT != expert_SxBxT[:, :1]).any(axis=(1, 2)).all()
+  weights = drawn(programs.abstract_weights(job), 0)
+  found = recorded.record(recorded.recorder(job), weights, batches)
+  expert_BxT = found.expert_SxTxK.reshape(len(batches), -1)
+  assert (expert_BxT != expert_BxT[:1]).any()
 
 
 def test_rows_are_whole_spread_and_within_the_limit(run):
@@ -313,6 +333,7 @@ def test_a_corpus_that_has_changed_is_not_taken_for_the_held_out(
     recorded.streams(job, [])
 
 
+@pytest.mark.usefixtures('_compiled')
 def test_only_what_is_its_own_is_overwritten(run, corpus, tmp_path):
   foreign = tmp_path / 'routing.html'
   foreign.write_text('mine')
@@ -328,23 +349,13 @@ def test_only_what_is_its_own_is_overwritten(run, corpus, tmp_path):
   assert len(list(tmp_path.iterdir())) == 4
 
 
-def moe_analyze(*arguments):
-  return subprocess.run(
-    [sys.executable, '-m', 'moe_jax.commands.analyze', *arguments],
-    cwd=ROOT,
-    env={**os.environ, 'XLA_FLAGS': ''},
-    capture_output=True,
-    text=True,
-    timeout=600,
-  )
-
-
 def test_the_command(run, corpus):
-  done = moe_analyze(f'--workdir={run}', f'--data={corpus}', '--tokens=128')
+  given = f'--data={corpus}', '--tokens=128'
+  done = command('analyze', f'--workdir={run}', *given)
   assert done.returncode == 0, done.stderr
   assert done.stdout.endswith(f'report: {run}/analysis/routing.html\n')
   shutil.rmtree(run / 'analysis')
-  wrong = moe_analyze(f'--workdir={run}/none')
+  wrong = command('analyze', f'--workdir={run}/none')
   assert wrong.returncode == 2
   assert wrong.stderr.startswith('moe-analyze: ')
   assert wrong.stderr.count('\n') == 1

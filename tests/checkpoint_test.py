@@ -1,5 +1,6 @@
 """Checkpoints that storage has changed, and that another mesh reads."""
 
+import functools
 import gc
 import pathlib
 import shutil
@@ -20,8 +21,10 @@ pytestmark = pytest.mark.filterwarnings(
 
 @pytest.fixture(autouse=True)
 def _forgotten_here():
+  gc.freeze()  # what is older need not be searched
   yield
   gc.collect()
+  gc.unfreeze()
 
 
 MESHES = ((1, 1, 1, 1), (8, 1, 1, 1), (1, 2, 4, 1), (2, 2, 1, 2))
@@ -31,15 +34,16 @@ def mesh(sizes=MESHES[0]):
   return parallel.mesh(dict(zip(parallel.AXES, sizes, strict=True)))
 
 
+@functools.cache
 def state(seed, sizes=MESHES[0]):
   """Every dtype that a train state has, cut over the mesh where it can be."""
   draw = np.random.default_rng(seed)
   pools = draw.normal(size=(2, 8, 16, 8)).astype(np.float32)
   tree = {
-    'trunk': {'body': {'pools': {'up_ExDxF': jnp.asarray(pools)}}},
-    'moment': jnp.asarray(draw.normal(size=(16, 8)), jnp.bfloat16),
-    'count_E': jnp.asarray(draw.integers(0, 9, 8), jnp.int32),
-    'step': jnp.int32(seed),
+    'trunk': {'body': {'pools': {'up_ExDxF': pools}}},
+    'moment': draw.normal(size=(16, 8)).astype(jnp.bfloat16),
+    'count_E': draw.integers(0, 9, 8).astype(np.int32),
+    'step': np.int32(seed),
   }
   return jax.device_put(tree, parallel.shardings(tree, mesh(sizes)))
 
@@ -98,23 +102,23 @@ def test_none_is_no_damage(tmp_path):
 
 
 def test_some_are_kept_for_ever(tmp_path):
-  checkpoints = checkpoint.Checkpoints(tmp_path, keep=2, every=3)
-  for step in range(1, 9):
+  checkpoints = checkpoint.Checkpoints(tmp_path, keep=2, every=2)
+  for step in range(1, 8):
     checkpoints.save(step, state(step), {})
   checkpoints.close()
   names = sorted(p.name for p in (tmp_path / 'checkpoints').glob('[0-9]*'))
-  assert names == ['3', '6', '7', '8']
+  assert names == ['2', '4', '6', '7']
 
 
 @pytest.mark.parametrize('writer', MESHES)
-@pytest.mark.parametrize('reader', MESHES)
-def test_checkpoints_do_not_know_the_mesh(tmp_path, writer, reader):
+def test_checkpoints_do_not_know_the_mesh(tmp_path, writer):
   checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
   checkpoints.save(5, state(5, writer), {})
-  found = checkpoints.restore(state(0, reader))
+  for reader in MESHES:
+    found = checkpoints.restore(state(0, reader))
+    same(found.state, state(5))
+    assert found.state['moment'].sharding.mesh == mesh(reader)
   checkpoints.close()
-  same(found.state, state(5))
-  assert found.state['moment'].sharding.mesh == mesh(reader)
 
 
 def _truncate(path):
@@ -158,8 +162,13 @@ def test_damage_is_told_and_the_one_before_is_used(copy, damage):
   assert list(found.damaged) == [3] and found.damaged[3]
   assert '\n' not in found.damaged[3]
   same(found.state, state(2))
-  # Its step can come again, and what is left of it stays.
   assert (copy / 'damaged/3.0').is_dir()
+
+
+def test_a_damaged_step_can_come_again(copy):
+  _truncate(files(copy, 3)[0])
+  restored(copy)
+  assert (copy / 'damaged/3.0').is_dir()  # what is left of it stays
   checkpoints = checkpoint.Checkpoints(copy, keep=3)
   checkpoints.save(3, state(3), {'place': 33})
   assert checkpoints.restore(state(0)).data == {'place': 33}
@@ -218,16 +227,17 @@ def test_if_none_is_whole_nothing_changes(copy):
 def test_any_one_bit_changes_the_sum(dtype):
   with jax.enable_x64(dtype == 'float64'):
     a = np.arange(1, 25, dtype=jnp.dtype(dtype)).reshape(2, 3, 4)
-    whole = int(checkpoint._sum(jnp.asarray(a)))
+    others = []
     for byte in range(a.nbytes):
       for bit in range(8):
         raw = bytearray(a.tobytes())
         raw[byte] ^= 1 << bit
-        b = np.frombuffer(bytes(raw), a.dtype).reshape(a.shape)
-        assert int(checkpoint._sum(jnp.asarray(b))) != whole
+        others.append(np.frombuffer(bytes(raw), a.dtype).reshape(a.shape))
     swapped = a.copy()
     swapped[0, 0, 0], swapped[1, 2, 3] = a[1, 2, 3], a[0, 0, 0]
-    assert int(checkpoint._sum(jnp.asarray(swapped))) != whole
+    sums = jax.jit(jax.vmap(checkpoint._sum))(np.stack([*others, swapped, a]))
+    *others, whole = np.asarray(sums).tolist()
+    assert len(others) == 8 * a.nbytes + 1 and whole not in others
 
 
 def test_an_interrupted_save_leaves_nothing(copy):

@@ -2,6 +2,8 @@
 
 import ast
 import dataclasses
+import functools
+import json
 import math
 import pathlib
 import re
@@ -46,10 +48,18 @@ def sizes(c):
 
 
 def build(c):
-  """The cost of the model of a resolved config, and the model, abstract."""
+  """The cost of the model of a resolved config."""
   fields = {**c['model'], 'gmm': 'cpu', **sizes(c)}
+  return dict(_cost(json.dumps(fields), c['seq_len']))
+
+
+@functools.cache
+def _cost(text, seq_len):
+  fields = json.loads(text)
+  if 'size' in fields:
+    fields['size'] = tuple(fields['size'])
   model = models.abstract(models.initializer(fields, parallel.Layout()))
-  return models.get(fields['name']).cost(model, c['seq_len']), model
+  return models.get(fields['name']).cost(model, seq_len)
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)
@@ -60,7 +70,7 @@ def test_it_builds(path):
   if c['data']['source'] in ('text', 'pairs', 'images'):
     c['data']['path'] = 'what the user gives'
   dataset.source(c['data']['source']).Config(**c['data'])
-  cost, _ = build(c)
+  cost = build(c)
   assert cost['params_active'] <= cost['params_total']
   assert c['batch_size'] % 8 == 0
 
@@ -76,9 +86,7 @@ def test_it_is_short_and_says_how_to_run_it(path):
 
 def test_the_dense_twin_has_the_active_parameters_of_the_main_job():
   load_config = lambda name: config.resolve(load(ROOT / 'configs' / name))
-  tiny, dense = (
-    build(load_config(name))[0] for name in ('tiny.py', 'dense.py')
-  )
+  tiny, dense = (build(load_config(name)) for name in ('tiny.py', 'dense.py'))
   # But for the routers' matrices.
   assert dense['params_active'] == pytest.approx(
     tiny['params_active'], rel=0.01
@@ -109,7 +117,7 @@ def paper(name, **changes):
 )
 def test_coe_has_the_published_parameters(changes, published):
   """Mi without embedding, head and last norm (arXiv 2506.18945, plots)."""
-  cost, _ = paper('coe', **changes)
+  cost = paper('coe', **changes)
   found = cost['params_total'] - 2 * 102_400 * 1024 - 1024
   assert round(found / MEBI, 2) == published
 
@@ -124,9 +132,9 @@ def test_rexmoe_has_the_printed_parameters(name, N, E, D, printed):
   The 7B row of that table is left out: 64 experts of width 1408 in 32 layers
   of width 2048 would be 17.7B.
   """
-  reused, _ = paper(name)
+  reused = paper(name)
   assert math.floor(reused['params_total'] / 1e8) / 10 == printed
-  vanilla, _ = paper(name, layers_per_pool=1)
+  vanilla = paper(name, layers_per_pool=1)
   assert reused['expert_params'] == vanilla['expert_params']
   more = reused['params_total'] - vanilla['params_total']
   assert more == (4 - 1) * E * D * N
@@ -134,7 +142,7 @@ def test_rexmoe_has_the_printed_parameters(name, N, E, D, printed):
 
 def test_momentum_small_has_the_logged_parameters():
   """But for a norm of 2 x 128 in each layer that the authors never use."""
-  assert paper('momentum_small')[0]['params_total'] == 70_603_015 - 3 * 256
+  assert paper('momentum_small')['params_total'] == 70_603_015 - 3 * 256
 
 
 def test_momentum_medium_follows_the_formula():
@@ -142,7 +150,7 @@ def test_momentum_medium_follows_the_formula():
   D, E, V, N = 352, 16, 267_735, 6
   layer = 4 * D * D + E * (2 * D * D + 2 * D) + E * (D + 1) + 3 * 2 * D
   total = 2 * V * D + V + N * layer + D // 8 * 1024
-  assert paper('momentum_medium')[0]['params_total'] == total
+  assert paper('momentum_medium')['params_total'] == total
 
 
 def test_thor_follows_its_formula():
@@ -152,7 +160,7 @@ def test_thor_follows_its_formula():
   feed = 2 * D * F + F + D
   encoder = 6 * (attention + 2 * norm) + 3 * feed + 3 * E * feed
   decoder = 6 * (2 * attention + 3 * norm) + 3 * feed + 3 * E * feed
-  assert paper('thor')[0]['params_total'] == V * D + encoder + decoder
+  assert paper('thor')['params_total'] == V * D + encoder + decoder
 
 
 def test_vmoe_follows_its_formula():
@@ -162,22 +170,38 @@ def test_vmoe_follows_its_formula():
   feed = 2 * D * F + F + D
   layers = 8 * layer + 4 * feed + 4 * (E * feed + D * E)
   ends = 32 * 32 * 3 * D + D + D + L * D + 2 * D + D * 1000 + 1000
-  assert paper('momentum_vmoe')[0]['params_total'] == layers + ends
+  assert paper('momentum_vmoe')['params_total'] == layers + ends
 
 
 def attributes(*folders, leave_out):
   """Names read as x.name or x['name'], but for a class's own body."""
   found = set()
   for path in sorted(p for f in folders for p in (ROOT / f).rglob('*.py')):
-    for node in ast.parse(path.read_text()).body:
-      if isinstance(node, ast.ClassDef) and node.name == leave_out:
-        node.body = [n for n in node.body if getattr(n, 'decorator_list', [])]
-      found |= {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
-      found |= {
-        getattr(n.slice, 'value', None)
-        for n in ast.walk(node)
-        if isinstance(n, ast.Subscript)
-      }
+    for name, whole, decorated in _attributes(path):
+      found |= decorated if name == leave_out else whole
+  return found
+
+
+@functools.cache
+def _attributes(path):
+  """Of each node of a file: a class's name, all it reads, what its body may."""
+  found = []
+  for node in ast.parse(path.read_text()).body:
+    whole = own = _read(node)
+    if isinstance(node, ast.ClassDef):
+      node.body = [n for n in node.body if getattr(n, 'decorator_list', [])]
+      own = _read(node)
+    found.append((getattr(node, 'name', ''), whole, own))
+  return found
+
+
+def _read(node):
+  found = set()
+  for n in ast.walk(node):
+    if isinstance(n, ast.Attribute):
+      found.add(n.attr)
+    elif isinstance(n, ast.Subscript):
+      found.add(getattr(n.slice, 'value', None))
   return found
 
 
@@ -240,7 +264,7 @@ def test_the_lines_of_the_readme_are_one_idea_each(line):
   c = load(ROOT / 'configs' / 'tiny.py')
   exec(line, {'c': c, 'config': config})
   assert config.resolve(c) != config.resolve(tiny)
-  cost, _ = build(config.resolve(c))
+  cost = build(config.resolve(c))
   assert cost['flops_per_token'] > 0
 
 

@@ -8,29 +8,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from convert_test import drawn, publish, values
+from convert_test import begun, made, values
 from small import command, small_config
 
-from moe_jax import (
-  checkpoint,
-  config,
-  convert,
-  generate,
-  models,
-  programs,
-  routers,
-  routing,
-  tokenizer,
-)
+from moe_jax import config, families, generate, models, routers, routing
 
 ROOT = pathlib.Path(__file__).parents[1]
 PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5]]
 NEW = 6
+# Two layers that are alike, two that differ, and one.
 CASES = {
   'window': values('mixtral', sliding_window=3, num_hidden_layers=2),
   'normed': values('qwen3_moe', num_hidden_layers=2),
-  'latent': values('deepseek_v3', num_hidden_layers=2),
+  'latent': values('deepseek_v3', num_hidden_layers=1, first_k_dense_replace=0),
 }
+
+
+DENSE = values('llama', num_hidden_layers=1)
 
 
 @functools.cache
@@ -40,56 +34,46 @@ def opened(workdir, **sizes):
   return job, weights, generate.writer(job, NEW)
 
 
-def lively(theirs):
-  """Weights so large that each layer's answer changes what is written."""
-  scale = lambda name: 1.0 if 'norm' in name or 'embed' in name else 2.0
-  return {
-    name: (scale(name) * a.astype(np.float32)).astype(a.dtype)
-    for name, a in drawn(theirs).items()
-  }
-
-
 @pytest.fixture(scope='module')
-def imported(tmp_path_factory):
-  """A work directory of published weights, by its case."""
+def lively(tmp_path_factory):
+  """A work directory of a model whose layers change what is written."""
 
   @functools.cache
   def make(name):
-    place = tmp_path_factory.mktemp(name)
-    theirs = {**CASES[name], 'torch_dtype': 'float32'}
-    source = publish(place / 'source', theirs, lively(theirs))
-    convert.take(str(source), str(place / 'run'))
-    return str(place / 'run')
+    theirs = {**CASES, 'dense': DENSE}[name]
+    keys = families.ours({**theirs, 'torch_dtype': 'float32'})[1]
+    keys['iterations'] = 2 if name == 'normed' else 1
+    return str(made(tmp_path_factory.mktemp(name) / 'run', keys))
 
   return make
 
 
-@pytest.fixture(params=CASES)
-def folder(request, imported):
-  return imported(request.param)
-
-
 @pytest.fixture
-def small(imported):
+def small(lively):
   """The one that compiles first."""
-  return imported('window')
+  return lively('dense')
 
 
-def greedy(job, weights, prompts, new):
-  """The same from the whole text for each token, and nothing kept."""
-  model = models.bind(job.model, weights.params, weights.router_state)
+def greedy(job, weights, prompts, new, routes=None):
+  """The same from the whole text for each token, and nothing kept.
+
+  Routes are of one prompt alone.
+  """
   longest = max(map(len, prompts)) + new
-  place_BxL = np.broadcast_to(np.arange(longest, dtype=np.int32), (1, longest))
+  place_BxL = np.arange(longest, dtype=np.int32)[None]
+  forced = routes and [a[:, :, :, 0] for a in routes]
 
   @jax.jit
-  def logits(ids_1xL):
+  def logits(weights, ids_1xL, forced):
+    model = models.bind(job.model, weights.params, weights.router_state)
     batch = {
       'ids_BxL': ids_1xL,
       'segment_BxL': jnp.zeros_like(ids_1xL),
       'pos_BxL': place_BxL,
       'row_B': jnp.zeros((1,), jnp.int32),
     }
-    ctx = routers.context(batch, jax.random.key(0), jnp.int32(0), train=False)
+    key = jax.random.key(0)
+    ctx = routers.context(batch, key, jnp.int32(0), train=False, forced=forced)
     return model(batch, ctx)[0][0]
 
   found = []
@@ -98,13 +82,15 @@ def greedy(job, weights, prompts, new):
     for _ in range(new):
       padded = np.zeros((1, longest), np.int32)
       padded[0, : len(ids)] = ids
-      ids.append(int(np.argmax(logits(padded)[len(ids) - 1])))
+      logits_LxV = np.asarray(logits(weights, padded, forced))
+      ids.append(int(np.argmax(logits_LxV[len(ids) - 1])))
     found.append(ids[len(prompt) :])
   return found
 
 
-def test_what_is_kept_changes_nothing(folder):
-  job, weights, write = opened(folder)
+@pytest.mark.parametrize('name', CASES)
+def test_what_is_kept_changes_nothing(name, lively):
+  job, weights, write = opened(lively(name))
   found = write(weights, PROMPTS)
   assert found.ids == greedy(job, weights, PROMPTS, NEW)
   assert len({tuple(ids) for ids in found.ids}) == 3
@@ -117,13 +103,16 @@ def written(routes, i):
 
 
 @pytest.mark.parametrize(
-  'sizes',
-  [{'data': 2, 'fsdp': 2}, {'tensor': 2, 'data': 2, 'expert': 2}],
+  'name, sizes',
+  [
+    ('window', {'data': 2, 'fsdp': 2}),
+    ('latent', {'tensor': 2, 'data': 2, 'expert': 2}),
+  ],
   ids=str,
 )
-def test_every_mesh_writes_the_same(sizes, imported):
-  latent = imported('latent')
-  (_, *alone), (_, *many) = (opened(latent, **s) for s in ({}, sizes))
+def test_every_mesh_writes_the_same(name, sizes, lively):
+  folder = lively(name)
+  (_, *alone), (_, *many) = (opened(folder, **s) for s in ({}, sizes))
   own, other = (write(weights, PROMPTS) for weights, write in (many, alone))
   assert own.ids == other.ids
   for i in range(len(PROMPTS)):
@@ -131,9 +120,9 @@ def test_every_mesh_writes_the_same(sizes, imported):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def test_routes_are_followed(folder):
+def test_routes_are_followed(lively):
   """Those that nobody chose, by every token from the first."""
-  job, weights, write = opened(folder)
+  job, weights, write = opened(lively('latent'))
   own = write(weights, PROMPTS)
   assert write(weights, PROMPTS, routes=own.routes).ids == own.ids
   draw = np.random.default_rng(0)
@@ -155,29 +144,32 @@ def test_draws_follow_the_seed_and_the_row_alone(small):
   three = drawing(weights, PROMPTS).ids
   assert drawing(weights, PROMPTS[:2]).ids == three[:2]
   assert drawing(weights, PROMPTS, seed=1).ids != three
-  nearly = generate.writer(job, NEW, temperature=1.0, top_p=1e-6)
-  assert nearly(weights, PROMPTS).ids == write(weights, PROMPTS).ids != three
+  assert write(weights, PROMPTS).ids != three
 
 
 def test_a_row_ends_with_what_stops_it(small):
+  """With so small a top_p that the best id is drawn."""
   job, weights, write = opened(small)
   whole = write(weights, PROMPTS).ids
   stop = whole[0][2]
-  found = generate.writer(job, NEW, stop=stop)(weights, PROMPTS).ids
+  nearly = generate.writer(job, NEW, temperature=1.0, top_p=1e-6, stop=stop)
+  found = nearly(weights, PROMPTS).ids
   for own, all_ids in zip(found, whole, strict=True):
     upto = all_ids.index(stop) + 1 if stop in all_ids else NEW
     assert own == all_ids[:upto]
 
 
 def test_top_p_and_temperature_are_what_they_say():
-  logits_V = jnp.log(jnp.array([0.1, 0.6, 0.05, 0.25]))
-  keys = jax.random.split(jax.random.key(0), 4000)
+  logits_V = np.log(np.float32([0.1, 0.6, 0.05, 0.25]))
 
   def share(**options):
-    drawn = jax.vmap(lambda key: generate._sample(logits_V, key, **options))(
-      keys
-    )
-    return np.bincount(np.asarray(drawn), minlength=4) / len(keys)
+    @jax.jit
+    def draw():
+      keys = jax.random.split(jax.random.key(0), 4000)
+      one = lambda key: generate._sample(jnp.asarray(logits_V), key, **options)
+      return jax.vmap(one)(keys)
+
+    return np.bincount(np.asarray(draw()), minlength=4) / 4000
 
   near = lambda a, b: np.testing.assert_allclose(a, b, atol=0.03)
   near(share(temperature=1.0, top_p=1.0), [0.1, 0.6, 0.05, 0.25])
@@ -200,8 +192,8 @@ def test_options_out_of_range(small, new, options, message):
     generate.writer(opened(small)[0], new, **options)
 
 
-def test_prompts_and_routes_that_do_not_fit(small):
-  _, weights, write = opened(small)
+def test_prompts_and_routes_that_do_not_fit(lively):
+  _, weights, write = opened(lively('window'))
   routes = write(weights, PROMPTS).routes
   for prompts, given, message in (
     ([], None, 'no prompt'),
@@ -222,8 +214,9 @@ def test_prompts_and_routes_that_do_not_fit(small):
     ('attention', 'span', "attention 'span' keeps no keys"),
   ],
 )
-def test_models_that_cannot_write(section, name, message, small, tmp_path):
-  c = json.loads((pathlib.Path(small) / 'config.json').read_text())
+def test_models_that_cannot_write(section, name, message, lively, tmp_path):
+  path = pathlib.Path(lively('window')) / 'config.json'
+  c = json.loads(path.read_text())
   c['model'][section] = config.choice(section, name).to_dict()
   (tmp_path / 'config.json').write_text(json.dumps(c))
   job = routing.load(str(tmp_path))
@@ -231,34 +224,28 @@ def test_models_that_cannot_write(section, name, message, small, tmp_path):
     generate.writer(job, 1)
 
 
-def untrained(workdir, c):
-  """The work directory of a run that has just begun, with its tokenizer."""
-  workdir.mkdir()
-  c = {**config.resolve(c), 'corpus_sha256': 'of some text'}
-  (workdir / 'config.json').write_text(json.dumps(c))
-  tokenizer.Bytes().save(workdir / 'tokenizer.json')
-  job = routing.load(str(workdir))
-  weights = programs.Weights(jnp.int32(0), *models.split(job.init(0)))
-  whole = jax.NamedSharding(job.mesh, jax.P())
-  with checkpoint.Checkpoints(workdir, keep=1) as saved:
-    saved.save(0, jax.device_put(weights, whole), {})
-
-
 def test_the_command(corpus, tmp_path):
-  """A dense layer first, two iterations, texts; and the routes of one run."""
+  """A dense layer first, two iterations, texts; routes are read and written."""
   changes = dict(model__first_dense=1, model__N=2, model__iterations=2)
-  workdir, routes = tmp_path / 'run', tmp_path / 'routes.npz'
-  untrained(workdir, small_config(corpus, **changes))
+  workdir, given, kept = (tmp_path / n for n in ('run', 'a.npz', 'b.npz'))
+  begun(small_config(corpus, **changes), workdir)
+  draw = np.random.default_rng(0)
+  experts = [draw.permutation(4)[:2] for _ in range(2 * 14)]
+  routes = [np.reshape(experts, (1, 1, 2, 1, 14, 2)).astype(np.int32)]
+  generate.save_routes(given, routes)
   common = f'--workdir={workdir}', '--prompt=4 squared', '--max_new_tokens=5'
-  first = command('generate', *common, '--json', f'--record={routes}')
-  assert first.returncode == 0, first.stderr
-  told = json.loads(first.stdout)
+  files = f'--replay={given}', f'--record={kept}'
+  done = command('generate', *common, '--json', *files)
+  assert done.returncode == 0, done.stderr
+  told = json.loads(done.stdout)
   assert len(told['ids']) == 5 and len(told['prompt_ids']) == 9
   job, weights = generate.newest(str(workdir))
-  assert greedy(job, weights, [told['prompt_ids']], 5) == [told['ids']]
-  assert generate.load_routes(routes)[0].shape == (1, 1, 2, 1, 14, 2)
-  again = command('generate', *common, '--json', f'--replay={routes}')
-  assert json.loads(again.stdout) == told, again.stderr
+  expected = greedy(job, weights, [told['prompt_ids']], 5, routes)
+  assert expected == [told['ids']]
+  (followed,) = generate.load_routes(kept)
+  assert followed.shape == routes[0].shape
+  a, b = (np.sort(a[..., :13, :]) for a in (followed, routes[0]))
+  np.testing.assert_array_equal(a, b)  # the last id was not read
   wrong = command('generate', *common, '--prompt_ids=1,2')
   assert wrong.returncode == 2
   assert wrong.stderr == 'moe-generate: give either --prompt or --prompt_ids\n'
