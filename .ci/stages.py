@@ -86,8 +86,7 @@ def parts(root: pathlib.Path) -> list[Part]:
     *(Part('newer', f'tests/{name}_test.py', ()) for name in NEWER),
   ]
   for path in files('tests/*_test.py'):
-    slow = 'mark.slow' in (root / path).read_text()
-    if slow and not path.startswith(('tests/aot', 'tests/colab')):
+    if _slow(root / path) and not path.startswith(('tests/aot', 'tests/colab')):
       found.append(Part('slow', path, ()))
   for path in files('colab/*.ipynb'):
     name = pathlib.Path(path).stem
@@ -103,6 +102,12 @@ def parts(root: pathlib.Path) -> list[Part]:
     for part in found
     if all((root / path).exists() for path in part.roots)
   ]
+
+
+def _slow(path: pathlib.Path) -> bool:
+  """Whether a file of tests has slow ones."""
+  nodes = ast.walk(ast.parse(path.read_text()))
+  return any(isinstance(n, ast.Attribute) and n.attr == 'slow' for n in nodes)
 
 
 class Tree:

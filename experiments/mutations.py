@@ -1,6 +1,6 @@
 """Do the tests notice when the library is broken? Random mutations of it.
 
-  python -m pytest -p tests.reach --reach=reach.jsonl    Python 3.12 or newer
+  PYTHONPATH=tests pytest -p reach --reach=reach.jsonl    Python 3.12 or newer
   python -m experiments.mutations --reach=reach.jsonl --count=20
 
 Breaks one place of moe_jax or pallas_kernels at a time in a copy of this tree,

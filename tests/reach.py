@@ -1,6 +1,6 @@
 """Which functions each test calls, on Python 3.12 or newer.
 
-  python -m pytest -p tests.reach --reach=FILE
+  PYTHONPATH=tests pytest -p reach --reach=FILE
 
 Appends a line of JSON for each test: the functions of this project that it
 called in the process of the tests, as 'moe_jax/plan.py:sort', and whether it

@@ -1,6 +1,6 @@
 """Where the CPU seconds of tests go.
 
-  python -m pytest -p tests.seconds --seconds=FILE
+  PYTHONPATH=tests pytest -p seconds --seconds=FILE
   python tests/seconds.py FILE
 
 The first appends a line of JSON for each test and one for each process of
