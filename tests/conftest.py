@@ -51,8 +51,8 @@ def pytest_collection_modifyitems(config, items):
 
 def _tenth(item):
   """The same for all tests of a case, which share what it compiles."""
-  case = getattr(item, 'callspec', item)
-  return zlib.crc32(getattr(case, 'id', item.name).encode()) % 10
+  name = item.callspec.id if hasattr(item, 'callspec') else item.name
+  return zlib.crc32(name.encode()) % 10
 
 
 @pytest.fixture(scope='session')

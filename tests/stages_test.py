@@ -5,6 +5,7 @@ import json
 import pathlib
 import subprocess
 
+import conftest
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -212,3 +213,29 @@ def test_the_parts_of_this_checkout():
   # This file's own marks are strings.
   assert 'slow tests/mesh_test.py' in read
   assert 'slow tests/stages_test.py' not in read
+
+
+def test_each_test_is_in_a_tenth_and_those_of_a_case_in_one(request):
+  items = request.session.items
+  tenths = {item.nodeid: conftest._tenth(item) for item in items}
+  assert set(tenths.values()) <= set(range(10))
+  chosen = list(items)
+  conftest.pytest_collection_modifyitems(Options(tenth=13), chosen)
+  assert {item.nodeid for item in chosen} == {
+    name for name, tenth in tenths.items() if tenth == 3
+  }
+  cases = {}
+  for item in items:
+    if hasattr(item, 'callspec'):
+      cases.setdefault(item.callspec.id, set()).add(tenths[item.nodeid])
+  assert cases and all(len(found) == 1 for found in cases.values())
+
+
+class Options:
+  """In place of pytest's."""
+
+  def __init__(self, **values):
+    self.values = values
+
+  def getoption(self, name):
+    return self.values[name.strip('-')]
