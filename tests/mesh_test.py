@@ -139,6 +139,7 @@ def test_a_mesh_starts_with_the_same_parameters(mesh):
   assert up.addressable_shards[0].data.size == up.size // 8
 
 
+@pytest.mark.slow
 def test_a_run_on_eight_expert_devices_logs_what_one_device_does(
   corpus, tmp_path
 ):
