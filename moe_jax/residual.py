@@ -6,8 +6,8 @@ A rule is three functions, as optax's transformations are two:
   peek(h, memory) -> h           what the layer looks at, the identity for most
   apply(x, memory, h, depth) -> x, memory
 
-`depth` is int32, traced, and counts MoE layers from 0; memory has the shape and
-the type of x. The momentum rules are of MomentumSMoE (Teo and Nguyen 2024,
+`depth` is int32, traced, and counts MoE layers from 0; memory has the shape of
+x. The momentum rules are of MomentumSMoE (Teo and Nguyen 2024,
 arXiv 2410.14574): depth is time, a layer's answer is a negative gradient.
 
 A link is how the answers of several iterations join inside one layer.
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class Residual(NamedTuple):
@@ -179,7 +180,22 @@ def get(name: str, **options) -> Residual:
   """The rule of that name; ValueError if there is none."""
   if name not in RULES:
     raise ValueError(f'no residual rule {name!r}; there are {", ".join(RULES)}')
-  return RULES[name](**options)
+  return _wide(RULES[name](**options))
+
+
+def _wide(rule):
+  """The same in at least float32, which its memory has: coefficients as 0.999
+  are 1 in bfloat16."""
+  wide = lambda a: a.astype(np.promote_types(a.dtype, jnp.float32))
+
+  def peek(h, memory):
+    return rule.peek(wide(h), memory).astype(h.dtype)
+
+  def apply(x, memory, h, depth):
+    new, memory = rule.apply(wide(x), memory, wide(h), depth)
+    return new.astype(x.dtype), memory
+
+  return Residual(lambda x: rule.init(wide(x)), apply, peek)
 
 
 def check(link: str, rule: str) -> None:

@@ -586,7 +586,9 @@ def _compiled_encoder(text):
         return last_BxLxD, aux, None
 
       bound.trunk = with_outs
-      out_BxLxD, aux = bound.encode(x_BxLxD, _ctx(meta))
+      out_BxLxD, aux = bound.encode(
+        x_BxLxD, _ctx(meta), jnp.zeros((len(x_BxLxD), 1), jnp.int32)
+      )
       loss = objective.weighted({'importance': meta['importance_w']}, aux)
       return (out_BxLxD, loss), (aux[0], outs)
 

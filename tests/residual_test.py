@@ -31,6 +31,26 @@ def _stream(rule, x, answers):
   return out
 
 
+@pytest.mark.parametrize('name', residual.RULES)
+def test_bfloat16_is_the_wide_rule_rounded(name):
+  """Coefficients and memories are not: 0.999 would be 1."""
+  rule = residual.get(name, **MOMENTUM.get(name, {}))
+  low = jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), (X, ANSWERS))
+  memory, (x, answers) = rule.init(low[0]), low
+  other = rule.init(x.astype(jnp.float32))
+  for h in answers:
+    peeked = rule.peek(h, memory)
+    wide = rule.peek(h.astype(jnp.float32), other)
+    np.testing.assert_array_equal(peeked, wide.astype(jnp.bfloat16))
+    stream, memory = rule.apply(x, memory, h, np.int32(0))
+    expected, other = rule.apply(
+      x.astype(jnp.float32), other, h.astype(jnp.float32), np.int32(0)
+    )
+    jax.tree.map(np.testing.assert_array_equal, memory, other)
+    np.testing.assert_array_equal(stream, expected.astype(jnp.bfloat16))
+    x = stream
+
+
 def test_plain_adds():
   np.testing.assert_array_equal(
     _run(residual.get('plain')), X + ANSWERS.cumsum(0)
@@ -148,7 +168,8 @@ def test_robust_looks_ahead_along_its_momentum():
   memory = np.float64([3.0, -1.0])
   for rho, kappa in ((0.2, 1.25), (0.4, 2.0)):
     ahead = kappa * rho**3 / (kappa - 1)  # eps beta, by their definitions
-    shown = residual.get('robust', rho=rho, kappa=kappa).peek(1.0, memory)
+    rule = residual.get('robust', rho=rho, kappa=kappa)
+    shown = rule.peek(np.ones(2), memory)
     np.testing.assert_allclose(shown, 1 + ahead * memory, 1e-12)
 
 
@@ -194,7 +215,7 @@ def test_only_robust_looks_ahead():
 
 @pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize('name', MOMENTUM)
-def test_memory_has_the_shape_and_the_type_of_the_stream(name, dtype):
+def test_memory_has_the_shape_of_the_stream_and_is_wide(name, dtype):
   rule = residual.get(name, **MOMENTUM[name])
   x = jnp.asarray(X, dtype)
 
@@ -208,8 +229,10 @@ def test_memory_has_the_shape_and_the_type_of_the_stream(name, dtype):
       layer, (x, rule.init(x)), jnp.arange(3, dtype=jnp.int32)
     )[0]
   )(x)
-  for leaf in jax.tree.leaves(carry):
-    assert leaf.dtype == dtype and leaf.shape == X.shape
+  x, memory = carry
+  assert x.dtype == dtype and x.shape == X.shape
+  for leaf in jax.tree.leaves(memory):
+    assert leaf.dtype == jnp.float32 and leaf.shape == X.shape
 
 
 @pytest.mark.parametrize('layers', ['first', 'all'])
