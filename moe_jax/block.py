@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from moe_jax import residual as residuals
@@ -277,7 +278,10 @@ def drop(
     return x_TxD
   keys_T = ctx.token_keys(jax.random.fold_in(ctx.layer_key, place))
   keep = lambda key: jax.random.bernoulli(key, 1 - rate, x_TxD.shape[1:])
-  return jnp.where(jax.vmap(keep)(keys_T), x_TxD / (1 - rate), 0)
+  # Wide, as bfloat16 would round the rate itself.
+  wide = np.promote_types(x_TxD.dtype, jnp.float32)
+  scaled_TxD = (x_TxD.astype(wide) / (1 - rate)).astype(x_TxD.dtype)
+  return jnp.where(jax.vmap(keep)(keys_T), scaled_TxD, 0)
 
 
 def stack(

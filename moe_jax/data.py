@@ -12,7 +12,8 @@ is a dict of arrays, B rows of L tokens:
 
   ids_BxL      int32    inputs
   target_BxL   int32    the next token
-  segment_BxL  int32    document within the row, from 0; attention stays inside
+  segment_BxL  int32    document within the row, from 0, or -1 on padding;
+                        attention stays inside
   pos_BxL      int32    position within the document, from 0 at its separator,
                         or at the row's first token where the row cuts it: so
                         a document's numbers are the same wherever it is packed
@@ -235,8 +236,8 @@ class EvalBatches:
   def __iter__(self) -> Iterator[Batch]:
     last = len(self._eval_N) - 1
     for start in range(0, len(self._row_n), self._batch_size):
-      # Rows past the end, as all padding, read the last separator.
-      first_B = np.full(self._batch_size, last)
+      # Padding reads the last separator, which is in the last row already.
+      first_B = np.full(self._batch_size, last + 1)
       rows = self._row_n[start : start + self._batch_size]
       first_B[: len(rows)] = rows * self._seq_len
       place = first_B[self._row_B, None] + np.arange(self._seq_len + 1)
@@ -302,11 +303,14 @@ def _check_sizes(
 
 def _batch(
   window_BxM: np.ndarray,
-  counts_BxM: np.ndarray,
+  real_BxM: np.ndarray,
   row_B: np.ndarray,
   separator: int,
 ) -> Batch:
-  """A batch of int32 windows that are one token longer than its rows."""
+  """A batch of int32 windows that are one token longer than its rows.
+
+  `real_BxM` is 0 on padding.
+  """
   ids_BxL = window_BxM[:, :-1]
   starts_BxL = ids_BxL == separator
   number_BxL = np.cumsum(starts_BxL, axis=1, dtype=np.int32)
@@ -315,8 +319,10 @@ def _batch(
   return {
     'ids_BxL': np.ascontiguousarray(ids_BxL),
     'target_BxL': np.ascontiguousarray(window_BxM[:, 1:]),
-    'segment_BxL': number_BxL - starts_BxL[:, :1],
+    'segment_BxL': np.where(
+      real_BxM[:, :-1], number_BxL - starts_BxL[:, :1], -1
+    ),
     'pos_BxL': index_L - begin_BxL,
-    'mask_BxL': counts_BxM[:, 1:].astype(np.float32),
+    'mask_BxL': real_BxM[:, 1:].astype(np.float32),
     'row_B': row_B.astype(np.int32),
   }

@@ -7,6 +7,7 @@ one target:
                           deviation: one of each per channel
   target_BxL     int32    the class
   mask_BxL       float32  1 where the row counts, 0 on padding
+  segment_BxL    int32    0, or -1 on padding
   row_B          int32    row number in the global batch
 
 Processes share a global batch by `row_B`, as in data.py.
@@ -227,6 +228,7 @@ class Images:
       'image_BxYxXxC': (pixels_BxYxXxC - mean_C) / deviation_C,
       'target_BxL': label_B[:, None],
       'mask_BxL': counts_B[:, None].astype(np.float32),
+      'segment_BxL': counts_B[:, None].astype(np.int32) - 1,
       'row_B': row_B.astype(np.int32),
     }
 

@@ -21,6 +21,7 @@ from moe_jax import (
   ops,
   optimizer,
   parallel,
+  routers,
   tokenizer,
 )
 from moe_jax import config as configs
@@ -122,6 +123,7 @@ def prepare(config: Any, workdir: str) -> Job | None:
       f' model.block={c["model"]["block"]!r} have none; decoder, span and'
       ' authors_lm have one'
     )
+  _check_groups(c, model)
   if c['init_from'] and not checkpoint.steps(workdir):
     _check_beginning(c, model, found)
   job = Job(
@@ -139,6 +141,23 @@ def prepare(config: Any, workdir: str) -> Job | None:
   )
   job.train_batches(), job.eval_batches()  # is there enough for one batch?
   return job
+
+
+def _check_groups(c, model):
+  """ValueError, one line, if a microbatch or its rows cut a router's group."""
+  L = getattr(model.c, 'tokens', c['seq_len'])
+  rows = c['batch_size'] // c['optimizer']['accumulate']
+  for _, module in nnx.iter_modules(model):
+    group = getattr(module, 'group', None)
+    if not isinstance(module, routers.Router) or group is None:
+      continue
+    if L % group and (group % L or rows % (group // L)):
+      raise ValueError(
+        f'model.router.group={group} does not divide the {L} tokens of a row,'
+        f' nor is it whole rows that divide the {rows} of a microbatch'
+        f' (batch_size={c["batch_size"]} /'
+        f' optimizer.accumulate={c["optimizer"]["accumulate"]})'
+      )
 
 
 def _check_beginning(c, model, found):

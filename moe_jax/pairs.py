@@ -20,9 +20,8 @@ arrays, B pairs of S source and L target tokens:
   pos_BxL          int32    position, from 0 at the begin mark
   row_B            int32    row number in the global batch
 
-A row of an evaluation's last batch that has no pair is padding with mask 0,
-and yet shows attention something: an end mark as its source, a begin mark in
-segment 0. Processes share a global batch by `row_B`, as in data.py.
+A row of an evaluation's last batch that has no pair is padding. Processes share
+a global batch by `row_B`, as in data.py.
 """
 
 import dataclasses
@@ -271,19 +270,20 @@ class Pairs:
     L = self.length
     source_BxS, size_B = split.source.padded(pair_B, L, self.pad)
     target_BxL, length_B = split.target.padded(pair_B, L, self.pad)
-    size_B = np.clip(size_B, 1, L)
-    # Where it is already; but padding has none, and a cut source lost its own.
-    source_BxS[np.arange(len(pair_B)), size_B - 1] = self.end
+    size_B = np.minimum(size_B, L)
+    # Where it is already; but a cut source lost its own.
+    has = np.flatnonzero(size_B)
+    source_BxS[has, size_B[has] - 1] = self.end
     ids_BxL = np.roll(target_BxL, 1, axis=1)
     ids_BxL[:, 0] = self.begin
-    ids_BxL = np.where(_first(np.maximum(length_B, 1), L), ids_BxL, self.pad)
+    ids_BxL = np.where(_first(length_B, L), ids_BxL, self.pad)
     return {
       'source_BxS': source_BxS,
       'source_mask_BxS': _first(size_B, L).astype(np.float32),
       'ids_BxL': ids_BxL,
       'target_BxL': target_BxL,
       'mask_BxL': _first(length_B, L).astype(np.float32),
-      'segment_BxL': _first(np.maximum(length_B, 1), L).astype(np.int32) - 1,
+      'segment_BxL': _first(length_B, L).astype(np.int32) - 1,
       'pos_BxL': np.tile(np.arange(L, dtype=np.int32), (len(pair_B), 1)),
       'row_B': row_B.astype(np.int32),
     }

@@ -4,7 +4,7 @@ A router makes a plan: who goes where. Its arrays are cut where tokens are cut,
 so every device has the plan of its tokens. `sort` makes rows of it.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -42,11 +42,11 @@ class ByToken:
 
 @flax.struct.dataclass
 class ByExpert:
-  """In each of N groups of consecutive tokens each expert chose C of them."""
+  """Of each of N spans of consecutive tokens each expert chose up to C."""
 
-  place_NxExC: jax.Array  # int32, of a token in its group
+  place_NxExC: jax.Array  # int32, of a token in its span; `span` is none
   weight_NxExC: jax.Array  # float, the gate of each row
-  group: int = flax.struct.field(pytree_node=False)  # its tokens
+  span: int = flax.struct.field(pytree_node=False)  # its tokens
 
   @property
   def E(self) -> int:
@@ -55,23 +55,72 @@ class ByExpert:
   def of(self, first: jax.Array | int, E: int) -> 'ByExpert':
     """The plan of E experts alone, from `first` on."""
     cut = lambda a: jax.lax.dynamic_slice_in_dim(a, first, E, axis=1)
-    return ByExpert(cut(self.place_NxExC), cut(self.weight_NxExC), self.group)
+    return ByExpert(cut(self.place_NxExC), cut(self.weight_NxExC), self.span)
 
   def rows(self) -> jax.Array:
-    """int32 scalar: N * E * C."""
-    return jnp.int32(self.size())
+    """int32 scalar: the places that hold a token."""
+    return jnp.sum(self.place_NxExC < self.span, dtype=jnp.int32)
 
   def size(self) -> int:
     """N * E * C."""
     return self.place_NxExC.size
 
   def most(self) -> int:
-    """The rows that each expert has, N * C."""
+    """The most rows that one expert can have, N * C."""
     N, _, C = self.place_NxExC.shape
     return N * C
 
 
 Plan = ByToken | ByExpert
+
+
+@flax.struct.dataclass
+class Groups:
+  """Tokens that share something, as a capacity; padding is in none.
+
+  In each span of P consecutive tokens the first `size` that are no padding are
+  a group, then the next. N counts the groups of all spans.
+  """
+
+  real_SxP: jax.Array  # bool, no padding; S * P may be more than T
+  size: int = flax.struct.field(pytree_node=False)
+
+  def count(self) -> jax.Array:
+    """int32 [N]: tokens of each group."""
+    real_TxX = self.real_SxP.reshape(-1, 1)
+    return jnp.sum(self.cut(real_TxX, False), axis=(1, 2), dtype=jnp.int32)
+
+  def cut(self, a_TxX: jax.Array, none: Any) -> jax.Array:
+    """[N, size, X]: the tokens of each group, `none` where there is none."""
+    (S, P), X = self.real_SxP.shape, a_TxX.shape[1]
+    a_TxX = jnp.pad(a_TxX, ((0, S * P - len(a_TxX)), (0, 0)))
+    a_SxPxX = jnp.where(self.real_SxP[..., None], a_TxX.reshape(S, P, X), none)
+    if self.size < P:
+      order_SxPx1 = self._order()[..., None]
+      a_SxPxX = jnp.take_along_axis(a_SxPxX, order_SxPx1, axis=1)
+    pad = (0, 0), (0, -P % self.size), (0, 0)
+    a_SxQxX = jnp.pad(a_SxPxX, pad, constant_values=none)
+    return a_SxQxX.reshape(-1, self.size, X)
+
+  def join(self, a_NxGxX: jax.Array, T: int) -> jax.Array:
+    """[T, X]: what `cut` cut; of padding it may be anything."""
+    (S, P), X = self.real_SxP.shape, a_NxGxX.shape[2]
+    a_SxPxX = a_NxGxX.reshape(S, -1, X)[:, :P]
+    if self.size < P:
+      back_SxPx1 = jnp.argsort(self._order(), axis=1)[..., None]
+      a_SxPxX = jnp.take_along_axis(a_SxPxX, back_SxPx1, axis=1)
+    return a_SxPxX.reshape(S * P, X)[:T]
+
+  def place(self) -> jax.Array:
+    """int32 [N, size]: the place in its span of each token; P is none."""
+    S, P = self.real_SxP.shape
+    place_SxP = jnp.broadcast_to(jnp.arange(P, dtype=jnp.int32), (S, P))
+    return self.cut(place_SxP.reshape(-1, 1), P)[..., 0]
+
+  def _order(self):
+    """int32 [S, P]: the places of a span, padding last."""
+    order_SxP = jnp.argsort(~self.real_SxP, axis=1, stable=True)
+    return order_SxP.astype(jnp.int32)
 
 
 class Rows(NamedTuple):
@@ -91,25 +140,37 @@ def by_token(
   expert_TxK: jax.Array,
   weight_TxK: jax.Array,
   E: int,
+  real_T: jax.Array | None = None,
   *,
-  capacity: int | None = None,
-  group: int | None = None,
+  capacity_N: jax.Array | None = None,
+  groups: Groups | None = None,
 ) -> ByToken:
   """The plan in which each token chose K experts.
 
   Args:
-    expert_TxK: int32 in [0, E]; E means no expert: the choice is dropped.
+    expert_TxK: int32 in [0, E]; E means no expert: there is no such choice.
     weight_TxK: the gates; gradients pass through them.
     E: number of experts.
-    capacity: rows that an expert takes from one group of tokens; the rest is
-      dropped. All first choices in token order come before any second choice
-      (Switch, arXiv 2101.03961; V-MoE, arXiv 2106.05974). None keeps all.
-    group: consecutive tokens that share a capacity; None takes all T.
+    real_T: bool; padding gets no row. None: there is no padding.
+    capacity_N: int32, rows that an expert takes from each group of tokens; the
+      rest is dropped. All first choices in token order come before any second
+      choice (Switch, arXiv 2101.03961; V-MoE, arXiv 2106.05974). None keeps
+      all.
+    groups: of the capacities.
   """
-  if capacity is not None:
-    group = group or len(expert_TxK)
-    expert_TxK = _drop_overflow(expert_TxK, E, capacity, group)
+  expert_TxK = chosen(expert_TxK, E, real_T)
+  if capacity_N is not None:
+    expert_TxK = _drop_overflow(expert_TxK, E, capacity_N, groups)
   return ByToken(expert_TxK, weight_TxK, E)
+
+
+def chosen(
+  expert_TxK: jax.Array, E: int, real_T: jax.Array | None
+) -> jax.Array:
+  """The choices, E where a token is padding."""
+  if real_T is None:
+    return expert_TxK
+  return jnp.where(real_T[:, None], expert_TxK, E)
 
 
 def sort(plan: Plan, limit: int | None = None) -> Rows:
@@ -141,14 +202,29 @@ def sort(plan: Plan, limit: int | None = None) -> Rows:
 
 def _sort_by_expert(plan, limit):
   N, E, C = plan.place_NxExC.shape
-  start_N = jnp.arange(N, dtype=jnp.int32) * plan.group
-  token_NxExC = plan.place_NxExC + start_N[:, None, None]
+  T = N * plan.span
+  start_N = jnp.arange(N, dtype=jnp.int32) * plan.span
+  used_NxExC = plan.place_NxExC < plan.span
+  token_NxExC = jnp.where(
+    used_NxExC, plan.place_NxExC + start_N[:, None, None], T
+  )
   by_row = lambda a: a.swapaxes(0, 1).reshape(E * N * C)
+  expert_1xEx1 = jnp.arange(E, dtype=jnp.int32)[None, :, None]
+  expert_P = by_row(jnp.where(used_NxExC, expert_1xEx1, E))
   M = min(E * N * C, limit or E * N * C)
+  # Places without a token go last, so that they are no rows.
+  order_P = jnp.argsort(expert_P, stable=True).astype(jnp.int32)
+  order_P = checkpoint_name(order_P, 'plan')
+  home_P = checkpoint_name(_inverse(order_P), 'plan')
+  group_E = checkpoint_name(_within(count(expert_P, E), M), 'plan')
+  rows = jnp.sum(group_E, dtype=jnp.int32)
+  row_M = jnp.arange(M, dtype=jnp.int32)
+  token_M = by_row(token_NxExC)[order_P][:M]
+  weight_P = _permute(by_row(plan.weight_NxExC), order_P, home_P)
   return Rows(
-    token_M=by_row(token_NxExC)[:M],
-    weight_M=by_row(plan.weight_NxExC)[:M],
-    group_E=_within(jnp.full((E,), N * C, jnp.int32), M),
+    token_M=jnp.where(row_M < rows, token_M, T),
+    weight_M=weight_P[:M],
+    group_E=group_E,
     home_TxK=None,
   )
 
@@ -228,9 +304,12 @@ def expert_of(group_E: jax.Array, M: int) -> jax.Array:
   return jnp.searchsorted(end_E, row_M, side='right').astype(jnp.int32)
 
 
-def dropped(plan: ByToken) -> jax.Array:
-  """float32 scalar: the fraction of the choices that were dropped."""
-  return jnp.mean((plan.expert_TxK == plan.E).astype(jnp.float32))
+def dropped(plan: ByToken, expert_TxK: jax.Array) -> jax.Array:
+  """float32 scalar: the fraction of these choices that have no row."""
+  chosen_TxK = expert_TxK < plan.E
+  lost_TxK = chosen_TxK & (plan.expert_TxK == plan.E)
+  number = lambda a_TxK: jnp.sum(a_TxK.astype(jnp.float32))
+  return number(lost_TxK) / jnp.maximum(number(chosen_TxK), 1)
 
 
 def _within(group_E, M):
@@ -239,18 +318,19 @@ def _within(group_E, M):
   return jnp.diff(end_E, prepend=jnp.zeros((1,), jnp.int32))
 
 
-def _drop_overflow(expert_TxK, E, capacity, group):
+def _drop_overflow(expert_TxK, E, capacity_N, groups):
   """Gives id E to every choice beyond an expert's capacity in its group."""
   T, K = expert_TxK.shape
-  if T % group:
-    raise ValueError(f'{T} tokens are not a multiple of the group {group}')
   # Choices in order of precedence: first choices first. A sort for each group,
   # so that groups on different devices need nothing of each other.
-  expert_NxP = expert_TxK.reshape(-1, group, K).swapaxes(1, 2)
-  expert_NxP = expert_NxP.reshape(-1, group * K)
-  kept = lambda expert_P: _place(expert_P) < capacity
-  expert_NxP = jnp.where(jax.vmap(kept)(expert_NxP), expert_NxP, E)
-  return expert_NxP.reshape(-1, K, group).swapaxes(1, 2).reshape(T, K)
+  expert_NxGxK = groups.cut(expert_TxK, E)
+  N, G, _ = expert_NxGxK.shape
+  expert_NxP = expert_NxGxK.swapaxes(1, 2).reshape(N, K * G)
+  kept_NxP = jax.vmap(_place)(expert_NxP) < capacity_N[:, None]
+  expert_NxP = jnp.where(kept_NxP, expert_NxP, E)
+  kept_TxK = groups.join(expert_NxP.reshape(N, K, G).swapaxes(1, 2), T)
+  # Padding comes back as it may; it chose nothing.
+  return jnp.where(expert_TxK < E, kept_TxK, E)
 
 
 def _place(expert_P):

@@ -19,11 +19,13 @@ def searcher(
   """(model, batch, ctx) -> ids_BxL, the best translation of each source.
 
   Every step decodes the whole prefix again. All hypotheses of a sentence have
-  its row number, so draws per sentence are the same for all of them.
+  its row number, so draws per sentence are the same for all of them. Routers
+  have no capacity here: no sentence depends on another one.
   """
 
   def search(model, batch, ctx):
     B, L = batch['ids_BxL'].shape
+    ctx = ctx.replace(writes=True)
     encoded, _ = model.encode(batch, ctx)
     wide = lambda a: jnp.repeat(a, width, axis=0)
     encoded, ctx = (

@@ -135,11 +135,12 @@ def batch_of(c):
   batch = {
     'target_BxL': ints(B, L),
     'mask_BxL': floats(B, L),
+    'segment_BxL': ints(B, L),
     'row_B': ints(B),
   }
   if source == 'images':
     return {**batch, 'image_BxYxXxC': floats(B, *IMAGE['size'])}
-  for name in ('ids_BxL', 'segment_BxL', 'pos_BxL'):
+  for name in ('ids_BxL', 'pos_BxL'):
     batch[name] = ints(B, L)
   if source == 'pairs':
     batch['source_BxS'] = ints(B, L)

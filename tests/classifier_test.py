@@ -50,6 +50,7 @@ def _batch(seed=0):
     'image_BxYxXxC': draw.normal(size=(B, *SIZE)).astype(np.float32),
     'target_BxL': np.array([[0], [4], [2]], np.int32),
     'mask_BxL': np.ones((B, 1), np.float32),
+    'segment_BxL': np.zeros((B, 1), np.int32),
     'row_B': np.arange(B, dtype=np.int32),
   }
 

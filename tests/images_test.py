@@ -19,6 +19,7 @@ DTYPES = {
   'image_BxYxXxC': np.float32,
   'target_BxL': np.int32,
   'mask_BxL': np.float32,
+  'segment_BxL': np.int32,
   'row_B': np.int32,
 }
 
@@ -119,6 +120,7 @@ def test_pixels_are_standardised_by_channel(tmp_path, C):
     'image_BxYxXxC': (30, 3, 4, C or 1),
     'target_BxL': (30, 1),
     'mask_BxL': (30, 1),
+    'segment_BxL': (30, 1),
     'row_B': (30,),
   }
   image = batch['image_BxYxXxC'].astype(np.float64)
@@ -324,6 +326,7 @@ def test_eval_share_spreads_full_batches(
     assert batch['image_BxYxXxC'].shape == (batch_size, 3, 4, 1)
     assert {name: value.dtype for name, value in batch.items()} == DTYPES
     assert np.isin(batch['mask_BxL'], [0, 1]).all()
+    np.testing.assert_array_equal(batch['segment_BxL'], batch['mask_BxL'] - 1)
     assert (np.diff(batch['mask_BxL'][:, 0]) <= 0).all()  # padding is last
 
 

@@ -27,7 +27,7 @@ LEVELS = (
   {'trunk'},
   {'block', 'routers', 'experts', 'residual', 'attention', 'parallel'}
   | {'fused'},
-  {'plan', 'balance', 'ops', 'norm', 'init'},
+  {'plan', 'balance', 'ops', 'norm', 'init', 'exact'},
 )
 # Within a level.
 BESIDE = {

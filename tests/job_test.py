@@ -8,6 +8,10 @@ from moe_jax import config
 from moe_jax import job as jobs
 
 WRONG = {
+  'model.router.group': (
+    10,
+    r'group=10 does not divide the 16 tokens of a row',
+  ),
   'batch_size': (0, 'batch_size=0'),
   'steps': (0, 'steps=0'),
   'seq_len': (1, 'seq_len=1'),

@@ -104,14 +104,16 @@ def _check_rows(found, batch):
     )  # fmt: skip
     size, length = int(sum(seen)), int(sum(mask))
     assert seen == [1] * size + [0] * (L - size)
-    assert source[size - 1] == found.end
-    assert found.end not in source[: size - 1]
+    assert [i for i, s in enumerate(source) if s == found.end] == (
+      [size - 1] if size else []
+    )
     assert source[size:] == [found.pad] * (L - size)
     assert mask == [1] * length + [0] * (L - length)
     assert target[length:] == [found.pad] * (L - length)
-    read = max(length, 1)  # padding still has a begin mark
-    assert ids == [found.begin, *target[: read - 1]] + [found.pad] * (L - read)
-    assert segment == [0] * read + [-1] * (L - read)
+    assert bool(size) == bool(length)
+    read = [found.begin, *target][:length]
+    assert ids == read + [found.pad] * (L - length)
+    assert segment == [0] * length + [-1] * (L - length)
     assert pos == list(range(L))
 
 
@@ -124,12 +126,12 @@ def test_batch_by_hand(tmp_path):
   a, b, c = (found.tokenizer.encode([x])[0].item() for x in 'abc')
   end, pad = found.end, found.pad
   assert len({a, b, c, end, pad}) == 5 and found.begin == end
-  assert batch['source_BxS'].tolist() == [[a, b, end, pad], [end] + [pad] * 3]
-  assert batch['source_mask_BxS'].tolist() == [[1, 1, 1, 0], [1, 0, 0, 0]]
-  assert batch['ids_BxL'].tolist() == [[end, c, pad, pad], [end] + [pad] * 3]
+  assert batch['source_BxS'].tolist() == [[a, b, end, pad], [pad] * 4]
+  assert batch['source_mask_BxS'].tolist() == [[1, 1, 1, 0], [0] * 4]
+  assert batch['ids_BxL'].tolist() == [[end, c, pad, pad], [pad] * 4]
   assert batch['target_BxL'].tolist() == [[c, end, pad, pad], [pad] * 4]
   assert batch['mask_BxL'].tolist() == [[1, 1, 0, 0], [0, 0, 0, 0]]
-  assert batch['segment_BxL'].tolist() == [[0, 0, -1, -1], [0, -1, -1, -1]]
+  assert batch['segment_BxL'].tolist() == [[0, 0, -1, -1], [-1] * 4]
   assert batch['pos_BxL'].tolist() == [[0, 1, 2, 3]] * 2
   assert batch['row_B'].tolist() == [0, 1]
 

@@ -40,7 +40,7 @@ VARIANTS = {
   'expert_choice': [{'k': 1.5, 'group': 6}],
   'random': [{'k': 2, 'per': 'sequence'}, {'per': 'ensemble'}],
   'rexmoe': [{'first': 2, 'mask': 'neginf', 'renormalise': True}],
-  'vmoe': [{'noise': 0.0, 'capacity': 0.5, 'group': 8}],
+  'vmoe': [{'noise': 0.0, 'capacity': 0.5, 'group': 2 * L}],
 }
 # The draws that `random` is declared to make in evaluation too.
 DRAWN = ('token', 'sequence', 'batch', 'position')
@@ -449,6 +449,130 @@ def test_permuted_tokens_are_routed_alike_where_declared(case):
     assert differs > 1e-2
 
 
+# Padding is no token.
+
+
+def _padding(pads):
+  """bool [B, L + pads]: what is no padding, which may stand anywhere."""
+  real_BxP = np.ones((B, L + pads), bool)
+  real_BxP[0, np.random.default_rng(pads).permutation(L + pads)[:pads]] = False
+  real_BxP[1, L:] = False
+  return real_BxP
+
+
+def _padded(a_TxX, real_BxP, fill):
+  out = np.full((real_BxP.size, *a_TxX.shape[1:]), fill, a_TxX.dtype)
+  out[real_BxP.reshape(-1)] = a_TxX
+  return out
+
+
+@functools.partial(jax.jit, static_argnames='train')
+def _padded_ctx(real_BxP, ids_BxP, train=True):
+  batch = {
+    'ids_BxL': ids_BxP,
+    'pos_BxL': jnp.cumsum(real_BxP, axis=1, dtype=jnp.int32) - 1,
+    'segment_BxL': jnp.where(real_BxP, 0, -1),
+    'row_B': np.arange(B, dtype=np.int32),
+  }
+  ctx = routers.context(batch, jax.random.key(0), jnp.int32(0), train=train)
+  return ctx.at_depth(jnp.int32(1), None)
+
+
+def _with_padding(case, pads):
+  """The same router, the tokens and the Ctx with so much padding a row.
+
+  A group of several rows has as many of them.
+  """
+  name, options = case
+  options = dict(options)
+  if options.get('group') and options['group'] > L:
+    options['group'] = options['group'] // L * (L + pads)
+  real_BxP = _padding(pads)
+  ids_BxP = _padded(np.array(_ctx().ids_T), real_BxP, 7).reshape(B, -1)
+  x_PxD = _padded(_x(), real_BxP, 3.0)
+  ctx = _padded_ctx(real_BxP, ids_BxP)
+  return _of((name, options)), real_BxP.reshape(-1), x_PxD, ctx
+
+
+def _gates_of(plan, tokens):
+  """gate_TxE of a plan, and how many rows."""
+  rows, gate_TxE = _rows(plan), np.zeros((tokens, E))
+  expert_M = np.repeat(np.arange(E), rows.group_E)
+  np.add.at(
+    gate_TxE,
+    (rows.token_M[: len(expert_M)], expert_M),
+    rows.weight_M[: len(expert_M)],
+  )
+  return gate_TxE, rows.group_E
+
+
+@pytest.mark.parametrize('pads', [6, 18])
+def test_padding_is_no_token(case, pads):
+  """It changes nothing for others, and has no rows."""
+  plan, aux = _recorded(_of(case))
+  layer, real_P, x_PxD, ctx = _with_padding(case, pads)
+  padded, other = jax.device_get(layer.route(layer.params, x_PxD, ctx))
+  gate_TxE, rows_E = _gates_of(plan, T)
+  gate_PxE, padded_rows_E = _gates_of(padded, len(real_P))
+  np.testing.assert_allclose(gate_PxE[real_P], gate_TxE, 1e-5, 1e-7)
+  assert not gate_PxE[~real_P].any()
+  np.testing.assert_array_equal(padded_rows_E, rows_E)
+  if isinstance(plan, plans.ByToken):
+    np.testing.assert_array_equal(other['route'][real_P], aux['route'])
+    assert (other['route'][~real_P] == E).all()
+  np.testing.assert_array_equal(other['load_E'], aux['load_E'])
+  for name in ('dropped', 'entropy'):
+    np.testing.assert_allclose(other[name], aux[name], 1e-5, 1e-7)
+  assert other['losses'].keys() == aux['losses'].keys()
+  for name, loss in aux['losses'].items():
+    np.testing.assert_allclose(other['losses'][name], loss, 1e-5, err_msg=name)
+
+
+def test_padding_has_no_slope(case):
+  """And changes no other: of gates, each weighted by its token and expert."""
+  layer = _of(case)
+  weight_TxE = np.random.default_rng(8).normal(size=(T, E))
+  at = {'x': _x(), 'router': layer.params}
+  plan, aux = _recorded(layer)
+  r = _by_gate(plan, aux['route'], weight_TxE)
+  *_, (d_params, d_x_TxD) = _replay(layer, at, r)
+
+  padded, real_P, x_PxD, ctx = _with_padding(case, 18)
+  plan, aux = jax.device_get(padded.route(padded.params, x_PxD, ctx))
+  weight_PxE = _padded(weight_TxE, real_P.reshape(B, -1), 0)
+  r = _by_gate(plan, aux['route'], weight_PxE)
+  ctx = ctx.replace(forced=aux['route'])
+  params, x_PxD = jax.tree.map(np.float64, (layer.params, x_PxD))
+  with jax.enable_x64(True):
+    *_, found = padded.grads(params, x_PxD, ctx, r)
+    other_params, d_x_PxD = jax.device_get(found)
+  close = lambda a, b: np.testing.assert_allclose(a, b, 1e-9, 1e-12)
+  jax.tree.map(close, other_params, d_params)
+  close(d_x_PxD[real_P], d_x_TxD)
+  assert not d_x_PxD[~real_P].any()
+
+
+def _by_gate(plan, route, weight_TxE):
+  """The weight of each gate, by its token and its expert; 0 of none."""
+  weight_TxE = np.pad(weight_TxE, ((0, 0), (0, 1)))
+  if isinstance(plan, plans.ByToken):
+    return np.take_along_axis(weight_TxE, route, axis=1)
+  N, E_, _ = route.shape
+  weight_NxPxE = np.pad(
+    weight_TxE[:, :E_].reshape(N, plan.span, E_), ((0, 0), (0, 1), (0, 0))
+  )
+  return np.take_along_axis(weight_NxPxE.swapaxes(1, 2), route, axis=2)
+
+
+def test_padding_alone_is_finite(case):
+  """A batch without a token: nothing is chosen, and nothing is NaN."""
+  layer, real_P, x_PxD, ctx = _with_padding(case, 18)
+  ctx = ctx.replace(real_T=np.zeros_like(real_P))
+  plan, aux = jax.device_get(layer.route(layer.params, x_PxD, ctx))
+  assert not _rows(plan).group_E.any() and not aux['load_E'].any()
+  assert all(np.isfinite(a).all() for a in jax.tree.leaves(aux))
+
+
 def test_later_tokens_matter_only_where_declared(case):
   layer = _of(case)
   y_TxD = np.array(layer.run(_x(), _ctx())[0])
@@ -465,6 +589,27 @@ def test_later_tokens_matter_only_where_declared(case):
     assert moved < 1e-6
   else:
     assert moved > 1e-2
+
+
+def test_tokens_are_coupled_only_where_declared(case):
+  """Out of training: whether one token moves the routing of another.
+
+  A capacity of as many rows as there are tokens cannot.
+  """
+  layer, moved = _of(case), False
+  ample = (getattr(layer.router, 'eval_capacity', 0) or 0) >= E
+  scale = 5.0  # so that capacities drop something
+  gates = lambda x_TxD: _gates_of(
+    layer.decide(layer.params, x_TxD, _ctx()).still[0], T
+  )[0]
+  x_TxD = scale * np.abs(_x())
+  expected_TxE = gates(x_TxD)
+  for t in (0, 5, L + 1):
+    other_TxD = x_TxD.copy()
+    other_TxD[t] = -other_TxD[t]
+    differs_T = np.abs(gates(other_TxD) - expected_TxE).max(axis=1) > 1e-6
+    moved |= np.delete(differs_T, t).any()
+  assert moved == (layer.router.coupled and not ample)
 
 
 def test_same_key_same_plan(case):
@@ -742,6 +887,19 @@ def test_torch_init_is_uniform_up_to_the_root_of_the_width():
   assert np.std(torch[0]) == pytest.approx(3**-0.5 / 16, 0.02)
   assert np.std(normal[0]) == pytest.approx(0.02, 0.02)
   assert not normal[1].any()
+
+
+@pytest.mark.parametrize('jitter', [0.01, 0.1])
+def test_jitter_of_bfloat16_keeps_its_bounds_and_mean(jitter, monkeypatch):
+  seen, logits = [], routers.logits
+  monkeypatch.setattr(
+    routers, 'logits', lambda x, w: seen.append(x) or logits(x, w)
+  )
+  router = routers.get('switch')(512, E, jitter=jitter, rngs=nnx.Rngs(0))
+  router(jnp.ones((T, 512), jnp.bfloat16), _ctx(), ())
+  drawn = np.float64(seen[0])
+  assert np.abs(drawn - 1).max() <= jitter * (1 + 1e-5)
+  assert abs(drawn.mean() - 1) < 4 * jitter / math.sqrt(3 * drawn.size)
 
 
 def test_jitter_is_drawn_in_training_alone():
@@ -1026,22 +1184,16 @@ def test_options_that_no_router_could_follow_are_refused(name, options, told):
 
 
 @pytest.mark.parametrize(
-  'name, options',
-  [
-    ('switch', {'group': 7}),
-    ('expert_choice', {'group': 7}),
-    ('vmoe', {'group': 7}),
-  ],
-)
-def test_a_group_that_does_not_divide_the_tokens_is_refused(name, options):
-  router = routers.get(name)(D, E, rngs=nnx.Rngs(0), **options)
-  with pytest.raises(ValueError, match=r'24 tokens .* 7'):
-    jax.eval_shape(lambda x: router(x, _ctx(), ())[1], _x())
-
-
-@pytest.mark.parametrize(
   'factor, group, k, expected',
-  [(1.0, 12, 2, 6), (1.25, 12, 1, 4), (0.01, 12, 1, 1), (None, 12, 2, None)],
+  [
+    (1.0, 12, 2, 6),
+    (1.25, 12, 1, 4),
+    (0.01, 12, 1, 1),
+    (None, 12, 2, None),
+    (1.1, 40, 1, 11),  # the float is a little above 1.1
+    (1.1, 20, 2, 11),
+    (0.3, 40, 1, 3),
+  ],
 )
 def test_capacity_is_a_factor_on_the_mean_load(factor, group, k, expected):
   assert routers.capacity_rows(factor, group, k, E) == expected

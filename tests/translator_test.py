@@ -140,11 +140,15 @@ def test_a_source_token_sees_those_after_it():
 def test_padding_on_either_side_changes_nothing():
   rows = [[3, 1, 4], [9, 2, 6]], [[5, 8, 9], [9, 3, 2]]
   small = _small()
-  expected_BxLxV, _ = small(_batch(*rows, width=(3, 3)), 0)
+  expected_BxLxV, routed = small(_batch(*rows, width=(3, 3)), 0)
   for left in (False, True):
     batch = _batch(*rows, left=left)
     assert (batch['mask_BxL'][:, -1] == left).all()
-    logits_BxLxV, _ = small(batch, 0)
+    logits_BxLxV, aux = small(batch, 0)
+    for found, expected in zip(aux, routed, strict=True):
+      for name in ('load_E', 'dropped', 'entropy', 'losses'):
+        close = lambda a, b: np.testing.assert_allclose(a, b, 1e-5)
+        jax.tree.map(close, found[name], expected[name])
     real_BxL = batch['mask_BxL'] > 0
     np.testing.assert_allclose(
       np.asarray(logits_BxLxV)[real_BxL].reshape(expected_BxLxV.shape),

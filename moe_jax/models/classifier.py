@@ -76,7 +76,7 @@ class Classifier(nnx.Module):
     """Returns logits_Bx1xV, in at least float32, and aux, see trunk.Trunk.
 
     Args:
-      batch: `image_BxYxXxC`.
+      batch: `image_BxYxXxC`, and `segment_BxL`, L = 1, -1 for padding.
       ctx: from routers.context.
     """
     c = self.c
@@ -87,7 +87,9 @@ class Classifier(nnx.Module):
       self.class_D[...].astype(c.dtype), (len(x_BxPxD), 1, c.D)
     )
     x_BxLxD, aux = self.encode(
-      jnp.concatenate([class_Bx1xD, x_BxPxD], axis=1), ctx
+      jnp.concatenate([class_Bx1xD, x_BxPxD], axis=1),
+      ctx,
+      batch['segment_BxL'],
     )
     x_Bx1xD = x_BxLxD[:, :1]
     wide = np.promote_types(x_Bx1xD.dtype, jnp.float32)
@@ -95,13 +97,17 @@ class Classifier(nnx.Module):
     return logits_Bx1xV + self.bias_V[...].astype(wide)[None, None], aux
 
   def encode(
-    self, x_BxLxD: jax.Array, ctx: routing.Ctx
+    self,
+    x_BxLxD: jax.Array,
+    ctx: routing.Ctx,
+    segment_Bx1: jax.Array,
   ) -> tuple[jax.Array, list[dict[str, Any]]]:
     """The tokens after all layers and the last norm, and aux."""
     c, (B, L) = self.c, x_BxLxD.shape[:2]
     zeros_BxL = jnp.zeros((B, L), jnp.int32)
     pos_BxL = zeros_BxL + jnp.arange(L, dtype=jnp.int32)[None]
-    ctx = ctx.over(zeros_BxL, pos_BxL)
+    real_BxL = jnp.broadcast_to(segment_Bx1 >= 0, (B, L))
+    ctx = ctx.over(zeros_BxL, pos_BxL, real_BxL)
     x_BxLxD += self.position_LxD[...].astype(x_BxLxD.dtype)[None]
     x_TxD = block.drop(block.flat(x_BxLxD), c.dropout, ctx.at_layer(c.N), 0)
     x_BxLxD, aux, _ = self.trunk(

@@ -59,7 +59,8 @@ class Decoder(nnx.Module):
     """Returns logits_BxLxV, in at least float32, and aux, see trunk.Trunk.
 
     Args:
-      batch: `ids_BxL`, `segment_BxL` (documents, which attention keeps apart).
+      batch: `ids_BxL`, `segment_BxL`: documents, which attention keeps apart;
+        -1 is padding.
       ctx: from routers.context.
     """
     logits_BxLxV, aux, _ = self.advance(batch, ctx, None)

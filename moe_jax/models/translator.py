@@ -98,7 +98,7 @@ class Translator(nnx.Module):
     seen_BxS = mask_BxS > 0
     # Padding stands on either side and is not counted.
     pos_BxS = jnp.cumsum(seen_BxS, axis=1, dtype=jnp.int32) - 1
-    ctx = ctx.over(ids_BxS, pos_BxS)
+    ctx = ctx.over(ids_BxS, pos_BxS, seen_BxS)
     x_BxSxD = self._embed(ids_BxS, pos_BxS, seen_BxS, ctx)
     view = _view(seen_BxS, seen_BxS, causal=False)
     x_BxSxD, aux, _ = self.encoder(x_BxSxD, ctx, view)
@@ -112,7 +112,7 @@ class Translator(nnx.Module):
     """logits_BxLxV of the next target token, and aux."""
     source_BxSxD, view = encoded
     ids_BxL, seen_BxL = batch['ids_BxL'], batch['segment_BxL'] >= 0
-    ctx = ctx.over(ids_BxL, batch['pos_BxL'])
+    ctx = ctx.over(ids_BxL, batch['pos_BxL'], seen_BxL)
     ctx = ctx.at_layer(_DECODER).replace(depth=jnp.int32(self.encoder.c.depth))
     x_BxLxD = self._embed(ids_BxL, batch['pos_BxL'], seen_BxL, ctx)
     cross = _view(seen_BxL, view.key_BxL == 0, causal=False)

@@ -10,8 +10,8 @@ is `Router` in my_router.py, wherever that lies on Python's path.
 """
 
 import importlib
-import math
 import pkgutil
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -21,8 +21,9 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax import balance
-from moe_jax.plan import count, dropped, Plan
+from moe_jax import balance, exact
+from moe_jax import plan as plans
+from moe_jax.plan import Plan
 
 
 @flax.struct.dataclass
@@ -44,19 +45,38 @@ class Ctx:
   ids_T: jax.Array | None = None  # int32, token ids
   row_T: jax.Array | None = None  # int32, sequence in the global batch
   pos_T: jax.Array | None = None  # int32, place in the document
+  place_T: jax.Array | None = None  # int32, in the row, without padding
+  real_T: jax.Array | None = None  # bool, no padding
   context: jax.Array | None = None  # a conditioning vector, [T, any]
   forced: jax.Array | None = None  # a recorded routing to replay
   train: bool = flax.struct.field(pytree_node=False, default=True)
   length: int = flax.struct.field(pytree_node=False, default=1)  # L
   steps: int = flax.struct.field(pytree_node=False, default=1)  # of the run
+  # A text is written, token by token: places are `pos_T`, and nothing has a
+  # capacity, since the tokens to come are not known.
+  writes: bool = flax.struct.field(pytree_node=False, default=False)
 
-  def over(self, ids_BxL: jax.Array, pos_BxL: jax.Array) -> 'Ctx':
-    """The Ctx of these tokens, B rows of the global batch."""
+  def over(
+    self,
+    ids_BxL: jax.Array,
+    pos_BxL: jax.Array,
+    real_BxL: jax.Array | None = None,
+  ) -> 'Ctx':
+    """The Ctx of these tokens, B rows of the global batch.
+
+    Args:
+      real_BxL: bool, no padding; None: there is none.
+    """
     L = ids_BxL.shape[1]
+    if real_BxL is None:
+      real_BxL = jnp.ones(ids_BxL.shape, bool)
+    place_BxL = jnp.cumsum(real_BxL, axis=1, dtype=jnp.int32) - 1
     return self.replace(
       ids_T=ids_BxL.reshape(-1),
       row_T=jnp.repeat(self.row_B, L),
       pos_T=pos_BxL.reshape(-1),
+      place_T=(pos_BxL if self.writes else place_BxL).reshape(-1),
+      real_T=real_BxL.reshape(-1),
       length=L,
     )
 
@@ -83,11 +103,13 @@ class Ctx:
     return self.replace(layer_key=jax.random.fold_in(self.layer_key, layer))
 
   def token_keys(self, key: jax.Array | None = None) -> jax.Array:
-    """[T] keys, one for each token of the global batch, from `key`."""
+    """[T] keys, one for each token of the global batch, from `key`.
+
+    By its row and its place there, which padding does not shift.
+    """
     key = self.key if key is None else key
-    place_T = jnp.arange(self.row_T.shape[0], dtype=jnp.int32) % self.length
     fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
-    return jax.vmap(jax.random.fold_in)(fold(key, self.row_T), place_T)
+    return jax.vmap(jax.random.fold_in)(fold(key, self.row_T), self.place_T)
 
 
 def context(
@@ -100,13 +122,16 @@ def context(
   pass_: int = 0,
   forced: Any = None,
   steps: int = 1,
+  writes: bool = False,
 ) -> Ctx:
   """The Ctx of a whole model, from which it makes one for each layer.
 
   Args:
-    batch: `row_B` is read and, where tokens have them, `ids_BxL`, `pos_BxL`.
+    batch: `row_B` is read and, where tokens have them, `ids_BxL`, `pos_BxL` and
+      `segment_BxL`, which is below 0 for padding.
     forced: recorded routing of all layers, as the model's aux has it.
     steps: optimiser steps of the whole run.
+    writes: see Ctx.
   """
   step_key = jax.random.fold_in(seed_key, step)
   key = jax.random.fold_in(step_key, pass_)
@@ -121,9 +146,12 @@ def context(
     forced=forced,
     train=train,
     steps=steps,
+    writes=writes,
   )
   if 'ids_BxL' in batch:
-    ctx = ctx.over(batch['ids_BxL'], batch['pos_BxL'])
+    segment_BxL = batch.get('segment_BxL')
+    real_BxL = None if segment_BxL is None else segment_BxL >= 0
+    ctx = ctx.over(batch['ids_BxL'], batch['pos_BxL'], real_BxL)
   return ctx
 
 
@@ -138,14 +166,25 @@ class RouterState(nnx.Variable):
 class Router(nnx.Module):
   """The contract. `k` is the (mean) number of experts per token.
 
+  Padding, which `ctx.real_T` tells, is no token: it has no row, no place in a
+  capacity and no weight in what is reported, and shifts no draw.
+
   Attributes:
     causal: a token's routing depends on no later token.
+    coupled: out of training too a token's routing depends on other tokens of
+      its group, by a capacity or a choice over tokens.
+    writes: without its capacity it depends on none, so that a text can be
+      written one token after another.
     equivariant: permuting the tokens of a sequence permutes their routing.
+    group: how many tokens share a capacity or a choice; None: those of a row.
   """
 
   k: float
   causal = True
+  coupled = False
+  writes = True
   equivariant = True
+  group: int | None = None
 
   def memory(self, x_TxD: jax.Array) -> Any:
     """What the router of the first layer gets as memory: arrays, or ()."""
@@ -158,8 +197,9 @@ class Router(nnx.Module):
     """Returns the plan, aux and the memory for the next router.
 
     `aux` has `load_E` (assignments per expert before dropping), `dropped` (the
-    fraction of them without a row), `route` (what `ctx.forced` replays),
-    `entropy`, and the router's losses, unweighted, in `losses`.
+    fraction of them without a row; where experts choose, of tokens that none
+    took), `route` (what `ctx.forced` replays), `entropy`, and the router's
+    losses, unweighted, in `losses`.
     """
     raise NotImplementedError
 
@@ -228,37 +268,87 @@ def choose(score_TxE: jax.Array, k: int, ctx: Ctx) -> jax.Array:
   if ctx.forced is None:
     expert_TxK = jax.lax.top_k(jax.lax.stop_gradient(score_TxE), k)[1]
   else:
-    expert_TxK = ctx.forced
+    # What chose no expert, as padding, has the id E.
+    expert_TxK = jnp.minimum(ctx.forced, score_TxE.shape[1] - 1)
   # Saved under rematerialisation: recomputing must never re-route a token.
   return checkpoint_name(expert_TxK, 'route')
 
 
+def groups(ctx: Ctx, group: int | None) -> plans.Groups:
+  """The tokens of this Ctx in groups of so many; None: a row is a group.
+
+  A group is a part of a row, or as many whole rows as have its tokens, at most
+  all: so it is where its rows are, on any mesh. Padding counts for no part.
+  """
+  T, L = ctx.real_T.shape[0], ctx.length
+  span = min(max((group or L) // L, 1) * L, T)
+  real_P = jnp.pad(ctx.real_T, (0, -T % span))
+  return plans.Groups(real_P.reshape(-1, span), min(group or span, span))
+
+
 def capacity_rows(
-  capacity: float | None, group: int, k: float, E: int
+  capacity: float | None, tokens: int, k: float, E: int
 ) -> int | None:
-  """Rows an expert takes from a group: ceil(capacity * group * k / E)."""
+  """Rows an expert takes of so many tokens: ceil(capacity * tokens * k / E)."""
   if capacity is None:
     return None
-  return max(1, math.ceil(capacity * group * k / E))
+  return max(1, exact.ceil(exact.product(capacity, k), tokens, E))
+
+
+def by_token(
+  expert_TxK: jax.Array,
+  weight_TxK: jax.Array,
+  E: int,
+  ctx: Ctx,
+  *,
+  rows: Callable[[int], int | None] = lambda tokens: None,
+  group: int | None = None,
+) -> plans.ByToken:
+  """The plan in which tokens chose experts, without padding.
+
+  Args:
+    expert_TxK: of `choose`.
+    rows: how many an expert takes from a group of so many tokens; None is
+      dropless, as is a text that is written.
+    group: of `groups`.
+  """
+  if rows(1) is None or ctx.writes:
+    return plans.by_token(expert_TxK, weight_TxK, E, ctx.real_T)
+  shared = groups(ctx, group)
+  rows_n = jnp.asarray([rows(n) for n in range(shared.size + 1)], jnp.int32)
+  return plans.by_token(
+    expert_TxK,
+    weight_TxK,
+    E,
+    ctx.real_T,
+    capacity_N=rows_n[shared.count()],
+    groups=shared,
+  )
 
 
 def report(
-  plan: Plan, expert_TxK: jax.Array, probs_TxE: jax.Array, ctx: Ctx
+  plan: plans.ByToken,
+  expert_TxK: jax.Array,
+  probs_TxE: jax.Array,
+  ctx: Ctx,
 ) -> dict[str, Any]:
   """What every token-choice router with probabilities reports."""
-  E = probs_TxE.shape[1]
-  expert_BxLK = expert_TxK.reshape(-1, ctx.length * expert_TxK.shape[1])
-  load_BxE = jax.vmap(lambda expert: count(expert, E))(expert_BxLK)
+  E, real_T = probs_TxE.shape[1], ctx.real_T
+  expert_TxK = plans.chosen(expert_TxK, E, real_T)
+  by_row = lambda a: a.reshape(-1, ctx.length, *a.shape[1:])
+  expert_BxLxK = by_row(expert_TxK)
+  load_BxE = jax.vmap(lambda expert: plans.count(expert, E))(expert_BxLxK)
   load_E = jnp.sum(load_BxE, axis=0, dtype=jnp.int32)
-  probs_BxLxE = probs_TxE.reshape(-1, ctx.length, E)
   return {
     'load_E': load_E,
-    'dropped': dropped(plan),
+    'dropped': plans.dropped(plan, expert_TxK),
     'route': expert_TxK,
-    'entropy': balance.entropy(jax.lax.stop_gradient(probs_TxE)),
+    'entropy': balance.entropy(jax.lax.stop_gradient(probs_TxE), real_T),
     'losses': {
-      'balance': balance.switch(probs_TxE, load_E),
-      'sequence_balance': balance.sequence(probs_BxLxE, load_BxE),
+      'balance': balance.switch(probs_TxE, load_E, real_T),
+      'sequence_balance': balance.sequence(
+        by_row(probs_TxE), load_BxE, by_row(real_T)
+      ),
     },
   }
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe_jax import plan, routers
+from moe_jax import routers
 
 PER = ('token', 'sequence', 'batch', 'position', 'fixed', 'ensemble')
 
@@ -65,7 +65,7 @@ class Router(routers.Router):
     expert_TxK = routers.choose(score_TxE, k, ctx)
     wide = np.promote_types(x_TxD.dtype, jnp.float32)
     gate_TxK = jnp.full((T, k), 1 / k, wide)
-    decision = plan.by_token(expert_TxK, gate_TxK, E)
+    decision = routers.by_token(expert_TxK, gate_TxK, E, ctx)
     probs_TxE = jnp.full((T, E), 1 / E, wide)
     aux = routers.report(decision, expert_TxK, probs_TxE, ctx)
     aux['losses'] = {}  # there is nothing to balance
@@ -81,5 +81,5 @@ def _keys(per, ctx, T):
   if per == 'sequence':
     place_T = ctx.row_T
   else:
-    place_T = jnp.arange(T, dtype=jnp.int32) % ctx.length
+    place_T = ctx.place_T
   return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(ctx.key, place_T)

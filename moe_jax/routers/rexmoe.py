@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe_jax import balance, plan, routers
+from moe_jax import balance, routers
 
 
 class Router(routers.Router):
@@ -78,13 +78,15 @@ class Router(routers.Router):
       renormalise=self.renormalise,
       mask=self.mask,
     )
-    decision = plan.by_token(expert_TxK, gate_TxK, self.E)
+    decision = routers.by_token(expert_TxK, gate_TxK, self.E, ctx)
     log_TxE = jax.nn.log_softmax(logits_TxE, axis=-1)
     probs_TxE = jax.nn.softmax(log_TxE, axis=-1)
     aux = routers.report(decision, expert_TxK, probs_TxE, ctx)
     load_E = aux['load_E']
-    aux['losses']['z'] = balance.z(logits_TxE)
-    aux['losses']['balance_kept'] = balance.kept(logits_TxE, load_E, keep_E)
+    aux['losses']['z'] = balance.z(logits_TxE, ctx.real_T)
+    aux['losses']['balance_kept'] = balance.kept(
+      logits_TxE, load_E, keep_E, ctx.real_T
+    )
     return decision, aux, memory
 
   def _keep(self, ctx):

@@ -2,9 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from moe_jax import balance, plan, routers
+from moe_jax import balance, routers
 
 
 class Router(routers.Router):
@@ -12,7 +13,7 @@ class Router(routers.Router):
 
   Args:
     capacity: factor on the mean load; None is dropless.
-    group: tokens that share a capacity; None is one sequence.
+    group: tokens that share a capacity, see `topk`; None is one sequence.
     jitter: in training the tokens that the router sees are multiplied by
       uniform draws from [1 - jitter, 1 + jitter], a draw for each feature.
   """
@@ -33,29 +34,35 @@ class Router(routers.Router):
     if not 0 <= jitter < 1:
       raise ValueError(f'jitter is {jitter}, not in [0, 1)')
     self.capacity, self.group, self.jitter = capacity, group, jitter
+    self.coupled = capacity is not None
     self.equivariant = capacity is None and not jitter
     self.w_DxE = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (D, E)))
 
   def __call__(self, x_TxD, ctx, memory):
     if self.jitter and ctx.train:
+      # Wide, as bfloat16 would round draws, to outside of the bounds too.
+      wide = np.promote_types(x_TxD.dtype, jnp.float32)
       draw = lambda key: jax.random.uniform(
         key,
         x_TxD.shape[1:],
-        x_TxD.dtype,
+        wide,
         minval=1 - self.jitter,
         maxval=1 + self.jitter,
       )
-      x_TxD *= jax.vmap(draw)(ctx.token_keys())
+      x_TxD = x_TxD.astype(wide) * jax.vmap(draw)(ctx.token_keys())
     logits_TxE = routers.logits(x_TxD, self.w_DxE[...])
-    T, E = logits_TxE.shape
+    E = logits_TxE.shape[1]
     probs_TxE = jax.nn.softmax(logits_TxE, axis=-1)
     expert_Tx1 = routers.choose(probs_TxE, 1, ctx)
     gate_Tx1 = jnp.take_along_axis(probs_TxE, expert_Tx1, axis=1)
-    group = min(self.group or ctx.length, T)
-    capacity = routers.capacity_rows(self.capacity, group, 1, E)
-    decision = plan.by_token(
-      expert_Tx1, gate_Tx1, E, capacity=capacity, group=group
+    decision = routers.by_token(
+      expert_Tx1,
+      gate_Tx1,
+      E,
+      ctx,
+      rows=lambda n: routers.capacity_rows(self.capacity, n, 1, E),
+      group=self.group,
     )
     aux = routers.report(decision, expert_Tx1, probs_TxE, ctx)
-    aux['losses']['z'] = balance.z(logits_TxE)
+    aux['losses']['z'] = balance.z(logits_TxE, ctx.real_T)
     return decision, aux, memory

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax import balance, plan, routers
+from moe_jax import balance, routers
 from moe_jax import init as inits
 
 INITS = {'normal': inits.NORMAL, 'torch': inits.TORCH}
@@ -32,7 +32,8 @@ class Router(routers.Router):
     groups_kept: from so many groups, the best, a token chooses its experts.
     group_best: how many of a group's best scores are summed to judge it.
     capacity: factor on the mean load; None is dropless.
-    group: tokens that share a capacity; None is one sequence.
+    group: tokens that share a capacity: a part of a sequence, or as many whole
+      sequences as have so many; None is one sequence.
   """
 
   def __init__(
@@ -67,6 +68,7 @@ class Router(routers.Router):
     self.group_best = group_best
     # A later token's first choice takes the place of an earlier one's second.
     self.causal = capacity is None or k == 1
+    self.coupled = capacity is not None
     self.equivariant = capacity is None
     draw = INITS[init]
     self.w_DxE = nnx.Param(draw.weight(rngs.params(), (D, E), D, E))
@@ -77,7 +79,7 @@ class Router(routers.Router):
 
   def __call__(self, x_TxD, ctx, memory):
     logits_TxE = routers.logits(x_TxD, self.w_DxE[...])
-    T, E = logits_TxE.shape
+    E = logits_TxE.shape[1]
     if self.bias:
       logits_TxE += self.bias_logit_E[...].astype(logits_TxE.dtype)[None]
     # In logarithms: sigmoids may all be too small for a sum to divide by.
@@ -95,17 +97,17 @@ class Router(routers.Router):
       gate_TxK = jax.nn.softmax(log_TxK, axis=1)
     else:
       gate_TxK = jnp.exp(log_TxK)
-    group = min(self.group or ctx.length, T)
-    decision = plan.by_token(
+    decision = routers.by_token(
       expert_TxK,
       gate_TxK * self.scale,
       E,
-      capacity=routers.capacity_rows(self.capacity, group, self.k, E),
-      group=group,
+      ctx,
+      rows=lambda n: routers.capacity_rows(self.capacity, n, self.k, E),
+      group=self.group,
     )
     probs_TxE = jax.nn.softmax(log_TxE, axis=-1)
     aux = routers.report(decision, expert_TxK, probs_TxE, ctx)
-    aux['losses']['z'] = balance.z(logits_TxE)
+    aux['losses']['z'] = balance.z(logits_TxE, ctx.real_T)
     return decision, aux, memory
 
   def _within_groups(self, choice_TxE):

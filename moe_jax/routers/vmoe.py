@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax import balance, plan, routers
+from moe_jax import balance, routers
 
 
 class Router(routers.Router):
@@ -21,8 +21,8 @@ class Router(routers.Router):
     capacity: factor on the mean load in training; None is dropless. Rows are
       rounded up to a multiple of 4.
     eval_capacity: the same out of training.
-    group: tokens that share a capacity, and among which the losses balance;
-      None is one sequence.
+    group: tokens that share a capacity, and among which the losses balance, see
+      `topk`; None is one sequence.
   """
 
   def __init__(
@@ -46,38 +46,40 @@ class Router(routers.Router):
     dropless = capacity is None and eval_capacity is None
     # A later token's first choice takes the place of an earlier one's second.
     self.causal = dropless or k == 1
+    self.coupled = eval_capacity is not None
     self.equivariant = dropless and not noise
     self.w_DxE = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (D, E)))
 
   def __call__(self, x_TxD, ctx, memory):
     logits_TxE = noisy_TxE = routers.logits(x_TxD, self.w_DxE[...])
-    T, E = logits_TxE.shape
+    E = logits_TxE.shape[1]
     noise = self.noise / E if ctx.train else 0.0
     if noise:
       draw = lambda key: jax.random.normal(key, (E,), logits_TxE.dtype)
       noisy_TxE += noise * jax.vmap(draw)(ctx.token_keys())
     chance_TxE = jax.nn.softmax(noisy_TxE, axis=-1)
     expert_TxK = routers.choose(chance_TxE, self.k, ctx)
-    group = min(self.group or ctx.length, T)
-    decision = plan.by_token(
+    decision = routers.by_token(
       expert_TxK,
       jnp.take_along_axis(chance_TxE, expert_TxK, axis=1),
       E,
-      capacity=self._rows(group, E, ctx.train),
-      group=group,
+      ctx,
+      rows=lambda n: self._rows(n, E, ctx.train),
+      group=self.group,
     )
     probs_TxE = jax.nn.softmax(logits_TxE, axis=-1)
     aux = routers.report(decision, expert_TxK, probs_TxE, ctx)
-    per_group = lambda a_TxE: a_TxE.reshape(-1, group, E)
-    aux['losses']['z'] = balance.z(logits_TxE)
-    aux['losses']['importance'] = balance.spread(per_group(probs_TxE))
+    groups = routers.groups(ctx, self.group)
+    spread = lambda a: balance.spread(groups.cut(a, 0), groups.count())
+    aux['losses']['z'] = balance.z(logits_TxE, ctx.real_T)
+    aux['losses']['importance'] = spread(probs_TxE)
     if noise:
       least_Tx1 = jnp.take_along_axis(noisy_TxE, expert_TxK[:, -1:], axis=1)
       again_TxE = jax.scipy.special.ndtr((logits_TxE - least_Tx1) / noise)
-      aux['losses']['smooth_load'] = balance.spread(per_group(again_TxE))
+      aux['losses']['smooth_load'] = spread(again_TxE)
     return decision, aux, memory
 
-  def _rows(self, group, E, train):
+  def _rows(self, tokens, E, train):
     factor = self.capacity if train else self.eval_capacity
-    rows = routers.capacity_rows(factor, group * self.k, 1, E)
+    rows = routers.capacity_rows(factor, tokens, self.k, E)
     return rows and rows + -rows % 4
