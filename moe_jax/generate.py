@@ -1,8 +1,10 @@
 """Texts that a decoder writes, and what its routers did meanwhile.
 
 A batch of prompts is read at once; then each row gets one token after another,
-from keys and values that are kept. Rows are told apart by their place, not by
-padding: what stands behind a prompt is seen by no token of it.
+from keys and values that are kept. Rows are independent of each other: what
+stands behind a shorter prompt is padding, which no token sees and no router
+counts, and routers have no capacity. So a text is what it would be alone, with
+the same row number, which is a part of the seed.
 """
 
 import functools
@@ -74,17 +76,19 @@ def writer(
     """
     _check_prompts(job, prompts)
     rows = -len(prompts) % job.mesh.size + len(prompts)
-    length_B = np.ones(rows, np.int32)
+    length_B = np.zeros(rows, np.int32)
     length_B[: len(prompts)] = [len(prompt) for prompt in prompts]
     ids_BxL = np.zeros((rows, length_B.max()), np.int32)
     for row, prompt in zip(ids_BxL, prompts, strict=False):
       row[: len(prompt)] = prompt
-    if routes is not None:
-      routes = _fitting(job, routes, len(prompts), ids_BxL.shape[1] + new, rows)
     batch = parallel.put_batch(
       {'ids_BxL': ids_BxL, 'length_B': length_B}, job.mesh, rows
     )
     with programs.precision(job):
+      if routes is not None:
+        longest = ids_BxL.shape[1] + new
+        like = _routes(job, weights, rows, longest)
+        routes = _fitting(job, routes, like, len(prompts))
       found = run(weights, **batch, seed=jnp.uint32(seed), forced=routes)
       new_BxN, made = jax.device_get(found)
     return Written(
@@ -102,9 +106,14 @@ def _write(job, weights, *, ids_BxL, length_B, seed, forced, new, sample, stop):
   key = jax.random.key(seed)
   row_B = jnp.arange(B, dtype=jnp.int32)
 
-  def see(ids_BxL, place_BxL, kept, routes):
+  def see(ids_BxL, place_BxL, length_B, kept, routes):
     """logits, and all that is kept with these tokens."""
-    batch = {'ids_BxL': ids_BxL, 'pos_BxL': place_BxL, 'row_B': row_B}
+    batch = {
+      'ids_BxL': ids_BxL,
+      'pos_BxL': place_BxL,
+      'segment_BxL': jnp.where(place_BxL < length_B[:, None], 0, -1),
+      'row_B': row_B,
+    }
     ctx = routers.context(
       batch,
       key,
@@ -112,6 +121,7 @@ def _write(job, weights, *, ids_BxL, length_B, seed, forced, new, sample, stop):
       train=False,
       forced=forced and [_at(a, place_BxL) for a in forced],
       steps=job.config['steps'],
+      writes=True,
     )
     logits_BxLxV, aux, kept = model.write(batch, ctx, kept)
     routes = [
@@ -122,8 +132,10 @@ def _write(job, weights, *, ids_BxL, length_B, seed, forced, new, sample, stop):
 
   def step(carry, _):
     kept, routes, id_B, place_B, done_B = carry
+    # What is written after the end is padding.
+    length_B = jnp.where(done_B, 0, place_B + 1)
     logits_Bx1xV, kept, routes = see(
-      id_B[:, None], place_B[:, None], kept, routes
+      id_B[:, None], place_B[:, None], length_B, kept, routes
     )
     id_B = pick(logits_Bx1xV[:, 0], place_B + 1)
     done_B = done_B | (id_B == stop)
@@ -135,27 +147,38 @@ def _write(job, weights, *, ids_BxL, length_B, seed, forced, new, sample, stop):
     return jax.vmap(sample)(logits_BxV, keys_B)
 
   place_BxL = jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32)[None], (B, L))
-  routes = _blank_routes(model, B, L + new)
+  routes = [
+    jnp.zeros(a.shape, a.dtype) for a in _routes(job, weights, B, L + new)
+  ]
   logits_BxLxV, kept, routes = see(
-    ids_BxL, place_BxL, model.room(B, L + new), routes
+    ids_BxL, place_BxL, length_B, model.room(B, L + new), routes
   )
-  last_Bx1x1 = (length_B - 1)[:, None, None]
+  last_Bx1x1 = jnp.maximum(length_B - 1, 0)[:, None, None]
   logits_BxV = jnp.take_along_axis(logits_BxLxV, last_Bx1x1, axis=1)[:, 0]
   id_B = pick(logits_BxV, length_B)
-  carry = kept, routes, id_B, length_B, id_B == stop
+  carry = kept, routes, id_B, length_B, (id_B == stop) | (length_B == 0)
   (_, routes, *_), ids_NxB = jax.lax.scan(step, carry, length=new - 1)
   return jnp.concatenate([id_B[None], ids_NxB]).T, routes
 
 
-def _blank_routes(model, B, M):
-  """The places of routes, for each segment."""
-  return [
-    jnp.zeros(
-      (s.G, s.R, 1 if s.c.routing == 'once' else s.c.iterations, B, M, int(k)),
-      jnp.int32,
+def _routes(job, weights, B, M):
+  """The shapes of the routes of M places, for each segment."""
+
+  def route(weights):
+    model = models.bind(job.model, weights.params, weights.router_state)
+    zero_Bx1 = jnp.zeros((B, 1), jnp.int32)
+    batch = dict.fromkeys(('ids_BxL', 'pos_BxL', 'segment_BxL'), zero_Bx1)
+    batch['row_B'] = zero_Bx1[:, 0]
+    ctx = routers.context(
+      batch, jax.random.key(0), weights.step, train=False, writes=True
     )
-    for s in model.trunk.segments().values()
-    for k in [s.moe.feed.routers.k]
+    _, aux, _ = model.write(batch, ctx, model.room(B, M))
+    return [found['route'] for found in aux]
+
+  of_a_place = jax.eval_shape(route, weights)
+  return [
+    jax.ShapeDtypeStruct((*a.shape[:3], B, M, a.shape[4]), a.dtype)
+    for a in of_a_place
   ]
 
 
@@ -199,7 +222,7 @@ def _check(job, new, temperature, top_p):
   if not 0 < top_p <= 1:
     raise ValueError(f'top_p={top_p} is not in (0, 1]')
   for segment in job.model.trunk.segments().values():
-    if not segment.moe.feed.routers.causal:
+    if not segment.moe.feed.routers.writes:
       raise ValueError(
         f'the router {job.config["model"]["router"]["name"]!r} looks at later'
         ' tokens, and cannot write'
@@ -218,13 +241,13 @@ def _check_prompts(job, prompts):
         raise ValueError(f'the id {i} is not one of 0 .. {job.model.c.V - 1}')
 
 
-def _fitting(job, routes, B, M, rows):
-  """Recorded routes with rows for padding; ValueError if they do not fit."""
-  like = jax.eval_shape(lambda: _blank_routes(job.model, B, M))
-  if [np.shape(a) for a in routes] != [a.shape for a in like]:
+def _fitting(job, routes, like, B):
+  """Recorded routes of B rows, with padding; ValueError if they do not fit."""
+  needed = [(*a.shape[:3], B, *a.shape[4:]) for a in like]
+  if [np.shape(a) for a in routes] != needed:
     raise ValueError(
       f'routes have the shapes {[np.shape(a) for a in routes]}, these prompts'
-      f' need {[a.shape for a in like]}'
+      f' need {needed}'
     )
   E = job.model.c.E * job.model.c.layers_per_pool
   for a in routes:
@@ -232,7 +255,8 @@ def _fitting(job, routes, B, M, rows):
       np.min(a) < 0 or np.max(a) > E
     ):
       raise ValueError(f'routes hold an expert that is not one of 0 .. {E}')
-  pad = [(0, 0)] * 3 + [(0, rows - B)] + [(0, 0)] * 2
+  more = (0, like[0].shape[3] - B) if like else (0, 0)
+  pad = (0, 0), (0, 0), (0, 0), more, (0, 0), (0, 0)
   return [jnp.asarray(np.pad(a, pad), jnp.int32) for a in routes]
 
 

@@ -149,7 +149,8 @@ def restore(job: Job, step: int) -> programs.Weights:
   Raises:
     OSError: it is gone or damaged.
   """
-  return checkpoint.read(job.workdir, step, programs.abstract_weights(job))
+  with programs.precision(job):
+    return checkpoint.read(job.workdir, step, programs.abstract_weights(job))
 
 
 def streams(job: Job, given: list[str]) -> dict[str, np.ndarray]:
@@ -332,11 +333,14 @@ def _by_expert(decision, route):
   del route  # the plan's own places
   place_NxExC, gate_NxExC = decision.place_NxExC, decision.weight_NxExC
   N, E, _ = place_NxExC.shape
-  T = N * decision.group
+  T = N * decision.span
   group_N, expert_E = np.arange(N), np.arange(E)
-  token_M = (place_NxExC + group_N[:, None, None] * decision.group).reshape(-1)
-  expert_M = np.broadcast_to(expert_E[None, :, None], place_NxExC.shape)
-  expert_M, gate_M = expert_M.reshape(-1), gate_NxExC.reshape(-1)
+  token_NxExC = place_NxExC + group_N[:, None, None] * decision.span
+  expert_NxExC = np.broadcast_to(expert_E[None, :, None], place_NxExC.shape)
+  taken = place_NxExC < decision.span
+  token_M, expert_M, gate_M = (
+    a[taken] for a in (token_NxExC, expert_NxExC, gate_NxExC)
+  )
   order_M = np.lexsort((-gate_M, token_M))
   token_M = token_M[order_M]
   count_T = np.bincount(token_M, minlength=T)
