@@ -269,7 +269,6 @@ def _sizes(c, where, strategy):
     C = come if factor is None else min(come, math.ceil(factor * M / E))
     M = R = E * C
   F = m['expert_F'] // axis['tensor']
-  periods = (m['N'] - m['first_dense']) // len(m['pattern'])
   return _Sizes(
     T=T,
     L=c['seq_len'],
@@ -281,7 +280,7 @@ def _sizes(c, where, strategy):
     R=R,
     F=F,
     a=jnp.dtype(m['dtype']).itemsize,
-    moe=periods * m['pattern'].count('m'),
+    moe=models.config({**m, 'V': _ids(c)}).depth,
     pool=_matrices(m) * E // n * m['D'] * F,
   )
 

@@ -315,8 +315,9 @@ class Trunk(nnx.Module):
     for name, sizes in zip(SEGMENTS, c.segments, strict=False):
       setattr(self, name, Segment(c, *sizes, make_layer, rngs=rngs))
     shared = kind.shared(c.H, c.D, rngs, **options)
-    if shared is not None:
-      self.shared = shared
+    self.shared = tuple(shared)  # the names of
+    for name, param in shared.items():
+      setattr(self, name, param)
 
   def __call__(
     self,
@@ -337,8 +338,11 @@ class Trunk(nnx.Module):
     or, where the view has places, of what attention keeps, [N, B, M, ...].
     """
     c = self.c
-    if hasattr(self, 'shared'):
-      view = view.replace(shared=self.shared[...])
+    whole = self.wiring.layout.whole
+    shared = {
+      name: whole(name, getattr(self, name)[...]) for name in self.shared
+    }
+    view = view.replace(shared=shared)
     x_BxLxD = self.wiring.layout.rows(x_BxLxD)
     run = _Run(self.wiring, ctx, view, source)
     memory, aux, caches = self._memory(x_BxLxD), [], []
@@ -357,6 +361,11 @@ class Trunk(nnx.Module):
       caches.append(new)
       layer, depth = layer + layers, depth + segment.G * segment.R
     return x_BxLxD, aux, jax.tree.map(lambda *a: jnp.concatenate(a), *caches)
+
+  @property
+  def layers(self) -> nnx.Module:
+    """Layers, stacked: all are alike but for what they feed forward to."""
+    return self.first if self.c.first else self.body.moe
 
   def segments(self) -> dict[str, Segment]:
     return {n: getattr(self, n) for n in SEGMENTS if hasattr(self, n)}

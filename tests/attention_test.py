@@ -73,8 +73,9 @@ def _view(segment_BxL=ONE_BxL, causal=True, **more):
 
 def _shared(name):
   """What the layers share, drawn."""
-  param = attention.get(name).shared(H, D, nnx.Rngs(0), **OPTIONS.get(name, {}))
-  return None if param is None else _normal(param.shape, 8)
+  kind, options = attention.get(name), OPTIONS.get(name, {})
+  shared = kind.shared(H, D, nnx.Rngs(0), **options)
+  return {name: _normal(param.shape, 8) for name, param in shared.items()}
 
 
 def _wide(weights):
@@ -124,6 +125,65 @@ def test_no_kind_sees_a_later_token(name):
     other = call(weights, moved, view)
     np.testing.assert_array_equal(other[:, :cut], y_BxLxD[:, :cut])
     assert (np.abs(other - y_BxLxD)[:, cut:].max(axis=2) > 1e-3).all()
+
+
+def _macs(jaxpr):
+  """Multiplications of all matrix products in a program without loops."""
+  total = 0
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == 'dot_general':
+      contracted = eqn.params['dimension_numbers'][0][0]
+      left = eqn.invars[0].aval.shape
+      inner = math.prod(left[i] for i in contracted)
+      total += inner * math.prod(eqn.outvars[0].aval.shape)
+    for value in eqn.params.values():
+      inner = getattr(value, 'jaxpr', value)
+      total += _macs(inner) if hasattr(inner, 'eqns') else 0
+  return total
+
+
+def _abstract(name, **options):
+  kind = attention.get(name)
+  return nnx.eval_shape(
+    lambda: kind(D, H, scheme=init.get('lecun'), rngs=nnx.Rngs(0), **options)
+  )
+
+
+@pytest.mark.parametrize('name', attention.names())
+def test_what_a_token_multiplies_is_what_is_counted(name):
+  """A token alone: its weights once, those of a cache's keys and values too."""
+  kind = _abstract(name, **OPTIONS.get(name, {}))
+  graph, state = nnx.split(kind)
+  weights = 2 * D * D * kind.caches + sum(
+    leaf.size
+    for path, leaf in jax.tree_util.tree_leaves_with_path(
+      nnx.to_pure_dict(state)
+    )
+    if path[-1].key.partition('_')[0] not in ('bias', 'scale')
+  )
+  one_1x1 = jnp.zeros((1, 1), jnp.int32)
+  view = attention.View(one_1x1, one_1x1, True, shared=_shared(name))
+  call = lambda state, x: nnx.merge(graph, state)(x, view)
+  found = _macs(jax.make_jaxpr(call)(state, jnp.zeros((1, 1, D))).jaxpr)
+  assert found == weights + kind.products(1, 1, causal=True)
+
+
+@pytest.mark.parametrize(
+  'name, options, causal, products',
+  [
+    ('rotary', {'J': 2}, True, 2 * D * 4),
+    ('rotary', {'size': 16}, True, 2 * H * 16 * 4),
+    ('rotary', {'window': 3}, True, 2 * D * (1 + 2 + 5 * 3) / 7),
+    ('rotary', {'window': 30}, True, 2 * D * 4),
+    ('latent', LATENT, True, H * (3 + 4 + 5) * 4),
+    ('full', {}, True, 2 * D * 4),
+    ('full', {}, False, 2 * D * 9),
+    ('span', {'span': 5}, True, 3 * D * 5),
+  ],
+)
+def test_keys_are_counted_that_a_query_sees(name, options, causal, products):
+  found = _abstract(name, **options).products(L, L if causal else 9, causal)
+  assert found == pytest.approx(products)
 
 
 @pytest.mark.parametrize('name', BY_DOCUMENT)
@@ -503,7 +563,7 @@ def test_span_agrees_with_the_loops(length, span):
   x_BxLxD, cache_BxPxD = _x(1, length), _x(2, span)
   position_SxP = _normal((S, span), 5)
   segment_BxL = np.int32(np.arange(B * length).reshape(B, -1))  # not looked at
-  view = _view(segment_BxL, shared=position_SxP)
+  view = _view(segment_BxL, shared={'position_SxP': position_SxP})
   zero = np.zeros_like(cache_BxPxD)
   expected = _span_by_hand(weights, x_BxLxD, position_SxP, zero, span)
   _close(call(weights, x_BxLxD, view), expected)
@@ -523,10 +583,12 @@ def test_a_stream_in_two_blocks_is_the_stream():
 
 def test_positions_are_normal_and_one_for_all_heads():
   rngs = nnx.Rngs(0)
-  position_SxP = attention.get('span').shared(4, 128, rngs, span=500)[...]
+  position_SxP = attention.get('span').shared(4, 128, rngs, span=500)[
+    'position_SxP'
+  ]
   assert position_SxP.shape == (32, 500)
   assert np.std(position_SxP) == pytest.approx(1, rel=0.02)
-  assert attention.get('rotary').shared(4, 128, rngs, J=2) is None
+  assert attention.get('rotary').shared(4, 128, rngs, J=2) == {}
 
 
 def test_a_cache_of_another_length_is_refused():

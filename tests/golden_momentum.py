@@ -371,7 +371,7 @@ def _lm_table(params: Params, meta: dict[str, Any]) -> dict[str, Any]:
   body = params['trunk']['body']
   flat = lambda a_DxHxS: a_DxHxS.reshape(len(a_DxHxS), -1).T
   found = {
-    'key_pe': params['trunk']['shared'][None],
+    'key_pe': params['trunk']['position_SxP'][None],
     'in_emb.weight': params['embed_VxD'],
     'out_emb.weight': params['head_DxV'].T,
     'out_emb.bias': params['bias_V'],

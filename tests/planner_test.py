@@ -74,6 +74,18 @@ def test_rows_of_all_to_all_are_planned_to_the_byte():
   assert found['all-to-all'] == planned['all-to-all']
 
 
+@pytest.mark.parametrize(
+  'N, pattern, moe', [(2, 'm', 2), (3, 'md', 2), (5, 'mdd', 2), (2, 'mdd', 1)]
+)
+def test_rows_are_of_the_moe_layers_that_there_are(N, pattern, moe):
+  """A pattern that is cut off at the last layer counts too."""
+  c = small((1, 1, 8, 1), 'all_to_all', 1.25)
+  one = planner.plan({**c, 'model': {**c['model'], 'N': 1}}, 'h100:8')
+  c['model'].update(N=N, pattern=pattern)
+  found = planner.plan(c, 'h100:8').traffic['all-to-all']['rows']
+  assert found == moe * one.traffic['all-to-all']['rows']
+
+
 def test_tokens_that_are_gathered_are_planned():
   """But for what of their plan goes with them, which at this width counts.
 

@@ -31,7 +31,7 @@ class View:
   query_BxL: jax.Array  # int32, segment of each query's token
   key_BxL: jax.Array  # int32, of each key's; seen from the same one; -1 padding
   causal: bool = flax.struct.field(pytree_node=False)  # no later key is seen
-  shared: Any = None  # what `Attention.shared` made for all layers
+  shared: Any = None  # arrays of what `Attention.shared` made for all layers
   cache_BxCxD: jax.Array | None = None  # inputs before the first of these
   # Of a text that is being written: the place of each query in its row, and
   # `entries` of the tokens up to it by their places, [B, M, ...].
@@ -66,13 +66,21 @@ class Attention(nnx.Module):
   @staticmethod
   def shared(
     H: int, D: int, rngs: nnx.Rngs, **options: Any
-  ) -> nnx.Param | None:
-    """A parameter that all layers of these options share, or None."""
+  ) -> dict[str, nnx.Param]:
+    """By their names, the parameters that all layers of these options share."""
     del H, D, rngs, options
-    return None
+    return {}
 
   def __call__(self, x_BxLxD: jax.Array, view: View) -> jax.Array:
     """y_BxLxD, in the dtype of x."""
+    raise NotImplementedError
+
+  def products(self, L: int, M: int, causal: bool) -> float:
+    """Multiplications of a query with its keys and with their values.
+
+    Of all heads, and the mean over L queries that meet M keys; those with a
+    weight are not counted. `cost` of a model multiplies it by its layers.
+    """
     raise NotImplementedError
 
   def entries(
@@ -96,6 +104,17 @@ class Attention(nnx.Module):
     row_Bx1 = jnp.arange(len(x_BxLxD), dtype=jnp.int32)[:, None]
     put = lambda old, new: old.at[row_Bx1, place_BxL].set(new, mode='drop')
     return jax.tree.map(put, kept, self.entries(x_BxLxD, place_BxL))
+
+
+def keys_seen(L: int, M: int, causal: bool, window: int | None = None) -> float:
+  """How many of M keys a query sees, the mean over L; padding is not counted.
+
+  Causal queries see the keys up to their own, `window` of them at most.
+  """
+  if not causal:
+    return float(M)
+  most = min(window or L, L)
+  return (most * (most + 1) / 2 + (L - most) * most) / L
 
 
 def names() -> list[str]:

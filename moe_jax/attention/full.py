@@ -1,5 +1,7 @@
 """Full: multi-head attention with biases (Vaswani et al., 1706.03762)."""
 
+import math
+
 import jax
 from flax import nnx
 
@@ -58,3 +60,8 @@ class Attention(attention.Attention):
     )
     bias_D = self.bias_out_D[...].astype(dtype)
     return attention.join(y_BxLxHxS, self.out_HxSxD[...]) + bias_D[None, None]
+
+  def products(self, L, M, causal):
+    """Of queries and keys, and of values."""
+    seen = attention.keys_seen(L, M, causal)
+    return 2 * math.prod(self.out_HxSxD.shape[-3:-1]) * seen

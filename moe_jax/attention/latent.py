@@ -99,6 +99,12 @@ class Attention(attention.Attention):
       y_BxLxHxU = self._attend_kept(q_BxLxHxW, q_BxLxHxP, view)
     return attention.join(y_BxLxHxU, self.out_HxUxD[...])
 
+  def products(self, L, M, causal):
+    """Of queries and keys of both parts, and of values."""
+    (H, W), U = self.key_ZxHxW.shape[-2:], self.value_ZxHxU.shape[-1]
+    P = self.key_DxP.shape[-1]
+    return H * (W + P + U) * attention.keys_seen(L, M, causal)
+
   def entries(self, x_BxLxD, place_BxL):
     """The latent, and the part of a key that has a position."""
     dtype = x_BxLxD.dtype

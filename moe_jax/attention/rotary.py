@@ -1,5 +1,7 @@
 """Rotary: grouped queries (arXiv 2305.13245), RoPE (arXiv 2104.09864)."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -109,6 +111,11 @@ class Attention(attention.Attention):
     if self.bias:
       y_BxLxD += self.bias_out_D[...].astype(y_BxLxD.dtype)[None, None]
     return y_BxLxD
+
+  def products(self, L, M, causal):
+    """As full attention, over the keys in the window."""
+    seen = attention.keys_seen(L, M, causal, self.window)
+    return 2 * math.prod(self.out_HxSxD.shape[-3:-1]) * seen
 
   def entries(self, x_BxLxD, place_BxL):
     """Keys, turned, and values."""

@@ -5,6 +5,8 @@ span (Sukhbaatar et al. 2019, 1905.07799) at its full span. Axes: P, the span;
 W, the keys that a block of Q queries meets, Q + P - 1.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,13 +53,13 @@ class Attention(attention.Attention):
   @staticmethod
   def shared(
     H: int, D: int, rngs: nnx.Rngs, *, span: int = 256
-  ) -> nnx.Param | None:
+  ) -> dict[str, nnx.Param]:
     """`position_SxP` of all heads and layers; the oldest place is first."""
     shape = attention.head_size(D, H), span
-    return nnx.Param(jax.random.normal(rngs.params(), shape))
+    return {'position_SxP': nnx.Param(jax.random.normal(rngs.params(), shape))}
 
   def __call__(self, x_BxLxD: jax.Array, view: attention.View) -> jax.Array:
-    """The view's `shared` is position_SxP; its cache is of zeros if None."""
+    """The view's `shared` has position_SxP; its cache is of zeros if None."""
     B, L, D = x_BxLxD.shape
     dtype, P = x_BxLxD.dtype, self.caches
     cache_BxPxD = view.cache_BxCxD
@@ -69,7 +71,7 @@ class Attention(attention.Attention):
     q_BxLxHxS = attention.heads(x_BxLxD, self.query_DxHxS[...])
     k_BxMxHxS = attention.heads(past_BxMxD, self.key_DxHxS[...])
     v_BxMxHxS = attention.heads(past_BxMxD, self.value_DxHxS[...])
-    position_SxP = view.shared[...]
+    position_SxP = view.shared['position_SxP']
     answers = []
     for first in range(0, L, attention.block(L)):
       q_BxQxHxS = q_BxLxHxS[:, first : first + attention.block(L)]
@@ -80,6 +82,11 @@ class Attention(attention.Attention):
         jax.checkpoint(_attend)(q_BxQxHxS, k_BxWxHxS, v_BxWxHxS, position_SxP)
       )
     return attention.join(jnp.concatenate(answers, 1), self.out_HxSxD[...])
+
+  def products(self, L, M, causal):
+    """With the keys, the places and the values of the whole span."""
+    del L, M, causal
+    return 3 * math.prod(self.out_HxSxD.shape[-3:-1]) * self.caches
 
 
 def _attend(q_BxQxHxS, k_BxWxHxS, v_BxWxHxS, position_SxP):

@@ -26,6 +26,12 @@ def get(name: str) -> ModuleType:
   return importlib.import_module(f'{__name__}.{name}')
 
 
+def config(fields: dict[str, Any]) -> Any:
+  """The Config of the model `name`, of its fields; raises as `initializer`."""
+  values = dict(fields)
+  return get(values.pop('name')).Config(**values)
+
+
 def initializer(
   fields: dict[str, Any], layout: Any
 ) -> Callable[[jax.Array], nnx.Module]:
@@ -40,12 +46,10 @@ def initializer(
       the answer is called.
     TypeError: the model has no such fields.
   """
-  module, values = get(fields['name']), dict(fields)
-  del values['name']
-  config = module.Config(**values)
+  build, c = get(fields['name']).build, config(fields)
 
   def init(seed):
-    return module.build(config, layout, rngs=nnx.Rngs(jax.random.key(seed)))
+    return build(c, layout, rngs=nnx.Rngs(jax.random.key(seed)))
 
   return init
 

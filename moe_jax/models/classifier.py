@@ -148,10 +148,11 @@ def cost(model: Classifier, length: int) -> dict[str, float]:
   c, total = model.c, trunk.size(model)
   expert, active = model.trunk.weights()
   active += total - trunk.size(model.trunk)
-  layers = active + 2 * c.N * c.D * c.tokens
+  L = c.tokens
+  layer = model.trunk.layers.attention.products(L, L, causal=False)
   return {
     'params_total': total,
     'expert_params': expert,
     'params_active': round(active),
-    'flops_per_token': round(6 * c.tokens * layers),
+    'flops_per_token': round(6 * L * (active + c.N * layer)),
   }

@@ -96,8 +96,7 @@ class Decoder(nnx.Module):
       ValueError: the attention writes no texts.
     """
     c = self.c
-    stacked = self.trunk.first if c.first else self.trunk.body.moe
-    graph, state = nnx.split(stacked.attention)
+    graph, state = nnx.split(self.trunk.layers.attention)
 
     def entries(state):
       one = jax.tree.map(lambda a: a[0] if c.first else a[0, 0], state)
@@ -136,7 +135,7 @@ class Decoder(nnx.Module):
   def blank(self, B: int) -> jax.Array | None:
     """The cache before the first block of B rows; None if there is none."""
     c = self.c
-    layers = self.trunk.first if c.first else self.trunk.body.moe
+    layers = self.trunk.layers
     if not (layers.attention.caches and block.BLOCKS[c.block].raw):
       return None
     return jnp.zeros((c.N, B, layers.attention.caches, c.D), c.dtype)
@@ -163,16 +162,17 @@ def cost(model: Decoder, length: int) -> dict[str, float]:
     params_total. expert_params: those of the pools. params_active: those that
     meet one token, the embedding included; a weight used twice counts twice.
     flops_per_token: forward and backward of the matmuls, 6 for each active
-    weight, and of causal attention over `length`; recomputation not counted.
+    weight, and of what its kind of attention multiplies in rows of `length`
+    tokens; recomputation not counted.
   """
   c, total = model.c, trunk.size(model)
   expert, active = model.trunk.weights()
   active += total - trunk.size(model.trunk)
   lookup = 0 if c.tied else c.V * c.D
-  attention = 2 * c.N * c.D * (length + 1) / 2
+  layer = model.trunk.layers.attention.products(length, length, causal=True)
   return {
     'params_total': total,
     'expert_params': expert,
     'params_active': round(active),
-    'flops_per_token': round(6 * (active - lookup + attention)),
+    'flops_per_token': round(6 * (active - lookup + c.N * layer)),
   }

@@ -186,12 +186,15 @@ def cost(model: Translator, length: int) -> dict[str, float]:
   for layers in (model.encoder, model.decoder):
     its, met = layers.weights()
     expert, active = expert + its, active + met - trunk.size(layers)
-  keys = c.encoder_N * length + c.N * ((length + 1) / 2 + length)
+  seen = lambda layers, causal: layers.products(length, length, causal)
+  attended = c.encoder_N * seen(model.encoder.layers.attention, False)
+  attended += c.N * seen(model.decoder.layers.attention, True)
+  attended += c.N * seen(model.decoder.layers.cross, False)
   return {
     'params_total': total,
     'expert_params': expert,
     'params_active': round(active),
-    'flops_per_token': round(6 * (active + 2 * c.D * keys)),
+    'flops_per_token': round(6 * (active + attended)),
   }
 
 
