@@ -74,7 +74,7 @@ def default() -> ml_collections.ConfigDict:
     b1=0.9,
     b2=0.95,
     eps=1e-8,
-    weight_decay=0.1,  # of matrices
+    weight_decay=0.1,  # of matrices; by adamw of embeddings and heads too
     clip=1.0,  # the gradient's norm is at most this; 0 does not clip
     moments='params',  # dtype of the moments: of the parameters, or bfloat16
     accumulate=1,  # microbatches that a batch is cut into

@@ -3,11 +3,14 @@
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from optax import contrib
+
+from moe_jax import exact
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,26 +60,39 @@ class Config:
       raise ValueError(f'accumulate={self.accumulate} is < 1')
 
 
-# Each is (done, c) -> factor; done in [0, 1] is the part of all steps behind.
+class Span(NamedTuple):
+  """The steps of a run: those of the warm-up and, of wsd, those that fall."""
+
+  steps: int
+  warmup: int
+  decay: int
 
 
-def _cosine(done, c):
-  left = (done - c.warmup) / max(1 - c.warmup, 1e-9)
-  return c.end + (1 - c.end) * 0.5 * (1 + jnp.cos(math.pi * left))
+# Each is (step, span, end) -> factor, from 0; the warm-up comes apart. The
+# factor is 1 at the warm-up's last step, or the first; cosine and wsd are at
+# `end` in the run's last step, if that is another.
 
 
-def _constant(done, c):
-  del c
-  return jnp.ones_like(done)
+def _cosine(step, span, end):
+  top = max(span.warmup - 1, 0)
+  done = jnp.clip((step - top) / max(span.steps - 1 - top, 1), 0, 1)
+  return end + (1 - end) * 0.5 * (1 + jnp.cos(math.pi * done))
 
 
-def _inverse_sqrt(done, c):
-  return jnp.sqrt(c.warmup / jnp.maximum(done, max(c.warmup, 1e-9)))
+def _constant(step, span, end):
+  del span, end
+  return jnp.ones_like(step)
 
 
-def _wsd(done, c):
-  left = (done - (1 - c.decay)) / max(c.decay, 1e-9)
-  return 1 - (1 - c.end) * jnp.clip(left, 0, 1)
+def _inverse_sqrt(step, span, end):
+  del end
+  return jnp.sqrt(span.warmup / jnp.maximum(step, span.warmup))
+
+
+def _wsd(step, span, end):
+  top = max(span.steps - 1 - span.decay, 0)
+  done = jnp.clip((step - top) / max(span.steps - 1 - top, 1), 0, 1)
+  return 1 - (1 - end) * done
 
 
 SCHEDULES = {
@@ -88,29 +104,47 @@ SCHEDULES = {
 
 
 def schedule(c: Config, steps: int) -> Callable[[jax.Array], jax.Array]:
-  """step (from 0) -> learning rate; warm-up and decay are parts of `steps`."""
-  warmup_steps = c.warmup * steps
+  """step (from 0) -> learning rate, float32.
+
+  Warm-up and decay are parts of `steps`, rounded up to whole ones.
+  """
+  span = Span(steps, *(exact.ceil(part, steps) for part in (c.warmup, c.decay)))
 
   def rate(step):
     step = jnp.asarray(step, jnp.float32)
-    done = jnp.maximum(step / steps, c.warmup)
-    ramp = jnp.minimum(1.0, (step + 1) / max(warmup_steps, 1.0))
-    return c.learning_rate * ramp * SCHEDULES[c.schedule](done, c)
+    ramp = jnp.minimum(1.0, (step + 1) / max(span.warmup, 1))
+    return c.learning_rate * ramp * SCHEDULES[c.schedule](step, span, c.end)
 
   return rate
 
 
-def make(c: Config, steps: int) -> optax.GradientTransformation:
-  """The optimiser that `c.name` names, after clipping; clip=0 does not clip."""
+def make(c: Config, steps: int) -> optax.GradientTransformationExtraArgs:
+  """The optimiser that `c.name` names, after clipping; clip=0 does not clip.
+
+  `update(grads, state, params, step=step)`: the learning rate is that of the
+  run's step, from 0. A count in the state would stand still at skipped steps.
+  """
   clip = optax.clip_by_global_norm(c.clip) if c.clip else optax.identity()
-  rule = optax.chain(clip, OPTIMIZERS[c.name](c, schedule(c, steps)))
-  return rule if c.moments == 'params' else _stored(rule, c.moments)
+  rule = optax.chain(clip, OPTIMIZERS[c.name](c))
+  if c.moments != 'params':
+    rule = _stored(rule, c.moments)
+  rate = schedule(c, steps)
+
+  def update(grads, state, params, *, step):
+    updates, state = rule.update(grads, state, params)
+    now = rate(step)
+    return jax.tree.map(lambda u: now.astype(u.dtype) * u, updates), state
+
+  return optax.GradientTransformationExtraArgs(rule.init, update)
 
 
-def _adamw(c, rate):
-  """Norms' scales and biases do not decay (Loshchilov, Hutter, 1711.05101)."""
+# Rules for a learning rate of 1.
+
+
+def _adamw(c):
+  """Vectors do not decay (Loshchilov, Hutter, 1711.05101)."""
   return optax.adamw(
-    rate,
+    1.0,
     b1=c.b1,
     b2=c.b2,
     eps=c.eps,
@@ -119,16 +153,17 @@ def _adamw(c, rate):
   )
 
 
-def _muon(c, rate):
+def _muon(c):
   """Orthogonal momentum for matrices, which alone decay; Adam for the rest.
 
   Steps of matrices have the size of Adam's, RMS 0.2, so that one learning rate
   serves both (Liu et al. 2025, arXiv 2502.16982, eq. 4).
   """
   return contrib.muon(
-    rate,
+    1.0,
     consistent_rms=0.2,
     weight_decay=c.weight_decay,
+    eps=c.eps,
     adam_b1=c.b1,
     adam_b2=c.b2,
     muon_weight_dimension_numbers=_matrices,
@@ -169,18 +204,42 @@ def _cast_moments(state, dtype):
   return jax.tree_util.tree_map_with_path(one, state)
 
 
+# --- what a parameter is, by the first word of its name -----------------------
+
+VECTORS = {'scale', 'bias', 'class'}
+# Rows that are looked up, or met one by one: they are no map from D to D.
+TABLES = {'embed', 'head', 'position'}
+
+
+def role(name: str) -> str:
+  """'vector', 'table' or 'matrix': what a parameter of this name is.
+
+  Vectors alone do not decay, matrices alone are turned by Muon. The axes of a
+  name decide where its first word does not: a matrix has two besides E. So
+  routers, D x E, are tables.
+  """
+  word, axes = name.partition('_')[0], _axes(name)
+  if word in VECTORS or len(axes) < 2:
+    return 'vector'
+  within = [a for a in axes if a != 'E']
+  return 'table' if word in TABLES or len(within) < 2 else 'matrix'
+
+
+def _axes(name):
+  return name.rpartition('_')[2].split('x')
+
+
 def _matrices(params):
-  """By the axes in its name, which dimensions of a parameter are its matrix.
+  """Which dimensions of a parameter are its matrix; None: it is none.
 
   Of `up_ExDxF` D and F, of `query_DxHxS` D and HS, of `out_HxSxD` HS and D.
-  Embeddings, heads, routers, scales and biases have none.
   """
 
   def one(path, leaf):
-    name, _, suffix = str(path[-1].key).rpartition('_')
-    axes = [a for a in suffix.split('x') if a != 'E']
-    if name.startswith(('scale', 'bias')) or 'V' in axes or len(axes) < 2:
+    name = str(path[-1].key)
+    if role(name) != 'matrix':
       return None
+    axes = [a for a in _axes(name) if a != 'E']
     places = list(range(leaf.ndim - len(axes), leaf.ndim))
     cut = -1 if axes[-1] == 'D' else 1
     return contrib.MuonDimensionNumbers(
@@ -191,8 +250,6 @@ def _matrices(params):
 
 
 def _decays(params):
-  def one(path, leaf):
-    del leaf
-    return not str(path[-1].key).startswith(('scale', 'bias'))
-
-  return jax.tree_util.tree_map_with_path(one, params)
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: role(str(path[-1].key)) != 'vector', params
+  )

@@ -133,7 +133,7 @@ def make_step(job: Job) -> Callable[[TrainState, Any], tuple]:
     with jax.numpy_dtype_promotion('standard'):  # optax mixes types
       norm = optax.tree.norm(grads)
       updates, opt_state = job.optimizer.update(
-        grads, state.opt_state, state.params
+        grads, state.opt_state, state.params, step=state.step
       )
       params = optax.apply_updates(state.params, updates)
     found = _join(found)
