@@ -25,7 +25,7 @@ class Routing:
 
   def see(self, line: dict[str, Any]) -> list[str]:
     """What is new to tell after this line."""
-    if 'load' not in line:
+    if 'load' not in line or line.get('bad'):  # of a skipped step
       return []
     loads = [np.asarray(load, float) for load in line['load']]
     drops = np.asarray(line['dropped'], float)

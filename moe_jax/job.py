@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +26,8 @@ from moe_jax import (
   tokenizer,
 )
 from moe_jax import config as configs
+
+NOT_FINITE = 'the run ended, but its held-out loss is not finite'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,5 +261,27 @@ def _earlier(c, workdir):
       + ', '.join(mathematics)
     )
   summary = workdir / 'summary.json'
-  done = json.loads(summary.read_text())['steps'] if summary.exists() else 0
-  return done >= c['steps'], changed
+  done = json.loads(summary.read_text()) if summary.exists() else {'steps': 0}
+  finished = done['steps'] >= c['steps']
+  if finished and done['eval_loss'] is None:
+    raise ValueError(f'{workdir}: {NOT_FINITE}')
+  return finished, changed + _jump(old, c, workdir)
+
+
+def _jump(old, c, workdir):
+  """What to tell where other steps make the learning rate jump."""
+  steps = checkpoint.steps(workdir)
+  if not steps or old['steps'] == c['steps']:
+    return []
+  settings = optimizer.Config(**c['optimizer'])
+  done = max(steps)
+  before, after = (
+    float(optimizer.schedule(settings, n)(step))
+    for n, step in ((old['steps'], done - 1), (c['steps'], done))
+  )
+  if math.isclose(before, after, rel_tol=1e-3):
+    return []
+  return [
+    f'learning rate: {before:.3g} in step {done} -> {after:.3g} in step'
+    f' {done + 1}, as the schedule is now of {c["steps"]} steps'
+  ]

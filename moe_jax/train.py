@@ -32,7 +32,7 @@ from moe_jax import (
   routers,
   translate,
 )
-from moe_jax.job import Job
+from moe_jax.job import Job, NOT_FINITE
 
 
 class Stopped(Exception):
@@ -127,6 +127,8 @@ class _Run:
       _write_json(job.workdir / 'summary.json', summary)
       report.write(job.workdir)
       print(f'report: {job.workdir / report.FILE}')
+    if summary['eval_loss'] is None:
+      raise Stopped(f'{job.workdir}: {NOT_FINITE}')
     return summary
 
   def _steps(self, end):
@@ -161,7 +163,7 @@ class _Run:
     """Logs, evaluates, saves and leaves, as is due after a step."""
     step, last = self.step, self.step == self.c['steps']
     loss = found['nll_sum'] / found['tokens']
-    if step == 1:
+    if 'initial_loss' not in self.record and not int(found['row']):
       self.record['initial_loss'] = float(loss)
     if self._due('log_every') or (step == 1 and self.c['log_every']):
       self._log(found)
@@ -330,8 +332,8 @@ def _summary(job, cost, record, wall_seconds):
     rate = record['train_steps'] * per_step / record['train_seconds']
   else:  # the only step was the one that compiled
     rate = tokens / wall_seconds
-  return {
-    'initial_loss': metrics.jsonable(record['initial_loss'], 17),
+  values = {
+    'initial_loss': record.get('initial_loss'),  # None: all steps were skipped
     **record['evaluation'],
     'steps': c['steps'],
     'tokens': tokens,
@@ -345,6 +347,7 @@ def _summary(job, cost, record, wall_seconds):
     'corpus': job.dataset.description,
     'config_description': c['description'],
   }
+  return metrics.jsonable(values, 17)
 
 
 class _Stopwatch:
@@ -382,6 +385,7 @@ def _line(job, step, found):
     'grad_norm': found['grad_norm'],
     'learning_rate': job.schedule(step - 1),
     'skipped': found['skipped'],
+    **({'bad': True} if found['row'] else {}),
     'tokens': step * c['batch_size'] * job.dataset.length,
   }
   for aux in found['aux']:
@@ -425,4 +429,5 @@ def versions() -> dict[str, str]:
 
 
 def _write_json(path, values):
-  metrics.replace(path, json.dumps(values, indent=2) + '\n')
+  text = json.dumps(values, indent=2, allow_nan=False)
+  metrics.replace(path, text + '\n')

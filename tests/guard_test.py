@@ -1,5 +1,7 @@
 """Bad numbers: the rule by hand, and whole runs on poisoned data."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -92,12 +94,54 @@ def test_a_bad_step_changes_nothing_but_the_count(corpus, tmp_path):
   assert any(jax.tree.leaves(moved)) and int(state.guard.row) == 0
 
 
+def test_after_skipped_steps_the_rate_is_the_one_that_is_logged(
+  corpus, tmp_path
+):
+  """A weight without a gradient moves by the rate times its decay."""
+  c = small_config(corpus, steps=8, model__tied=False, guard__skips=9)
+  c.optimizer.update(learning_rate=0.1, weight_decay=0.5, warmup=0.0)
+  job = poisoned(c, tmp_path, {2, 3, 4})
+  batches, step = job.train_batches(), programs.make_step(job)
+  state, rates = programs.initial_state(job), []
+  for _ in range(6):
+    before = np.asarray(state.params['embed_VxD'][255])  # of no byte there
+    state, _ = step(state, job.put(next(batches)))
+    lost = 1 - np.asarray(state.params['embed_VxD'][255]) / before
+    rates.append(lost.mean() / 0.5)
+  expected = [0 if i in (1, 2, 3) else job.schedule(i) for i in range(6)]
+  np.testing.assert_allclose(rates, expected, 1e-3, 1e-6)
+
+
+def test_the_first_loss_is_of_the_first_step_that_counts(corpus, tmp_path):
+  c = small_config(corpus, steps=8)
+  summary = train.run(poisoned(c, tmp_path, {1}))
+  assert summary['initial_loss'] == pytest.approx(
+    lines_of(tmp_path)[1]['loss'], rel=1e-6
+  )
+
+
+def test_a_run_that_ends_in_nan_fails_and_its_summary_is_json(
+  corpus, tmp_path, monkeypatch
+):
+  c = small_config(corpus, steps=8)
+  nan = lambda *_: {'eval_loss': float('nan'), 'eval_bits_per_byte': np.nan}
+  monkeypatch.setattr(programs, 'evaluate', nan)
+  with pytest.raises(train.Stopped, match='held-out loss is not finite'):
+    train.run(jobs.prepare(c, str(tmp_path)))
+  refuse = lambda name: pytest.fail(f'{name} is no JSON')
+  text = (tmp_path / 'summary.json').read_text()
+  assert json.loads(text, parse_constant=refuse)['eval_loss'] is None
+  with pytest.raises(ValueError, match='held-out loss is not finite'):
+    jobs.prepare(c, str(tmp_path))
+
+
 def test_a_skipped_step_is_counted_and_told(corpus, tmp_path, capsys):
   c = small_config(corpus, steps=8)
   train.run(poisoned(c, tmp_path, {4}))
-  found = [line.get('skipped') for line in lines_of(tmp_path)[:8]]
-  assert found == [0, 0, 0, 1, 1, 1, 1, 1]
-  assert lines_of(tmp_path)[3]['total_loss'] is None
+  lines = lines_of(tmp_path)[:8]
+  assert [line['skipped'] for line in lines] == [0, 0, 0, 1, 1, 1, 1, 1]
+  assert [i for i, line in enumerate(lines, 1) if line.get('bad')] == [4]
+  assert lines[3]['total_loss'] is None
   assert 'step 4: bad numbers, skipped; 1 in a row' in capsys.readouterr().err
 
 

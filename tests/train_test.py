@@ -209,6 +209,18 @@ def test_more_steps_continue_a_finished_run(corpus, tmp_path):
   assert steps == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_rate_that_more_steps_make_jump_is_told(corpus, tmp_path):
+  go(small_config(corpus, steps=6), tmp_path)
+  c = small_config(corpus, steps=12)
+  (steps, rate) = jobs.prepare(c, str(tmp_path)).changed
+  assert steps == 'steps: 6 -> 12'
+  # Of 12 steps the seventh is past the middle of a cosine from 3e-3 to 3e-4.
+  assert rate == (
+    'learning rate: 0.0003 in step 6 -> 0.00146 in step 7, as the schedule is'
+    ' now of 12 steps'
+  )
+
+
 def test_one_step_and_nothing_logged(corpus, tmp_path):
   summary = go(small_config(corpus, steps=1, log_every=0), tmp_path)
   assert [set(line) for line in lines_of(tmp_path)] == [
@@ -233,7 +245,7 @@ def test_one_step_and_nothing_logged(corpus, tmp_path):
 )
 def test_it_trains(corpus, tmp_path, changes):
   summary = go(small_config(corpus, **changes), tmp_path)
-  assert summary['eval_loss'] < summary['initial_loss'] - 0.2
+  assert summary['eval_loss'] < summary['initial_loss'] - 0.15
 
 
 def test_groups_that_no_device_has_whole_are_refused(corpus, tmp_path):
