@@ -29,7 +29,7 @@ from typing import NamedTuple
 import grain
 import numpy as np
 
-from moe_jax import corpus
+from moe_jax import corpus, exact
 from moe_jax.corpus import DataError
 from moe_jax.rows import Batch, Batches, of_batch, READ, spread
 
@@ -207,7 +207,8 @@ class Images:
       label_B = self._held.label_n[image_B]
       return self._batch(pixels, label_B, image_B >= 0, row_B)
 
-    return Batches(batch, spread(n, share * n, batch_size), batch_size, row_B)
+    chosen = spread(n, exact.ceil(share, n), batch_size)
+    return Batches(batch, chosen, batch_size, row_B)
 
   def save(self, workdir: str | os.PathLike) -> None:
     """Writes images.json: what prediction must know about the training data."""

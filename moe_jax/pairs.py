@@ -38,7 +38,7 @@ from typing import NamedTuple
 import grain
 import numpy as np
 
-from moe_jax import cache, corpus, tokenizer
+from moe_jax import cache, corpus, exact, tokenizer
 from moe_jax.corpus import DataError
 from moe_jax.rows import Batch, Batches, of_batch, READ, spread
 
@@ -261,7 +261,7 @@ class Pairs:
   def _spread(self, share: float, batch_size: int) -> np.ndarray:
     """int64 [n]: which held-out pairs to read."""
     pairs = len(self.eval_pairs)
-    return spread(pairs, round(share * pairs), batch_size)
+    return spread(pairs, exact.nearest(share, pairs), batch_size)
 
   def _batch(
     self, split: Split, pair_B: np.ndarray, row_B: np.ndarray

@@ -30,6 +30,7 @@ import numpy as np
 from flax import nnx
 from jax.experimental import mesh_utils
 
+from moe_jax import exact
 from moe_jax import plan as plans
 from moe_jax.plan import Plan
 
@@ -89,7 +90,7 @@ def all_to_all(x_TxD: jax.Array, plan: Plan, experts: Callable, axis: Axis):
   rows = plans.sort(plan)
   C = plan.most()
   if axis.factor is not None:
-    C = min(C, math.ceil(axis.factor * len(rows.token_M) / plan.E))
+    C = min(C, exact.ceil(axis.factor, len(rows.token_M), plan.E))
   lost = jnp.sum(jnp.maximum(rows.group_E - C, 0), dtype=jnp.int32)
   rows = plans.spread(rows, C, T)
   exchange = functools.partial(
@@ -139,7 +140,7 @@ def _places(plan, axis):
     most = min(most, axis.n * T * K)
   if axis.factor is None:
     return most
-  return min(most, math.ceil(axis.factor * plan.size()))
+  return min(most, exact.ceil(axis.factor, plan.size()))
 
 
 def _gathered(axis, dim=0):

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax import attention, models, parallel
+from moe_jax import attention, exact, models, parallel
 from moe_jax import optimizer as optimizers
 from moe_jax.experts import ACTIVATIONS
 
@@ -261,12 +261,12 @@ def _sizes(c, where, strategy):
   M = R = round(come * K)
   most = n * come * min(K, E // n)
   if strategy == 'gather':
-    R = most if factor is None else min(most, math.ceil(factor * n * M))
+    R = most if factor is None else min(most, exact.ceil(factor, n * M))
     M = 2 * n * come
   elif strategy == 'ragged':
-    R = most if factor is None else min(most, math.ceil(factor * M))
+    R = most if factor is None else min(most, exact.ceil(factor, M))
   elif strategy == 'all_to_all':
-    C = come if factor is None else min(come, math.ceil(factor * M / E))
+    C = come if factor is None else min(come, exact.ceil(factor, M, E))
     M = R = E * C
   F = m['expert_F'] // axis['tensor']
   return _Sizes(

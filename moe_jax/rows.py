@@ -1,6 +1,5 @@
 """Which rows of a split a batch has, and which of them one process reads."""
 
-import math
 from collections.abc import Callable, Iterator
 
 import grain
@@ -33,12 +32,12 @@ def of_batch(batch_size: int, row_B: np.ndarray | None) -> np.ndarray:
   return row_B.astype(np.int64)
 
 
-def spread(rows: int, wanted: float, batch_size: int) -> np.ndarray:
+def spread(rows: int, wanted: int, batch_size: int) -> np.ndarray:
   """int64 [n]: the rows of as many full batches as `wanted` rows need.
 
   Spread evenly, each at most once, in order; all where `wanted` is as many.
   """
-  batches = max(1, math.ceil(wanted / batch_size))
+  batches = max(1, -(-wanted // batch_size))
   count = min(rows, batches * batch_size)
   return np.arange(count) * rows // count
 

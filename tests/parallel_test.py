@@ -221,6 +221,13 @@ def kept(strategy, rows, n, places):
   return found
 
 
+def test_places_for_rows_are_counted_exactly():
+  """1.1 of 10 rows are 11, though the float 1.1 is a little more."""
+  expert_TxK = jnp.zeros((10, 1), jnp.int32)
+  plan = plans.ByToken(expert_TxK, jnp.ones((10, 1)), E=4)
+  assert parallel._places(plan, parallel.Axis(4, 1.1, True)) == 11
+
+
 def masks(sizes, strategy, factor, expert_TxK):
   """bool [T, K] and [N, E, C]: the rows that find a place."""
   data, fsdp, n, _ = sizes  # the devices along tensor have the same rows

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe_jax import balance, routers
+from moe_jax import balance, exact, routers
 
 
 class Router(routers.Router):
@@ -93,7 +93,7 @@ class Router(routers.Router):
     """bool [E]: the candidates of this step."""
     if self.first is None or not ctx.train:
       return jnp.ones((self.E,), bool)
-    at = lambda place: round(place * ctx.steps) if place <= 1 else round(place)
+    at = lambda place: exact.nearest(place, ctx.steps if place <= 1 else 1)
     if self.schedule == 'linear':
       number = candidates(
         ctx.step, self.first, self.E, at(self.start), at(self.end)
