@@ -127,6 +127,7 @@ def prepare(config: Any, workdir: str) -> Job | None:
       ' authors_lm have one'
     )
   _check_groups(c, model)
+  _check_writing(c, model)
   if c['init_from'] and not checkpoint.steps(workdir):
     _check_beginning(c, model, found)
   job = Job(
@@ -146,13 +147,28 @@ def prepare(config: Any, workdir: str) -> Job | None:
   return job
 
 
+def _routers(model):
+  modules = (module for _, module in nnx.iter_modules(model))
+  return [m for m in modules if isinstance(m, routers.Router)]
+
+
+def _check_writing(c, model):
+  """ValueError, one line, if BLEU is asked of a router that cannot write."""
+  lines, name = c['data'].get('bleu_lines'), c['model']['router']['name']
+  if lines and not all(router.writes for router in _routers(model)):
+    raise ValueError(
+      f'data.bleu_lines={lines}: the router {name!r} looks at later tokens, and'
+      ' cannot write translations; data.bleu_lines=0 asks for none'
+    )
+
+
 def _check_groups(c, model):
   """ValueError, one line, if a microbatch or its rows cut a router's group."""
   L = getattr(model.c, 'tokens', c['seq_len'])
   rows = c['batch_size'] // c['optimizer']['accumulate']
-  for _, module in nnx.iter_modules(model):
-    group = getattr(module, 'group', None)
-    if not isinstance(module, routers.Router) or group is None:
+  for router in _routers(model):
+    group = router.group
+    if group is None:
       continue
     if L % group and (group % L or rows % (group // L)):
       raise ValueError(

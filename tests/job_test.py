@@ -75,6 +75,22 @@ def test_data_and_model_must_fit(corpus, tmp_path):
     jobs.prepare(c, str(tmp_path))
 
 
+def test_translations_need_a_router_that_writes(tmp_path):
+  path = tmp_path / 'pairs.tsv'
+  path.write_text(''.join(f'word {i}\tother {i}\n' for i in range(60)))
+  c = config.default()
+  c.batch_size, c.seq_len = 2, 16
+  c.data = config.source('pairs', path=str(path), vocab_size=280)
+  c.data.bleu_lines = 4
+  c.model = config.model('translator', N=1, encoder_N=1, D=16, H=2, E=2)
+  c.model.router = config.router('expert_choice')
+  told = "data.bleu_lines=4: the router 'expert_choice' looks at later tokens"
+  with pytest.raises(ValueError, match=told):
+    jobs.prepare(c, str(tmp_path / 'run'))
+  c.data.bleu_lines = 0
+  assert jobs.prepare(c, str(tmp_path / 'run'))
+
+
 def test_a_patch_is_tried_on_the_images_that_are_read(tmp_path):
   """Not on those that stood for them before: 7 divides 28 and not 8."""
   draw = np.random.default_rng(0)
