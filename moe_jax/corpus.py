@@ -29,6 +29,15 @@ STDLIB_LEFT_OUT = {
 }
 STDLIB_EVAL_BYTES = 1_000_000
 
+# What cannot be read, by the bytes that stand at a place of such a file.
+OTHER_ARCHIVES = {
+  'tar': (257, b'ustar'),
+  'zip': (0, b'PK\x03\x04'),
+  'bz2': (4, b'1AY&SY'),
+  'zst': (0, b'\x28\xb5\x2f\xfd'),
+  '7z': (0, b'7z\xbc\xaf\x27\x1c'),
+}
+
 
 class DataError(ValueError):
   """Data that cannot be used; the message is one line that says why."""
@@ -349,8 +358,12 @@ def _listing(files: list[pathlib.Path]) -> str:
 def uncompressed(path: pathlib.Path) -> tuple[bytes, str]:
   """The bytes of a file, plain, .xz or .gz, and the suffix that is theirs.
 
+  An archive is read whole: all its streams, with the padding between them that
+  its format knows.
+
   Raises:
-    DataError: the file cannot be read, or is a broken archive.
+    DataError: the file cannot be read, is a broken archive, also where only
+      its end is, or an archive of another form.
   """
   suffixes = path.suffixes
   try:
@@ -358,7 +371,7 @@ def uncompressed(path: pathlib.Path) -> tuple[bytes, str]:
   except OSError as error:
     raise DataError(f'cannot read {path}: {error.strerror}') from error
   if suffixes[-1:] in (['.xz'], ['.gz']):
-    decompress = lzma.decompress if path.suffix == '.xz' else gzip.decompress
+    decompress = _unpack_xz if path.suffix == '.xz' else gzip.decompress
     suffixes = suffixes[:-1]
     try:
       if not raw:
@@ -366,7 +379,29 @@ def uncompressed(path: pathlib.Path) -> tuple[bytes, str]:
       raw = decompress(raw)
     except (lzma.LZMAError, OSError, EOFError, zlib.error) as error:
       raise DataError(f'{path} is broken: {error}') from error
+  # Some are valid UTF-8, and would be read as text with marks in between.
+  for form, (place, mark) in OTHER_ARCHIVES.items():
+    if raw.startswith(mark, place):
+      raise DataError(
+        f'{path} is a {form} archive; what is read is plain, .xz or .gz'
+      )
   return raw, ''.join(suffixes[-1:])
+
+
+def _unpack_xz(raw: bytes) -> bytes:
+  """All streams; lzma.decompress stops at what is none, without a word."""
+  parts = []
+  while True:
+    stream = lzma.LZMADecompressor()
+    parts.append(stream.decompress(raw))
+    if not stream.eof:
+      raise EOFError('it ends within a stream')
+    rest = stream.unused_data
+    raw = rest.lstrip(b'\0')
+    if (len(rest) - len(raw)) % 4:  # padding is of four bytes
+      raise lzma.LZMAError('there is more behind a stream, which is none')
+    if not raw:
+      return b''.join(parts)
 
 
 def _decode(raw: bytes, path: pathlib.Path) -> tuple[str, int]:

@@ -215,10 +215,14 @@ def test_refuses_bytes_that_are_no_utf8(tmp_path, suffix):
 
 
 @pytest.mark.parametrize('suffix', ['.xz', '.gz'])
-@pytest.mark.parametrize('harm', ['cut', 'flip', 'stain', 'other', 'empty'])
+@pytest.mark.parametrize(
+  'harm',
+  ['cut', 'flip', 'stain', 'other', 'empty', 'behind', 'byte', 'second', 'end'],
+)
 def test_refuses_broken_archives(tmp_path, suffix, harm):
   path = _write(tmp_path / f'a.txt{suffix}', _lines(0, 999))
   raw = bytearray(path.read_bytes())
+  first = bytes(raw)
   if harm == 'cut':
     raw = raw[: len(raw) // 2]
   elif harm == 'flip':
@@ -227,10 +231,44 @@ def test_refuses_broken_archives(tmp_path, suffix, harm):
     raw[20:40] = b'\xff' * 20
   elif harm == 'other':
     raw = b'no archive at all'
+  elif harm == 'behind':
+    raw += bytes(4) + b'no archive at all'
+  elif harm == 'byte':
+    raw += b'!'
+  elif harm == 'second':
+    raw[len(raw) // 2] ^= 0xFF
+    raw = first + raw
+  elif harm == 'end':
+    raw = first + raw[:-3]
   else:
     raw = b''
   path.write_bytes(raw)
   assert f'{path} is broken' in _refusal(path)
+
+
+@pytest.mark.parametrize('suffix', ['.xz', '.gz'])
+def test_all_streams_of_an_archive_are_read(tmp_path, suffix):
+  pack = {'.xz': lzma.compress, '.gz': gzip.compress}[suffix]
+  parts = [pack(_lines(i, i + 9).encode()) for i in (0, 9, 18)]
+  path = tmp_path / f'a.txt{suffix}'
+  for between, last in ((0, 0), (4, 8), (0, 4)):
+    path.write_bytes(bytes(between).join(parts) + bytes(last))
+    found = _load(path)
+    assert ''.join(found.train + found.eval) == _lines(0, 27)
+  if suffix == '.xz':  # its padding is of four bytes
+    path.write_bytes(bytes(3).join(parts))
+    assert f'{path} is broken' in _refusal(path)
+
+
+@pytest.mark.parametrize('form', ['tar', 'zip', 'bz2'])
+@pytest.mark.parametrize('suffix', ['', '.gz'])
+def test_refuses_archives_of_other_forms(tmp_path, form, suffix):
+  (tmp_path / 'files').mkdir()
+  _write(tmp_path / 'files' / 'a.txt', _lines(0, 9))
+  kind = {'bz2': 'bztar'}.get(form, form)
+  made = shutil.make_archive(str(tmp_path / 'a'), kind, tmp_path / 'files')
+  path = _write(tmp_path / f'b.txt{suffix}', pathlib.Path(made).read_bytes())
+  assert f'{path} is a {form} archive' in _refusal(path)
 
 
 @pytest.mark.parametrize(
