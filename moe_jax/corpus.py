@@ -4,6 +4,7 @@ import dataclasses
 import glob
 import gzip
 import hashlib
+import itertools
 import json
 import logging
 import lzma
@@ -12,7 +13,7 @@ import pathlib
 import platform
 import sysconfig
 import zlib
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import NamedTuple
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,9 @@ class TextConfig:
   """What all text has, wherever it is read.
 
   Attributes:
-    eval_fraction: the part that is held out where nothing else says what.
+    eval_fraction: the part that is held out where nothing else says what, of
+      the distinct documents. Copies of what is held out are not trained on,
+      whatever says it.
     tokenizer: 'bytes'; 'bpe', trained on the training text; or the path of a
       tokenizer.json of the `tokenizers` library, of any kind.
     separator: the special token of that file that stands between documents;
@@ -178,16 +181,39 @@ def load(config: DataConfig) -> Corpus:
       UTF-8 or not JSON lines with the field, or nothing left in a split.
   """
   if config.source == 'python_stdlib':
-    train, held_out = _stdlib()
     name = f'Python {platform.python_version()} standard library'
-  else:
-    train, held_out = _text(config)
-    name = config.path
-  return of(name, train, held_out)
+    return of(name, *_stdlib())
+  files, eval_files = split_files(config.path, config.eval_path)
+  documents = _read_all(files, config.field)
+  if not eval_files:
+    return divided(config.path, documents, config.eval_fraction)
+  return of(config.path, documents, _read_all(eval_files, config.field))
 
 
-def of(name: str, train: list[Document], held_out: list[Document]) -> Corpus:
+def divided(name: str, documents: list[Document], fraction: float) -> Corpus:
+  """The corpus that `hold_out` makes; of held-out copies one is read.
+
+  Raises:
+    DataError: as for `hold_out`.
+  """
+  train, held_out = hold_out(documents, fraction)
+  new = firsts(content(document.text) for document in held_out)
+  kept = list(itertools.compress(held_out, new))
+  return of(name, train, kept, len(held_out) - len(kept))
+
+
+def of(
+  name: str,
+  train: list[Document],
+  held_out: list[Document],
+  left_out: int = 0,
+) -> Corpus:
   """The corpus of these documents, each with text.
+
+  Copies of held-out documents are not trained on.
+
+  Args:
+    left_out: copies that were left out before.
 
   Raises:
     DataError: nothing is left in a split.
@@ -196,13 +222,22 @@ def of(name: str, train: list[Document], held_out: list[Document]) -> Corpus:
     raise DataError(f'{name}: no text is left to train on')
   if not held_out:
     raise DataError(f'{name}: no text is held out')
+  known = {content(document.text) for document in held_out}
+  apart = [d for d in train if content(d.text) not in known]
+  if not apart:
+    raise DataError(
+      f'{name}: no text is left to train on: all of it is held out, too'
+    )
+  left_out += len(train) - len(apart)
+  copies = f'{left_out:,} cop{"y" if left_out == 1 else "ies"}'
+  said = f' ({copies} of held-out documents left out)' if left_out else ''
   corpus = Corpus(
-    train=[document.text for document in train],
+    train=[document.text for document in apart],
     eval=[document.text for document in held_out],
-    sha256=_digest(train, held_out),
-    train_bytes=_size(train),
+    sha256=_digest(apart, held_out),
+    train_bytes=_size(apart),
     eval_bytes=_size(held_out),
-    description=f'{name}: {_amount(train)} to train on,'
+    description=f'{name}: {_amount(apart)} to train on{said},'
     f' {_amount(held_out)} held out',
   )
   logger.info('%s, sha256 %s', corpus.description, corpus.sha256[:12])
@@ -278,13 +313,6 @@ def _divide(
 # --- files ------------------------------------------------------------------
 
 
-def _text(config: DataConfig) -> tuple[list[Document], list[Document]]:
-  files, eval_files = split_files(config.path, config.eval_path)
-  if not eval_files:
-    return hold_out(_read_all(files, config), config.eval_fraction)
-  return _read_all(files, config), _read_all(eval_files, config)
-
-
 def split_files(
   path: str, eval_path: str
 ) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
@@ -331,17 +359,15 @@ def _matches(patterns: str, key: str) -> list[pathlib.Path]:
   return [pathlib.Path(file) for file in sorted(found)]
 
 
-def _read_all(files: list[pathlib.Path], config: DataConfig) -> list[Document]:
+def _read_all(files: list[pathlib.Path], field: str) -> list[Document]:
   documents = []
   for path in files:
     raw, suffix = uncompressed(path)
     if suffix == '.jsonl':
-      documents += _records(raw, path, config.field)
+      documents += _records(raw, path, field)
       continue
-    if config.field:
-      raise DataError(
-        f'data.field is {config.field!r}, but {path} is no .jsonl file'
-      )
+    if field:
+      raise DataError(f'data.field is {field!r}, but {path} is no .jsonl file')
     text, size = _decode(raw, path)
     documents.append(Document(path.name, text, size))
   documents = [document for document in documents if document.size]
@@ -469,46 +495,100 @@ def _field(record: object, field: str, where: str) -> str:
 # --- holding out a fraction -------------------------------------------------
 
 
+def content(text: str) -> str:
+  """What copies of a text have alike: all but line ends and space around."""
+  text = text.removeprefix('\ufeff').replace('\r\n', '\n').strip()
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+def firsts(keys: Iterable[Hashable]) -> list[bool]:
+  """Whether each is none of those before it."""
+  seen = set()
+  return [not (key in seen or seen.add(key)) for key in keys]
+
+
 def hold_out(
   documents: list[Document], fraction: float
 ) -> tuple[list[Document], list[Document]]:
   """(the rest, what is held out): documents by hash, or the end of one.
 
-  Documents are taken in the order of their content's hash, each that still
-  fits in the fraction. Where they are so few or so large that this reaches
-  less than half of it, the last lines of the largest document serve instead.
+  Distinct documents are taken in the order of their content's hash, each that
+  still fits in the fraction of the distinct text; its copies go with it. Where
+  they are so few or so large that this reaches less than half of it, the last
+  lines of the largest document serve instead, of each of its copies; where
+  that is a single line, a whole document, if it is the lesser part of all.
 
   Raises:
-    DataError: that document is a single line.
+    DataError: there is no such document either.
   """
-  target = fraction * _size(documents)
-  held, size = set(), 0
-  hashes = [_sha(document.text) for document in documents]
-  for index in sorted(range(len(documents)), key=lambda i: hashes[i]):
-    if size + documents[index].size <= target:
-      held.add(index)
-      size += documents[index].size
-  if size >= target / 2:
-    return _divide(documents, [i in held for i in range(len(documents))])
-  largest = max(range(len(documents)), key=lambda i: documents[i].size)
-  head, tail = _cut(documents[largest], target)
-  return [*documents[:largest], head, *documents[largest + 1 :]], [tail]
+  groups = _copies(documents)
+  size_of = {key: documents[group[0]].size for key, group in groups.items()}
+  target = fraction * sum(size_of.values())
+  hashes = {
+    key: min(_sha(documents[i].text) for i in group)
+    for key, group in groups.items()
+  }
+  order = sorted(groups, key=hashes.get)
+  held, size = [], 0
+  for key in order:
+    if size + size_of[key] <= target:
+      held.append(key)
+      size += size_of[key]
+  if size < target / 2:
+    largest = max(groups, key=size_of.get)
+    cut = _cut(documents[groups[largest][0]], target)
+    if cut:
+      return _cut_all(documents, groups[largest], *cut)
+    held = [_smallest(order, size_of, target, documents[groups[largest][0]])]
+  chosen = {i for key in held for i in groups[key]}
+  return _divide(documents, [i in chosen for i in range(len(documents))])
 
 
-def _cut(document: Document, tail_size: float) -> tuple[Document, Document]:
-  """Cuts at the line end nearest to `tail_size` bytes before the end."""
+def _copies(documents: list[Document]) -> dict[str, list[int]]:
+  """The places of each content, in the order in which they are first met."""
+  groups = {}
+  for index, document in enumerate(documents):
+    groups.setdefault(content(document.text), []).append(index)
+  return groups
+
+
+def _cut_all(
+  documents: list[Document], copies: list[int], head: str, tail: str
+) -> tuple[list[Document], list[Document]]:
+  """The copies become the head in the one part and the tail in the other."""
+  rest, held = list(documents), []
+  for index in copies:
+    name = documents[index].name
+    rest[index] = Document(name, head, len(head.encode()))
+    held.append(Document(name, tail, len(tail.encode())))
+  return rest, held
+
+
+def _smallest(
+  order: list[str], size_of: dict[str, int], target: float, largest: Document
+) -> str:
+  """The least of at least half the target, the first of those in the order."""
+  total = sum(size_of.values())
+  fit = [key for key in order if target <= 2 * size_of[key] < total]
+  if not fit:
+    raise DataError(
+      f'{largest.name} is a single line, of which no part can be held out;'
+      ' name what to hold out (data.eval_path, data.eval_split)'
+    )
+  return min(fit, key=size_of.get)
+
+
+def _cut(document: Document, tail_size: float) -> tuple[str, str] | None:
+  """Cuts at the line end nearest to `tail_size` bytes before the end.
+
+  None if the document is a single line.
+  """
   raw = document.text.encode()
   place = min(max(1, round(len(raw) - tail_size)), len(raw) - 1)
   # The last byte's line end would leave an empty tail.
   cuts = [raw.rfind(b'\n', 0, place) + 1, raw.find(b'\n', place, -1) + 1]
   cuts = [cut for cut in cuts if cut > 0]
   if not cuts:
-    raise DataError(
-      f'{document.name} is a single line, of which no part can be held out;'
-      ' name what to hold out (data.eval_path, data.eval_split)'
-    )
+    return None
   cut = min(cuts, key=lambda c: abs(c - place))
-  return (
-    Document(document.name, raw[:cut].decode(), cut),
-    Document(document.name, raw[cut:].decode(), len(raw) - cut),
-  )
+  return raw[:cut].decode(), raw[cut:].decode()

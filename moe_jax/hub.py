@@ -79,14 +79,12 @@ def load(config: HubConfig) -> Corpus:
       what is asked for; there is no such column of strings; or nothing is left
       in a split.
   """
-  train = _documents(config, config.split, config.documents)
-  if config.eval_split:
-    held_out = _documents(config, config.eval_split, config.eval_documents)
-  else:
-    train, held_out = corpus.hold_out(train, config.eval_fraction)
-  return corpus.of(
-    ' '.join((config.path, config.subset)).strip(), train, held_out
-  )
+  name = ' '.join((config.path, config.subset)).strip()
+  documents = _documents(config, config.split, config.documents)
+  if not config.eval_split:
+    return corpus.divided(name, documents, config.eval_fraction)
+  held_out = _documents(config, config.eval_split, config.eval_documents)
+  return corpus.of(name, documents, held_out)
 
 
 def _documents(config: HubConfig, split: str, limit: int) -> list[Document]:

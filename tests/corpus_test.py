@@ -153,6 +153,79 @@ def test_fraction_of_few_documents_is_the_end_of_the_largest(tmp_path, others):
   assert found.train == ['small'] * others + [_lines(0, 800)]
 
 
+def _documents(tmp_path, texts, **options):
+  """Loads lines of a .jsonl file."""
+  lines = ''.join(json.dumps({'text': text}) + '\n' for text in texts)
+  return _load(_write(tmp_path / 'a.jsonl', lines), field='text', **options)
+
+
+@pytest.mark.parametrize('order', [1, -1])
+@pytest.mark.parametrize(
+  'texts, held, left_out',
+  [
+    ([f'text {i % 5} of five' for i in range(40)], 1, 7),
+    # Of distinct texts a tenth, however much one is repeated.
+    ([f'text {i:03}' for i in range(300)] + ['text 300'] * 9000, 30, None),
+    ([f'text {i % 100:03}' for i in range(300)], 10, 20),
+    ([f'text {i:03}' for i in range(300)], 30, 0),
+  ],
+)
+def test_no_copy_of_what_is_held_out_is_trained_on(
+  tmp_path, texts, held, left_out, order
+):
+  found = _documents(tmp_path, texts[::order])
+  assert len(found.eval) == len(set(found.eval)) == held
+  kept = [t for t in texts if t not in set(found.eval)]
+  assert found.train == kept[::order]
+  copies = len(texts) - held - len(kept)
+  assert copies == left_out or left_out is None
+  said = f'({copies:,} copies of held-out documents left out), '
+  assert (said in found.description) == bool(copies)
+
+
+def test_copies_may_differ_in_line_ends_and_space_around(tmp_path):
+  texts = [f'text {i}\nof some\nlines' for i in range(40)]
+  alike = [f'\ufeff{t}\n'.replace('\n', '\r\n') for t in texts]
+  found = _documents(tmp_path, texts + alike)
+  held = {texts.index(t) for t in found.eval}
+  assert len(held) == len(found.eval) > 2
+  assert found.train == [
+    t for kind in (texts, alike) for i, t in enumerate(kind) if i not in held
+  ]
+  # Exact ones do not change what is held out.
+  assert (
+    _documents(tmp_path, texts * 3).eval == _documents(tmp_path, texts).eval
+  )
+
+
+def test_copies_of_the_largest_are_cut_as_it_is(tmp_path):
+  texts = ['small', _lines(0, 1000), 'small', _lines(0, 1000) + '\n']
+  found = _documents(tmp_path, texts, eval_fraction=0.2)
+  assert found.eval == [_lines(800, 1000)]
+  head = _lines(0, 800)
+  assert found.train == ['small', head, 'small', head]
+  assert '(1 copy of held-out documents left out)' in found.description
+
+
+def test_copies_of_what_eval_path_names_are_left_out(tmp_path):
+  for name, text in (('a', 'one'), ('b', 'two\n'), ('c', 'two'), ('d', 'two')):
+    _write(tmp_path / f'{name}.txt', text)
+  held = f'{tmp_path}/c.txt,{tmp_path}/d.txt'
+  found = _load(tmp_path / '[ab].txt', eval_path=held)
+  assert (found.train, found.eval) == (['one'], ['two', 'two'])
+  assert '1 document (3 bytes) to train on (1 copy of' in found.description
+  message = _refusal(tmp_path / 'b.txt', eval_path=held)
+  assert 'no text is left to train on: all of it is held out' in message
+
+
+def test_single_lines_are_held_out_whole_where_they_are_few(tmp_path):
+  found = _documents(tmp_path, ['a' * 50, 'b' * 40, 'c' * 60])
+  assert (found.train, found.eval) == (['a' * 50, 'c' * 60], ['b' * 40])
+  for texts in (['a' * 50, 'b' * 50], ['a' * 5, 'b' * 5, 'c' * 5000]):
+    with pytest.raises(DataError, match=r'single line, .* name what to hold'):
+      _documents(tmp_path, texts)
+
+
 @pytest.mark.parametrize('fraction', [1e-9, 0.3, 1 - 1e-9])
 def test_fraction_leaves_text_on_both_sides(tmp_path, fraction):
   path = _write(tmp_path / 'a.txt', 'one\ntwo')

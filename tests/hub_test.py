@@ -105,7 +105,10 @@ def test_what_the_library_is_asked_for(monkeypatch):
   monkeypatch.setattr(
     datasets,
     'load_dataset',
-    lambda *args, **kw: asked.append((args, kw)) or _rows(TRAIN),
+    lambda *args, **kw: (
+      asked.append((args, kw))
+      or _rows(HELD_OUT if kw['split'] == 'y' else TRAIN)
+    ),
   )
   _load('a/b', subset='c', split='x[:9]', eval_split='y', revision='v1')
   _load('a/b', streaming=True)
@@ -138,6 +141,16 @@ def test_a_fraction_is_held_out_as_of_files(folders, tmp_path):
   found = _load(folders / 'saved', eval_fraction=0.2)
   assert 3 < len(found.eval) < 12
   assert (found.train, found.eval) == (files.train, files.eval)
+
+
+def test_no_row_of_one_split_is_in_the_other(tmp_path):
+  splits = {'train': _rows(TRAIN + HELD_OUT[2:]), 'test': _rows(HELD_OUT)}
+  datasets.DatasetDict(splits).save_to_disk(tmp_path / 'two')
+  found = _load(tmp_path / 'two', eval_split='test')
+  assert (found.train, found.eval) == (TRAIN, HELD_OUT)
+  assert '(5 copies of held-out documents left out)' in found.description
+  found = _load(tmp_path / 'two', split='train', eval_fraction=0.2)
+  assert len(found.train + found.eval) == 45
 
 
 def test_empty_and_null_rows_are_left_out_but_counted(tmp_path):
