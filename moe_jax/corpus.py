@@ -228,9 +228,7 @@ def of(
     raise DataError(
       f'{name}: no text is left to train on: all of it is held out, too'
     )
-  left_out += len(train) - len(apart)
-  copies = f'{left_out:,} cop{"y" if left_out == 1 else "ies"}'
-  said = f' ({copies} of held-out documents left out)' if left_out else ''
+  said = copies_left_out(left_out + len(train) - len(apart), 'documents')
   corpus = Corpus(
     train=[document.text for document in apart],
     eval=[document.text for document in held_out],
@@ -242,6 +240,12 @@ def of(
   )
   logger.info('%s, sha256 %s', corpus.description, corpus.sha256[:12])
   return corpus
+
+
+def copies_left_out(number: int, kind: str) -> str:
+  """What a description says of held-out documents, images or the like."""
+  copies = f'{number:,} cop{"y" if number == 1 else "ies"}'
+  return f' ({copies} of held-out {kind} left out)' if number else ''
 
 
 def _size(documents: list[Document]) -> int:

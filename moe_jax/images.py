@@ -55,7 +55,8 @@ class ImagesConfig:
   which a file's first counts.
 
   Held out is the first of these that there is: the files of `eval_path`, the
-  arrays under the eval keys, an `eval_fraction` by the hash of the pixels.
+  arrays under the eval keys, an `eval_fraction` of the distinct images by the
+  hash of the pixels. Copies of held-out images are not trained on.
 
   Raises:
     DataError: a value is unknown, out of range, or would not be read.
@@ -120,7 +121,12 @@ class Images:
   streams = False
 
   def __init__(
-    self, config: ImagesConfig, name: str, train: Split, held: Split
+    self,
+    config: ImagesConfig,
+    name: str,
+    train: Split,
+    held: Split,
+    left_out: int,
   ):
     self._train, self._held, self._shift = train, held, config.shift
     self.mean_C, self.deviation_C = _moments(train.image_nxYxXxC)
@@ -131,7 +137,8 @@ class Images:
     self.sha256 = _digest(train, held)
     self.eval_share = min(1.0, (config.eval_images or kept) / kept)
     self.description = (
-      f'{name}: {have:,} images of {_by(size)} to train on, {kept:,} held out,'
+      f'{name}: {have:,} images of {_by(size)} to train on'
+      f'{corpus.copies_left_out(left_out, "images")}, {kept:,} held out,'
       f' {classes} classes'
     )
 
@@ -285,17 +292,17 @@ def load(config: ImagesConfig) -> Images:
   """
   if config.source == 'digits':
     name = "scikit-learn's digits"
-    train, held = _hold_out(_digits(), config.eval_fraction, name)
+    train, held, left_out = _hold_out(_digits(), config.eval_fraction, name)
   else:
     name = config.path
-    train, held = _files(config)
+    train, held, left_out = _files(config)
   _check_classes(train, held, name)
   smallest = min(train.image_nxYxXxC.shape[1:3])
   if config.shift >= smallest:
     raise DataError(
       f'data.shift is {config.shift}; the images have {smallest} pixels'
     )
-  images = Images(config, name, train, held)
+  images = Images(config, name, train, held, left_out)
   logger.info('%s, sha256 %s', images.description, images.sha256[:12])
   return images
 
@@ -311,7 +318,7 @@ def _digits() -> Split:
   return _split(digits.images, digits.target, "scikit-learn's digits")
 
 
-def _files(config: ImagesConfig) -> tuple[Split, Split]:
+def _files(config: ImagesConfig) -> tuple[Split, Split, int]:
   files, eval_files = corpus.split_files(config.path, config.eval_path)
   keys = config.images_key, config.labels_key
   eval_keys = config.eval_images_key, config.eval_labels_key
@@ -324,7 +331,14 @@ def _files(config: ImagesConfig) -> tuple[Split, Split]:
     return _hold_out(train, config.eval_fraction, config.path)
   held = _read_all(eval_files, *eval_keys)
   _check_alike(train, config.path, held, config.eval_path or 'the held-out')
-  return train, held
+  known = set(_hashes(held))
+  apart_n = np.array([digest not in known for digest in _hashes(train)])
+  if not apart_n.any():
+    raise DataError(
+      f'{config.path}: no image is left to train on: all are held out, too'
+    )
+  left_out = int(np.count_nonzero(~apart_n))
+  return (_chosen(train, apart_n) if left_out else train), held, left_out
 
 
 def _read_all(
@@ -455,17 +469,29 @@ def _check_classes(train: Split, held: Split, name: str) -> None:
     )
 
 
-def _hold_out(whole: Split, fraction: float, name: str) -> tuple[Split, Split]:
-  """Holds out the images with the smallest hashes, and their doubles."""
-  hashes = [
-    hashlib.sha256(image.tobytes()).hexdigest() for image in whole.image_nxYxXxC
-  ]
-  count = max(1, round(fraction * len(hashes)))
-  last = sorted(hashes)[count - 1]
-  held_n = np.array([digest <= last for digest in hashes])
+def _hold_out(
+  whole: Split, fraction: float, name: str
+) -> tuple[Split, Split, int]:
+  """Holds out the distinct images with the smallest hashes.
+
+  Also tells how many copies of them are left out.
+  """
+  hashes = _hashes(whole)
+  order = sorted(set(hashes))
+  held = set(order[: max(1, round(fraction * len(order)))])
+  held_n = np.array([digest in held for digest in hashes])
   if held_n.all():
     raise DataError(f'{name}: no image is left to train on')
-  return (
-    Split(*(array[~held_n] for array in whole)),
-    Split(*(array[held_n] for array in whole)),
-  )
+  first_n = held_n & corpus.firsts(hashes)
+  left_out = int(np.count_nonzero(held_n & ~first_n))
+  return _chosen(whole, ~held_n), _chosen(whole, first_n), left_out
+
+
+def _hashes(split: Split) -> list[str]:
+  return [
+    hashlib.sha256(image.tobytes()).hexdigest() for image in split.image_nxYxXxC
+  ]
+
+
+def _chosen(split: Split, chosen_n: np.ndarray) -> Split:
+  return Split(*(array[chosen_n] for array in split))

@@ -57,7 +57,8 @@ class PairsConfig:
     path: comma-separated globs of .tsv files, plain, .xz or .gz, UTF-8.
     eval_path: globs of the held-out files; '' holds out by `eval_fraction`.
     eval_fraction: the part of the distinct source sentences that is held out,
-      each with all its translations.
+      each with all its translations. Pairs that share a sentence with a
+      held-out pair are not trained on, whatever holds it out.
     vocab_size: ids in all: both sides' BPE, the marks and the languages.
     cache_dir: where the BPE and the tokens are kept; '' is the user's cache.
     language: '' for one pair of languages; else a regular expression whose one
@@ -300,7 +301,7 @@ def load(config: PairsConfig) -> Pairs:
   Raises:
     DataError: one line that names the file and line, or the value, at fault.
   """
-  train, held_out = _read(config)
+  train, held_out, left_out = _read(config)
   sha256 = _digest(train, held_out)
   languages = sorted({pair.language for pair in train} - {''})
   tok = tokenizer.cached_bpe(
@@ -319,7 +320,9 @@ def load(config: PairsConfig) -> Pairs:
   )
   lines = config.eval_lines or len(held_out)
   found = Pairs(
-    description=_description(config, train, held_out, fits_R, eval_split),
+    description=_description(
+      config, train, held_out, left_out, fits_R, eval_split
+    ),
     sha256=sha256,
     sizes={'V': tok.vocab_size},
     begin=tok.separator,
@@ -345,6 +348,7 @@ def _description(
   config: PairsConfig,
   train: list[Pair],
   held_out: list[Pair],
+  left_out: int,
   fits_R: np.ndarray,
   eval_split: Split,
 ) -> str:
@@ -356,9 +360,15 @@ def _description(
     f'{config.path}{" to " * bool(languages)}{languages}:'
     f' {_amount(train)} to train on, of which'
     f' {np.count_nonzero(~fits_R):,} longer than {config.max_length} tokens'
-    f' left out; {_amount(held_out)} held out, of which {sources:,} sources'
-    f' and {targets:,} targets cut'
+    f' left out{_shared(left_out)}; {_amount(held_out)} held out, of which'
+    f' {sources:,} sources and {targets:,} targets cut'
   )
+
+
+def _shared(left_out: int) -> str:
+  if not left_out:
+    return ''
+  return f', besides {left_out:,} that share a sentence with held-out pairs'
 
 
 def _amount(pairs: list[Pair]) -> str:
@@ -369,20 +379,51 @@ def _amount(pairs: list[Pair]) -> str:
 # --- reading ----------------------------------------------------------------
 
 
-def _read(config: PairsConfig) -> tuple[list[Pair], list[Pair]]:
+def _read(config: PairsConfig) -> tuple[list[Pair], list[Pair], int]:
+  """Pairs to train on, held-out pairs, and how many are neither."""
   files, eval_files = corpus.split_files(config.path, config.eval_path)
-  train = _read_all(files, config.language)
-  if not eval_files:
-    return _hold_out(train, config)
-  known = {pair.language for pair in train}
-  held_out = _read_all(eval_files, config.language)
+  found = _read_all(files, config.language)
+  if eval_files:
+    train, held_out = found, _read_all(eval_files, config.language)
+  else:
+    train, held_out = _hold_out(found, config)
+  apart = _apart(train, held_out)
+  if not apart:
+    raise DataError(
+      f'{config.path}: no pair is left to train on: all {len(train)} share a'
+      ' sentence with held-out pairs'
+    )
+  known = {pair.language for pair in apart}
   for pair in held_out:
     if pair.language not in known:
       raise DataError(
         f'{pair.file} is held out in language {pair.language!r}, in which there'
         ' is nothing to train on'
       )
-  return train, held_out
+  kept = held_out if eval_files else _distinct(held_out)
+  left_out = len(train) - len(apart) + len(held_out) - len(kept)
+  return apart, kept, left_out
+
+
+def _apart(train: list[Pair], held_out: list[Pair]) -> list[Pair]:
+  """The pairs of which neither side is a sentence of a held-out pair.
+
+  Nor in the other direction: files may have two languages both ways.
+  """
+  known = {corpus.content(text) for pair in held_out for text in pair[:2]}
+  return [
+    pair
+    for pair in train
+    if known.isdisjoint(corpus.content(text) for text in pair[:2])
+  ]
+
+
+def _distinct(pairs: list[Pair]) -> list[Pair]:
+  """Each pair once in its language."""
+  new = corpus.firsts(
+    (*map(corpus.content, pair[:2]), pair.language) for pair in pairs
+  )
+  return list(itertools.compress(pairs, new))
 
 
 def _read_all(files: list[pathlib.Path], language: str) -> list[Pair]:
@@ -439,19 +480,20 @@ def _hold_out(
   With all their translations: else one would be trained on in one language and
   held out in another.
   """
-  sources = sorted(
-    {pair.source for pair in pairs},
-    key=lambda source: hashlib.sha256(source.encode()).digest(),
-  )
-  count = max(1, round(config.eval_fraction * len(sources)))
-  if count == len(sources):
+  of = {source: corpus.content(source) for source in {p.source for p in pairs}}
+  hashes = {}  # of copies the least
+  for source, key in of.items():
+    digest = hashlib.sha256(source.encode()).digest()
+    hashes[key] = min(hashes.get(key, digest), digest)
+  count = max(1, round(config.eval_fraction * len(hashes)))
+  if count == len(hashes):
     raise DataError(
       f'{config.path}: with data.eval_fraction {config.eval_fraction} no pair'
-      f' is left to train on, of {len(sources)} distinct sources'
+      f' is left to train on, of {len(hashes)} distinct sources'
     )
-  held = set(sources[:count])
-  train = [pair for pair in pairs if pair.source not in held]
-  return train, [pair for pair in pairs if pair.source in held]
+  held = set(sorted(hashes, key=hashes.get)[:count])
+  train = [pair for pair in pairs if of[pair.source] not in held]
+  return train, [pair for pair in pairs if of[pair.source] in held]
 
 
 def _digest(train: list[Pair], held_out: list[Pair]) -> str:

@@ -137,7 +137,7 @@ def test_many_images_are_standardised_together(tmp_path):
   pixels[2048:] += 100
   path = _write(
     tmp_path / 'a.npz', images=pixels, labels=_labels(2500),
-    x_test=pixels, y_test=_labels(2500),
+    x_test=pixels + 1, y_test=_labels(2500),
   )  # fmt: skip
   found = _load(path)
   np.testing.assert_allclose(found.mean_C, [pixels.mean()], rtol=1e-6)
@@ -194,6 +194,26 @@ def test_holding_out_goes_by_content(tmp_path):
     assert {n for n, _ in train} == set(range(30)) - held
     split.append(held)
   assert split[0] == split[1] != set(range(6))
+
+
+def test_a_copy_of_a_held_out_image_is_not_trained_on(tmp_path):
+  pixels, labels = _pixels(20), _labels(20)
+  held = pixels[[3, 3, 7]]
+  path = _write(
+    tmp_path / 'a.npz', x_train=pixels, y_train=labels, x_test=held,
+    y_test=_labels(3),
+  )  # fmt: skip
+  found = _load(path)
+  train = _numbers(found, _take(found.train_batches(18, seed=0), 1))
+  assert {n for n, _ in train} == set(range(20)) - {3, 7}
+  assert [n for n, _ in _numbers(found, found.eval_batches(3))] == [3, 3, 7]
+  said = '18 images of 3x4x1 to train on (2 copies of held-out images left out)'
+  assert said in found.description
+  pixels = np.concatenate([_pixels(5)] * 8)
+  _write(tmp_path / 'a.npz', images=pixels, labels=_labels(40))
+  found = _load(path)
+  assert '32 images of 3x4x1 to train on (7 copies' in found.description
+  assert 'left out), 1 held out' in found.description
 
 
 @pytest.mark.parametrize('what', ['pixel', 'label', 'split', 'held', 'shape'])
@@ -277,7 +297,7 @@ def test_shift_moves_each_image_anew(tmp_path):
   pixels = _pixels(n, Y=4, X=5, C=C, first=1)
   path = _write(
     tmp_path / 'a.npz', images=pixels, labels=np.arange(n),
-    x_test=pixels, y_test=np.arange(n),
+    x_test=pixels + 1, y_test=np.arange(n),
   )  # fmt: skip
   found = _load(path, shift=2)
   steps = range(-2, 3)
@@ -297,7 +317,8 @@ def test_shift_moves_each_image_anew(tmp_path):
       seen[moves[0]] += 1
   assert len(seen) == 25 and max(seen.values()) < 4 * epochs * n / 25
   (held,) = found.eval_batches(n)  # what is held out does not move
-  np.testing.assert_array_equal(_raw(found, held), pixels.reshape(n, 4, 5, -1))
+  expected = pixels.reshape(n, 4, 5, -1) + 1
+  np.testing.assert_array_equal(_raw(found, held), expected)
 
 
 # --- evaluation -------------------------------------------------------------
@@ -431,10 +452,14 @@ X, Y = _pixels(6), _labels(6)
       'are 3x4x1 uint8, those of the held-out are 3x4x1 float32',
     ),
     (
-      {'images': X, 'labels': Y, 'x_test': X, 'y_test': Y + 1},
+      {'images': X, 'labels': Y, 'x_test': X - 1, 'y_test': Y + 1},
       'class 3 is held out but has no training image; those have classes 0..2',
     ),
     ({'images': X, 'labels': Y, 'x_test': X}, 'no array y_test'),
+    (
+      {'images': X, 'labels': Y, 'x_test': X, 'y_test': Y},
+      'no image is left to train on: all are held out, too',
+    ),
   ],
 )  # fmt: skip
 def test_refuses_arrays(tmp_path, arrays, said):

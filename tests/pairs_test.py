@@ -138,7 +138,7 @@ def test_batch_by_hand(tmp_path):
 
 def test_longer_pairs_are_left_out_or_cut_and_counted(tmp_path):
   train = [('a' * 9, 'b'), *(('a', 'b' * n) for n in range(7, 0, -1))]
-  held_out = [('abcdef', 'x'), ('a', 'bcdefg'), ('abcd', 'efgh')]
+  held_out = [('abcdef', 'x'), ('c', 'bcdefg'), ('abcd', 'efgh')]
   found = _load(tmp_path, train, held_out, max_length=5, vocab_size=258)
   assert ' 8 pairs in 1 file to train on, of which 4 longer than 5' in (
     found.description
@@ -153,7 +153,7 @@ def test_longer_pairs_are_left_out_or_cut_and_counted(tmp_path):
 
   (batch,) = found.eval_batches(3)
   _check_rows(found, batch)  # a cut source keeps an end mark
-  cut = [('abcd', 'x'), ('a', 'bcdef'), ('abcd', 'efgh')]
+  cut = [('abcd', 'x'), ('c', 'bcdef'), ('abcd', 'efgh')]
   assert _texts(found, [batch]) == cut
   assert batch['mask_BxL'].sum(axis=1).tolist() == [2, 5, 5]
   whole = [(r['source'], r['target']) for r in found.references(1.0, 3)]
@@ -336,24 +336,63 @@ def test_fraction_holds_out_a_source_in_all_its_languages(tmp_path):
   assert first == set(sorted(dict(TRAIN), key=digest)[:8])
 
 
+KNOWN = [
+  EVAL[0],
+  (EVAL[1][0], 'autre'),
+  ('other', EVAL[2][1]),
+  EVAL[3][::-1],
+  (f'{EVAL[4][0]} ', 'encore'),
+]
+
+
+def _epoch(found):
+  return _texts(found, _take(found.train_batches(1, 0), len(found.train_R)))
+
+
+def test_no_sentence_of_a_held_out_pair_is_trained_on(tmp_path):
+  found = _load(tmp_path, TRAIN + KNOWN, EVAL + EVAL[:2])
+  assert sorted(_epoch(found)) == sorted(TRAIN)
+  held = [(r['source'], r['target']) for r in found.references(1.0, 1)]
+  assert held == EVAL + EVAL[:2]  # as it was given
+  assert ' 40 pairs in 1 file to train on, of which 0 longer than 64' in (
+    found.description
+  )
+  said = ', besides 5 that share a sentence with held-out pairs; 13 pairs'
+  assert said in found.description
+  message = _refusal(tmp_path / 'none', train=KNOWN, held_out=EVAL)
+  assert 'all 5 share a sentence with held-out pairs' in message
+
+
+def test_a_fraction_holds_out_pairs_with_their_copies(tmp_path):
+  found = _load(tmp_path, TRAIN * 3, [], eval_fraction=0.1)
+  held = [(r['source'], r['target']) for r in found.references(1.0, 1)]
+  assert len(held) == len(set(held)) == 4
+  assert sorted(_epoch(found)) == sorted([*set(TRAIN).difference(held)] * 3)
+  assert 'besides 8 that share' in found.description
+  other = [(f'other {i}', target) for i, (_, target) in enumerate(TRAIN)]
+  found = _load(tmp_path / 'targets', TRAIN + other, [], eval_fraction=0.1)
+  held = {r['target'] for r in found.references(1.0, 1)}
+  assert not held & {target for _, target in _epoch(found)}
+
+
 def test_sha256_sees_content_order_split_and_language(tmp_path):
   def digest(train, held_out, **options):
     shutil.rmtree(tmp_path)
     options = {'language': '(..).tsv', 'vocab_size': 260, **options}
     return _load(tmp_path, train, held_out, **options).sha256
 
-  one, two = ('aa', 'bb'), ('cc', 'dd')
-  base = {'fr.tsv': [one, two]}, {'fr.tsv': [one]}
+  one, two, out = ('aa', 'bb'), ('cc', 'dd'), ('ee', 'ff')
+  base = {'fr.tsv': [one, two]}, {'fr.tsv': [out]}
   assert digest(*base) == digest(*base)
   variants = [
     digest(*base),
-    digest({'fr.tsv': [two, one]}, {'fr.tsv': [one]}),
-    digest({'fr.tsv': [one]}, {'fr.tsv': [two, one]}),
-    digest({'it.tsv': [one, two]}, {'it.tsv': [one]}),
-    digest({'afr.tsv': [one, two]}, {'fr.tsv': [one]}),
-    digest({'fr.tsv': [one, ('cc', 'ee')]}, {'fr.tsv': [one]}),
-    digest({'fr.tsv': [one], 'gfr.tsv': [two]}, {'hfr.tsv': [one]}),
-    digest({'fr.tsv': [one]}, {'gfr.tsv': [two], 'hfr.tsv': [one]}),
+    digest({'fr.tsv': [two, one]}, {'fr.tsv': [out]}),
+    digest({'fr.tsv': [one]}, {'fr.tsv': [two, out]}),
+    digest({'it.tsv': [one, two]}, {'it.tsv': [out]}),
+    digest({'afr.tsv': [one, two]}, {'fr.tsv': [out]}),
+    digest({'fr.tsv': [one, ('cc', 'de')]}, {'fr.tsv': [out]}),
+    digest({'fr.tsv': [one], 'gfr.tsv': [two]}, {'hfr.tsv': [out]}),
+    digest({'fr.tsv': [one]}, {'gfr.tsv': [two], 'hfr.tsv': [out]}),
     digest(*base, language=''),
   ]
   assert len(set(variants)) == len(variants)
@@ -521,7 +560,7 @@ def test_refuses_a_vocabulary_the_text_cannot_fill(tmp_path):
   assert 'data.vocab_size is 300, but this text makes a BPE of 258' in message
   languages = {f'{name}.tsv': TRAIN for name in ('ab', 'cd', 'ef')}
   message = _refusal(
-    tmp_path / 'more', train=languages, held_out=languages,
+    tmp_path / 'more', train=languages, held_out={'ab.tsv': EVAL},
     language='(..).tsv', vocab_size=260,
   )  # fmt: skip
   assert 'data.vocab_size is 260, but this text makes a BPE of 261' in message
