@@ -11,6 +11,7 @@ import lzma
 import os
 import pathlib
 import platform
+import re
 import sysconfig
 import zlib
 from collections.abc import Hashable, Iterable
@@ -116,7 +117,8 @@ class DataConfig(TextConfig):
   Attributes:
     source: 'python_stdlib' or 'text'.
     path: comma-separated globs of UTF-8 files, plain, .xz or .gz: .jsonl has a
-      document a line, any other file is one.
+      document a line, any other file is one. What exists as it is written is
+      no glob.
     field: the key of a .jsonl line that holds its text; of several by commas
       the text is one after the other, a line end between them.
     eval_path: globs of the held-out files; '' holds out by `eval_fraction`.
@@ -327,10 +329,10 @@ def split_files(
   Raises:
     DataError: a glob matches no file, or none is left to train on.
   """
-  files = _matches(path, 'data.path')
+  files = _sorted(path, 'data.path')
   if not eval_path:
     return files, []
-  eval_files = _matches(eval_path, 'data.eval_path')
+  eval_files = _sorted(eval_path, 'data.eval_path')
   # A file that both globs match is held out, or the evaluation would cheat.
   held = {file.resolve() for file in eval_files}
   train_files = [file for file in files if file.resolve() not in held]
@@ -347,20 +349,48 @@ def split_files(
   return train_files, eval_files
 
 
-def _matches(patterns: str, key: str) -> list[pathlib.Path]:
-  found = set()
-  for pattern in patterns.split(','):
-    pattern = os.path.expanduser(pattern.strip())
+def _sorted(patterns: str, key: str) -> list[pathlib.Path]:
+  return [pathlib.Path(name) for name in sorted(_matches(patterns, key))]
+
+
+def _matches(patterns: str, key: str) -> list[str]:
+  """The files of comma-separated globs, in the order of these, then sorted.
+
+  Each is named once, whatever links and globs lead to it. What exists as it
+  is written is no glob.
+
+  Raises:
+    DataError: a glob matches no file, or a link to none; it begins with `key`.
+  """
+  found = {}
+  one = os.path.isfile(os.path.expanduser(patterns))  # with commas in its name
+  for pattern in [patterns] if one else patterns.split(','):
+    pattern = os.path.expanduser(pattern if one else pattern.strip())
     if os.path.isdir(pattern):
       raise DataError(
         f'{key} {pattern} is a directory; name its files, as in'
         f' {os.path.join(pattern, "*.txt")}'
       )
-    files = [f for f in glob.glob(pattern, recursive=True) if os.path.isfile(f)]
+    names = sorted(glob.glob(_literal(pattern), recursive=True))
+    for name in names:
+      if not os.path.exists(name):
+        raise DataError(f'{key} {name} is a link to a file that does not exist')
+    files = [name for name in names if os.path.isfile(name)]
     if not files:
       raise DataError(f'{key} {pattern} matches no file')
-    found.update(files)
-  return [pathlib.Path(file) for file in sorted(found)]
+    for name in files:
+      found.setdefault(os.path.realpath(name), name)
+  return list(found.values())
+
+
+def _literal(pattern: str) -> str:
+  """The glob, its first folders escaped as far as they exist as written."""
+  there = ''
+  for name in re.findall(r'[^/]*/+|[^/]+', pattern):
+    if not os.path.lexists(there + name):
+      break
+    there += name
+  return glob.escape(there) + pattern[len(there) :]
 
 
 def _read_all(files: list[pathlib.Path], field: str) -> list[Document]:

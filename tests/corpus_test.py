@@ -120,6 +120,39 @@ def test_globs_are_a_list_sorted_and_read_once(tmp_path):
   assert found.eval == ['held out']
 
 
+@pytest.mark.parametrize(
+  'name', ['a[1].txt', 'what?.txt', 'run[1]/a.txt', 'x*/b[2].txt', 'a,b.txt']
+)
+def test_what_exists_as_it_is_written_is_no_glob(tmp_path, name):
+  for other in ('a1.txt', 'whats.txt', 'run1/a.txt', 'xy/b2.txt', 'a', 'b.txt'):
+    (tmp_path / other).parent.mkdir(exist_ok=True)
+    _write(tmp_path / other, 'another')
+  _write(tmp_path / 'held.md', 'held out')
+  held = {'eval_path': f'{tmp_path}/held.md'}
+  if ',' not in name:
+    assert _load(tmp_path / name, **held).train == ['another']
+  (tmp_path / name).parent.mkdir(exist_ok=True)
+  _write(tmp_path / name, 'literal')
+  assert _load(tmp_path / name, **held).train == ['literal']
+  if '/' in name:  # files of such a folder, and not of those it would match
+    glob = (tmp_path / name).parent / '*.txt'
+    assert _load(glob, **held).train == ['literal']
+
+
+def test_a_file_is_read_once_whatever_leads_to_it(tmp_path, monkeypatch):
+  for name in ('a.txt', 'b.txt'):
+    _write(tmp_path / name, name)
+  _write(tmp_path / 'held.md', 'held out')
+  (tmp_path / 'link.txt').symlink_to('b.txt')
+  (tmp_path / 'also').symlink_to('.')
+  monkeypatch.chdir(tmp_path)
+  paths = f'*.txt,./a.txt,{tmp_path}/a.txt,also/b.txt'
+  found = _load(paths, eval_path='held.md')
+  assert sorted(found.train) == ['a.txt', 'b.txt']
+  (tmp_path / 'c.txt').symlink_to('gone.txt')
+  assert 'c.txt is a link to a file that does not exist' in _refusal('*.txt')
+
+
 def test_eval_path_is_taken_out_of_path(tmp_path):
   for name in ('a.txt', 'b.txt'):
     _write(tmp_path / name, name)
