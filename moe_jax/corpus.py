@@ -192,6 +192,19 @@ def load(config: DataConfig) -> Corpus:
   return of(config.path, documents, _read_all(eval_files, config.field))
 
 
+def read(path: str, field: str, key: str) -> list[Document]:
+  """All documents with text of files: globs as given, files sorted, lines.
+
+  Args:
+    path, field: as in DataConfig.
+    key: what the user calls the path.
+
+  Raises:
+    DataError: as for `load`.
+  """
+  return _read_all([pathlib.Path(n) for n in _matches(path, key)], field)
+
+
 def divided(name: str, documents: list[Document], fraction: float) -> Corpus:
   """The corpus that `hold_out` makes; of held-out copies one is read.
 

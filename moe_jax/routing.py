@@ -6,6 +6,7 @@ A work directory is only read, whether its run has ended or not.
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import re
 import tempfile
@@ -21,6 +22,7 @@ from moe_jax import (
   analysis_report,
   checkpoint,
   config,
+  corpus,
   data,
   dataset,
   metrics,
@@ -156,6 +158,8 @@ def restore(job: Job, step: int) -> programs.Weights:
 def streams(job: Job, given: list[str]) -> dict[str, np.ndarray]:
   """int32 [N], packed, of each text; of none given, what the run held out.
 
+  A text is whole, its documents in the order in which they stand.
+
   Args:
     given: 'GLOB' or 'NAME=GLOB', as data.path has them, of .jsonl files with
       '#FIELD' behind.
@@ -167,21 +171,38 @@ def streams(job: Job, given: list[str]) -> dict[str, np.ndarray]:
     raise ValueError(f'{job.workdir} has no tokenizer.json to read texts with')
   if not given:
     return {HELD_OUT: _held_out(job)}
-  tok, found = job.dataset.tokenizer, {}
+  found = {}
   for argument in given:
     name, path, field = _parsed(argument)
     if name in found:
       raise ValueError(f'two texts are named {name!r}: {", ".join(given)}')
-    text = data.load(data.DataConfig(source='text', path=path, field=field))
-    ids = tok.encode(text.train + text.eval)  # all of it
-    found[name] = data.pack(ids, tok.separator)
+    documents = corpus.read(path, field, '--data')
+    ids = _encoded(job, [document.text for document in documents])
+    found[name] = data.pack(ids, job.dataset.tokenizer.separator)
   return found
 
 
+def _encoded(job, texts):
+  """The ids of each text as the model had it in training.
+
+  Published models saw the marks that their tokenizer's file puts around a
+  text, but for separators, which stand between texts in any case.
+  """
+  tok = job.dataset.tokenizer
+  own = tok.encode(texts)  # refuses a text that holds the separator
+  if not published(job.config) or not tok.prompt(''):
+    return own
+  marked = [np.array(tok.prompt(text), np.int32) for text in texts]
+  return [ids[ids != tok.separator] for ids in marked]
+
+
 def _parsed(argument):
-  """(name, glob, field)"""
-  name, glob = re.fullmatch(r'(?:([\w .-]+)=)?(.*)', argument).groups()
-  fielded = re.fullmatch(r'(.+?\.jsonl(?:\.gz|\.xz)?)#(.+)', glob)
+  """(name, glob, field); what exists as it is written is a path alone."""
+  if os.path.isfile(os.path.expanduser(argument)):
+    return argument, argument, ''
+  parts = re.fullmatch(r'(?s)(?:([\w .-]+)=)?(.*)', argument)
+  name, glob = parts.groups()
+  fielded = re.fullmatch(r'(?s)(.+?\.jsonl(?:\.gz|\.xz)?)#(.+)', glob)
   path, field = fielded.groups() if fielded else (glob, '')
   return name or argument, path, field
 
@@ -396,7 +417,10 @@ def write(workdir: str, given: list[str], limit: int, out: str) -> pathlib.Path:
   job, folder = routed(workdir), pathlib.Path(out).absolute()
   _check_place(folder)
   saved = checkpoints(job)
-  tokens, batches = read(job, streams(job, given), limit)
+  texts = streams(job, given)
+  tokens, batches = read(job, texts, limit)
+  for name, number in zip(texts, np.bincount(tokens.text_T), strict=True):
+    print(f'{name}: {number:,} of {len(texts[name]) - 1:,} tokens', flush=True)
   run, routing, changes = recorder(job), None, []
   with programs.precision(job):
     for step in saved:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 from analysis_test import choices, routing, tokens
 from convert_test import described
 from report_test import headings, Page
@@ -110,7 +111,8 @@ def test_the_report_of_a_run(run, corpus, tmp_path, capsys):
   page = recorded.write(str(run), given, 500, str(tmp_path / 'out'))
   shutil.rmtree(half_saved.parent)
   assert content(run) == {k: v for k, v in before.items() if '-tmp' not in k}
-  assert 'step 2:' in capsys.readouterr().out
+  said = capsys.readouterr().out
+  assert 'step 2:' in said and f'{given[1]}: 384 of 640 tokens' in said
   names = sorted(p.name for p in page.parent.iterdir())
   assert names == ['routing.html', 'routing.json', 'routing.npz']
   values = json.loads((page.parent / 'routing.json').read_text())
@@ -279,6 +281,58 @@ def test_how_a_text_is_named(argument, parsed):
   assert recorded._parsed(argument) == parsed
 
 
+def test_a_text_is_read_whole_and_in_order(unread, tmp_path):
+  job = recorded.load(str(unread()))
+  tok = job.dataset.tokenizer
+  given = {
+    'one.txt': 'a line\n' * 400,
+    'long.txt': 'word ' * 9000,
+    'a[1].txt': '\ufeffwith\r\nall\n\n of it\n',
+    'd.jsonl': ''.join(
+      f'{{"q": "{i:02} ?"}}\n' * (1 + i % 2) for i in range(9)
+    ),
+  }
+  for name, text in given.items():
+    (tmp_path / name).write_bytes(text.encode())
+  documents = [[text] for text in list(given.values())[:3]]
+  documents.append([f'{i:02} ?' for i in range(9) for _ in range(1 + i % 2)])
+  documents.append([given['one.txt'], given['a[1].txt']])
+  arguments = [str(tmp_path / name) for name in given]
+  arguments[3] += '#q'
+  arguments.append(f'two={arguments[0]},{arguments[2]}')
+  found = recorded.streams(job, arguments)
+  for (name, stream), texts in zip(found.items(), documents, strict=True):
+    assert [tok.decode(ids) for ids in data.unpack(stream)] == texts, name
+    assert stream[0] == stream[-1] == tok.separator
+
+
+def test_a_published_model_reads_the_marks_that_it_knows(unread, tmp_path):
+  """A BOS of a tokenizer.json, and once what ends a text."""
+  folder = unread()
+  c = json.loads((folder / 'config.json').read_text())
+  vocabulary = {'</s>': 0, '<s>': 1, 'a': 2, 'b': 3}
+  library = tokenizers.Tokenizer(
+    tokenizers.models.WordLevel(vocabulary, unk_token='b')
+  )
+  library.add_special_tokens(['</s>', '<s>'])
+  library.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+  library.post_processor = tokenizers.processors.TemplateProcessing(
+    single='<s> $A </s>', special_tokens=[('<s>', 1), ('</s>', 0)]
+  )
+  library.save(str(folder / 'tokenizer.json'))
+  lines = tmp_path / 'x.jsonl'
+  lines.write_text('{"q": "a b a"}\n{"q": "b"}\n')
+  for sha256, stream in (
+    (c['corpus_sha256'], [0, 2, 3, 2, 0, 3, 0]),
+    ('', [0, 1, 2, 3, 2, 0, 1, 3, 0]),
+  ):
+    c['corpus_sha256'] = sha256
+    (folder / 'config.json').write_text(json.dumps(c))
+    job = recorded.load(str(folder))
+    (found,) = recorded.streams(job, [f'{lines}#q']).values()
+    assert found.tolist() == stream and found.dtype == np.int32
+
+
 def test_what_cannot_be_analyzed_is_one_line(run, unread, tmp_path, corpus):
   def refused(match, folder, given=(str(corpus),), limit=500):
     out = tmp_path / 'out'
@@ -293,7 +347,7 @@ def test_what_cannot_be_analyzed_is_one_line(run, unread, tmp_path, corpus):
   refused('has no checkpoint', unread())
   short = tmp_path / 'short.txt'
   short.write_text('a few\nwords')
-  refused("'w' has 13 tokens; a row has 16", run, [f'w={short}'])
+  refused("'w' has 12 tokens; a row has 16", run, [f'w={short}'])
   refused('tokens=15 is less than a row', run, limit=15)
   refused("two texts are named 'a'", run, [f'a={corpus}', f'a={short}'])
   refused('matches no file', run, ['/no/such/*.txt'])

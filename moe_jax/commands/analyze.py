@@ -21,7 +21,9 @@ _DATA = flags.DEFINE_multi_string(
   'A text: GLOB or NAME=GLOB, of .jsonl files with #FIELD behind; may be'
   ' repeated. By default what the run held out.',
 )
-_TOKENS = flags.DEFINE_integer('tokens', 50_000, 'At the most, of each text.')
+_TOKENS = flags.DEFINE_integer(
+  'tokens', 50_000, 'At the most, of each text; whole batches, spread over it.'
+)
 _OUT = flags.DEFINE_string(
   'out', None, 'The folder of the results; by default WORKDIR/analysis.'
 )
