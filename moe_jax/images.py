@@ -36,6 +36,8 @@ from moe_jax.rows import Batch, Batches, of_batch, READ, spread
 logger = logging.getLogger(__name__)
 
 SOURCES = ('digits', 'images')
+CHANNELS = ('', 'last', 'first')
+MOST_CHANNELS = 4  # of a picture; a side has more pixels
 
 # What numpy, zipfile and zlib say of a file that is broken or packed in a way
 # they do not know.
@@ -52,11 +54,15 @@ class ImagesConfig:
   'digits' are scikit-learn's: 1797 images of 8x8, nothing is downloaded.
   'images' are .npz files by globs and commas: arrays [n, Y, X] or [n, Y, X, C]
   of uint8 or floats, and integer labels [n]. A key is a list by commas, of
-  which a file's first counts.
+  which a file's first counts. Arrays [n, C, Y, X] are turned.
 
   Held out is the first of these that there is: the files of `eval_path`, the
   arrays under the eval keys, an `eval_fraction` of the distinct images by the
   hash of the pixels. Copies of held-out images are not trained on.
+
+  Attributes:
+    channels: the axis of an image that has them, 'last' or 'first'; '' tells
+      by the shape, see `_channels`.
 
   Raises:
     DataError: a value is unknown, out of range, or would not be read.
@@ -66,6 +72,7 @@ class ImagesConfig:
   path: str = ''
   images_key: str = 'images,x_train'
   labels_key: str = 'labels,y_train'
+  channels: str = ''
   eval_path: str = ''
   eval_images_key: str = 'x_test'
   eval_labels_key: str = 'y_test'
@@ -81,12 +88,16 @@ class ImagesConfig:
     if self.source == 'images' and not self.path:
       raise DataError("data.path is empty; data.source 'images' needs a glob")
     if self.source == 'digits':
-      for name in ('path', 'eval_path'):
+      for name in ('path', 'channels', 'eval_path'):
         if getattr(self, name):
           raise DataError(
             f"data.{name} is set, but data.source is 'digits';"
             " data.source='images' reads files"
           )
+    if self.channels not in CHANNELS:
+      raise DataError(
+        f"data.channels is {self.channels!r}; it can be 'last', 'first' or ''"
+      )
     if not 0 < self.eval_fraction < 1:
       raise DataError(
         f'data.eval_fraction is {self.eval_fraction};'
@@ -315,7 +326,7 @@ def _digits() -> Split:
       "data.source 'digits' needs scikit-learn: pip install -e '.[vision]'"
     ) from error
   digits = datasets.load_digits()
-  return _split(digits.images, digits.target, "scikit-learn's digits")
+  return _split(digits.images, digits.target, '', "scikit-learn's digits")
 
 
 def _files(config: ImagesConfig) -> tuple[Split, Split, int]:
@@ -326,10 +337,10 @@ def _files(config: ImagesConfig) -> tuple[Split, Split, int]:
     eval_keys = [','.join(pair) for pair in zip(eval_keys, keys, strict=True)]
   else:
     eval_files = [file for file in files if _has(file, config.eval_images_key)]
-  train = _read_all(files, *keys)
+  train = _read_all(files, *keys, config.channels)
   if not eval_files:
     return _hold_out(train, config.eval_fraction, config.path)
-  held = _read_all(eval_files, *eval_keys)
+  held = _read_all(eval_files, *eval_keys, config.channels)
   _check_alike(train, config.path, held, config.eval_path or 'the held-out')
   known = set(_hashes(held))
   apart_n = np.array([digest not in known for digest in _hashes(train)])
@@ -342,9 +353,9 @@ def _files(config: ImagesConfig) -> tuple[Split, Split, int]:
 
 
 def _read_all(
-  files: list[pathlib.Path], images_key: str, labels_key: str
+  files: list[pathlib.Path], images_key: str, labels_key: str, channels: str
 ) -> Split:
-  splits = [_read(file, images_key, labels_key) for file in files]
+  splits = [_read(file, images_key, labels_key, channels) for file in files]
   for file, split in zip(files, splits, strict=True):
     _check_alike(splits[0], str(files[0]), split, str(file))
   return Split(
@@ -352,11 +363,13 @@ def _read_all(
   )
 
 
-def _read(path: pathlib.Path, images_key: str, labels_key: str) -> Split:
+def _read(
+  path: pathlib.Path, images_key: str, labels_key: str, channels: str
+) -> Split:
   with _open(path) as arrays:
     images = _array(arrays, path, images_key)
     labels = _array(arrays, path, labels_key)
-  return _split(images, labels, str(path))
+  return _split(images, labels, channels, str(path))
 
 
 def _has(path: pathlib.Path, key: str) -> bool:
@@ -403,7 +416,9 @@ def _line(error: Exception) -> str:
   return ' '.join(str(error).split())
 
 
-def _split(images: np.ndarray, labels: np.ndarray, where: str) -> Split:
+def _split(
+  images: np.ndarray, labels: np.ndarray, channels: str, where: str
+) -> Split:
   """Checked arrays: uint8 or float32 with a channel axis, int32 labels."""
   if images.ndim not in (3, 4) or not images.size:
     raise DataError(
@@ -436,7 +451,27 @@ def _split(images: np.ndarray, labels: np.ndarray, where: str) -> Split:
     )
   if images.ndim == 3:
     images = images[..., None]
+  elif (channels or _channels(images.shape, where)) == 'first':
+    images = np.ascontiguousarray(np.moveaxis(images, 1, -1))
   return Split(images, labels.astype(np.int32))
+
+
+def _channels(shape: tuple[int, ...], where: str) -> str:
+  """Where the channels are: the axis of at most four, or beside a square.
+
+  Raises:
+    DataError: neither tells.
+  """
+  _, a, b, c = shape
+  few = a <= MOST_CHANNELS, c <= MOST_CHANNELS
+  if few[0] != few[1]:
+    return 'first' if few[0] else 'last'
+  if (a == b) != (b == c):
+    return 'first' if b == c else 'last'
+  raise DataError(
+    f'{where}: images have shape {_by(shape)}, which does not tell where the'
+    " channels are; data.channels can be 'last' or 'first'"
+  )
 
 
 def _by(shape: tuple[int, ...]) -> str:

@@ -111,7 +111,7 @@ def test_pixels_are_standardised_by_channel(tmp_path, C):
   if C:
     pixels = pixels * [1.0, 5.0, 0.0] + [0.0, -9.0, 7.0]
   path = _write(tmp_path / 'a.npz', images=pixels, labels=_labels(40))
-  found = _load(path, eval_fraction=0.25)
+  found = _load(path, eval_fraction=0.25, channels='last')
   assert found.sizes == {'V': 3, 'size': (3, 4, C or 1)}
   (batch,) = _take(found.train_batches(30, seed=0), 1)  # an epoch
   assert {name: value.dtype for name, value in batch.items()} == DTYPES
@@ -130,6 +130,24 @@ def test_pixels_are_standardised_by_channel(tmp_path, C):
   # The held-out images are measured by those of training, not by their own.
   held = _numbers(found, found.eval_batches(10))
   assert {n for n, _ in held} < set(range(40)) and len(held) == 10
+
+
+@pytest.mark.parametrize(
+  'Y, X, C',
+  [(5, 6, 3), (28, 28, 1), (6, 5, 4), (4, 4, 3), (9, 9, 7), (4, 9, 2)],
+)
+def test_channels_are_last_wherever_they_were(tmp_path, Y, X, C):
+  last = _pixels(8, Y, X, C)
+  sure = Y > 4 or Y == X
+  digests = set()
+  for where, pixels in (('last', last), ('first', np.moveaxis(last, -1, 1))):
+    path = _write(tmp_path / 'a.npz', images=pixels, labels=_labels(8))
+    found = _load(path, channels='' if sure else where)
+    assert found.sizes['size'] == (Y, X, C)
+    (batch,) = found.eval_batches(1)
+    assert _raw(found, batch)[0].tolist() in last.tolist()
+    digests |= {found.sha256, _load(path, channels=where).sha256}
+  assert len(digests) == 1
 
 
 def test_many_images_are_standardised_together(tmp_path):
@@ -299,7 +317,7 @@ def test_shift_moves_each_image_anew(tmp_path):
     tmp_path / 'a.npz', images=pixels, labels=np.arange(n),
     x_test=pixels + 1, y_test=np.arange(n),
   )  # fmt: skip
-  found = _load(path, shift=2)
+  found = _load(path, shift=2, channels='last')
   steps = range(-2, 3)
   seen = collections.Counter()
   for batch in _take(found.train_batches(n, seed=3), epochs):
@@ -413,6 +431,11 @@ def _refusal(call, *args, **options):
     ({'eval_fraction': 1.0}, 'data.eval_fraction is 1.0'),
     ({'eval_images': -1}, 'data.eval_images is -1'),
     ({'shift': -1}, 'data.shift is -1'),
+    ({'channels': 'last'}, "data.channels is set, but data.source is 'digits'"),
+    (
+      {'source': 'images', 'path': 'a.npz', 'channels': 'c'},
+      "data.channels is 'c'; it can be 'last', 'first' or ''",
+    ),
   ],
 )
 def test_refuses_a_config(options, said):
@@ -431,6 +454,11 @@ X, Y = _pixels(6), _labels(6)
     ({'images': X[0], 'labels': Y}, 'images have shape 3x4; they need'),
     ({'images': X[..., None, None], 'labels': Y}, 'shape 6x3x4x1x1'),
     ({'images': X[:0], 'labels': Y[:0]}, 'images have shape 0x3x4'),
+    ({'images': _pixels(6, C=3), 'labels': Y}, '6x3x4x3, which does not tell'),
+    (
+      {'images': _pixels(6, 8, 9, C=7), 'labels': Y},
+      "does not tell where the channels are; data.channels can be 'last' or",
+    ),
     ({'images': X.astype(np.int64), 'labels': Y}, 'images are int64'),
     ({'images': X, 'labels': Y.astype(float)}, 'labels are float64 of shape 6'),
     ({'images': X, 'labels': Y[:, None]}, 'labels are uint8 of shape 6x1'),
