@@ -387,7 +387,22 @@ def _open(path: pathlib.Path) -> Iterator[np.lib.npyio.NpzFile]:
       raise DataError(f'cannot read {path}: {_line(error)}') from error
     if not isinstance(arrays, np.lib.npyio.NpzFile):
       raise DataError(f'{path} is one array, not an .npz file of several')
-    yield stack.enter_context(arrays)
+    stack.enter_context(arrays)
+    _check_one(arrays, path)
+    yield arrays
+
+
+def _check_one(arrays: np.lib.npyio.NpzFile, path: pathlib.Path) -> None:
+  """Refuses what would be read in part: joined archives, a name met twice."""
+  members = arrays.zip.infolist()
+  first = min((member.header_offset for member in members), default=0)
+  if first:
+    raise DataError(
+      f'cannot read {path}: {first} bytes stand before its archive;'
+      ' files are not joined by cat, but by a glob'
+    )
+  if len({member.filename for member in members}) < len(members):
+    raise DataError(f'cannot read {path}: it holds arrays of the same name')
 
 
 def _first(arrays: np.lib.npyio.NpzFile, key: str) -> str | None:

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import sys
+import zipfile
 
 import hypothesis
 import numpy as np
@@ -495,7 +496,10 @@ def test_refuses_arrays(tmp_path, arrays, said):
   assert said in _refusal(_load, path)
 
 
-@pytest.mark.parametrize('harm', ['text', 'empty', 'cut', 'npy'])
+@pytest.mark.parametrize(
+  'harm', ['text', 'empty', 'cut', 'npy', 'joined', 'twice']
+)
+@pytest.mark.filterwarnings('ignore:Duplicate name')
 def test_refuses_broken_files(tmp_path, harm):
   path = _write(tmp_path / 'a.npz', images=X, labels=Y)
   raw = path.read_bytes()
@@ -506,6 +510,13 @@ def test_refuses_broken_files(tmp_path, harm):
     path.write_bytes(b'')
   elif harm == 'cut':
     path.write_bytes(raw[: len(raw) // 2])
+  elif harm == 'joined':
+    path.write_bytes(raw * 2)
+    said += f'{len(raw)} bytes stand before'
+  elif harm == 'twice':
+    with zipfile.ZipFile(path, 'a') as file:
+      file.writestr('images.npy', file.read('images.npy'))
+    said += 'it holds arrays of the same name'
   else:
     with open(path, 'wb') as f:
       np.save(f, X)
