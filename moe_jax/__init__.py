@@ -42,7 +42,7 @@ lists the few imports within a level):
   models, config, malloc, beam, translate, planner, processes, guard, nonfinite,
   health, preemption, families, pieces, shards} -> trunk -> {block, routers,
   experts, fused, residual, attention, parallel} -> {plan, balance, ops, norm,
-  init, exact} -> pallas_kernels -> jax
+  init, exact, ranges} -> pallas_kernels -> jax
 
 Two words that are never mixed: *memory* lives over depth inside one forward
 pass; *state* lives over training steps.

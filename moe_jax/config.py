@@ -7,15 +7,25 @@ returns it. On a command line `--config.model.E=16` changes one value.
 import difflib
 import inspect
 import json
-import math
 import pathlib
-import typing
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any, NamedTuple
 
 import ml_collections
 from ml_collections import config_dict
 
-from moe_jax import attention, dataset, objective, residual, routers
+from moe_jax import (
+  attention,
+  dataset,
+  guard,
+  models,
+  objective,
+  optimizer,
+  parallel,
+  ranges,
+  residual,
+  routers,
+)
 
 # May differ when a run is continued: they do not change the mathematics.
 FREE = (
@@ -41,6 +51,22 @@ TRAINING = (
   *('init', 'embed_std', 'dropout', 'dtype', 'remat', 'gmm'),
   *('router.init', 'router.capacity', 'router.group', 'router.bias_rate'),
 )
+
+
+class Run:
+  """What stands at the top of a config, and in no part of it."""
+
+  description: str
+  init_from: str
+  steps: ranges.Count
+  batch_size: ranges.Count
+  seq_len: Annotated[int, ranges.Within('[2, 2^31)')]
+  seed: ranges.Seed
+  log_every: ranges.Natural
+  eval_every: ranges.Natural
+  checkpoint_every: ranges.Natural
+  keep_checkpoints: ranges.Count
+  keep_every: ranges.Natural
 
 
 def default() -> ml_collections.ConfigDict:
@@ -96,7 +122,8 @@ def default() -> ml_collections.ConfigDict:
   return c
 
 
-# Weights of what routers report: 1 at perfect balance (z apart).
+# Weights of what routers report: 1 at perfect balance (z apart). Of these alone
+# one that the router does not report counts nothing; others are refused then.
 LOSSES = {'balance': 0.01, 'sequence_balance': 0.0, 'z': 0.001}
 
 # What every model's layers have; moe_jax/trunk.py builds them.
@@ -218,15 +245,31 @@ def source(name: str, **options) -> ml_collections.ConfigDict:
   return c
 
 
-# What a name stands for: the options are its keyword arguments. `name` is
-# what the section calls itself, `own` are arguments that others give.
+class Choice(NamedTuple):
+  """A kind of part: its names, and what one stands for."""
+
+  names: Callable[[], Iterable[str]]
+  part: Callable[[str], Callable[..., Any]]  # its options are the arguments
+
+
 CHOICES = {
-  'router': lambda name: routers.get(name).__init__,
-  'attention': lambda name: attention.get(name).__init__,
-  'residual': lambda name: _in(residual.RULES, 'residual rule', name),
-  'objective': lambda name: _in(objective.OBJECTIVES, 'objective', name),
-  'source': lambda name: dataset.source(name).Config,
+  'router': Choice(routers.names, lambda name: routers.get(name).__init__),
+  'attention': Choice(
+    attention.names, lambda name: attention.get(name).__init__
+  ),
+  'residual': Choice(
+    lambda: residual.RULES,
+    lambda name: _in(residual.RULES, 'residual rule', name),
+  ),
+  'objective': Choice(
+    lambda: objective.OBJECTIVES,
+    lambda name: _in(objective.OBJECTIVES, 'objective', name),
+  ),
+  'source': Choice(
+    lambda: dataset.SOURCES, lambda name: dataset.source(name).Config
+  ),
 }
+# Arguments that others give.
 OWN = (
   *('self', 'D', 'E', 'H', 'rngs', 'scheme', 'out_scale'),
   *('losses', 'source', 'max_length'),
@@ -245,11 +288,16 @@ def choice(kind: str, name: str, **options) -> ml_collections.ConfigDict:
   Raises:
     ValueError: there is no such name or option; one line with the nearest.
   """
-  parameters = inspect.signature(CHOICES[kind](name)).parameters.values()
+  part = CHOICES[kind].part(name)
+  parameters = inspect.signature(part).parameters.values()
   known = {p.name: p for p in parameters if p.name not in OWN}
+  said = ranges.options(part)
   c = ml_collections.ConfigDict({'name': name})
   for key, parameter in known.items():
-    c[key] = _typed(options.get(key, parameter.default), parameter)
+    value = options.get(key, parameter.default)
+    if value is None and key in said:  # that a command line can set
+      value = config_dict.placeholder(said[key].kind)
+    c[key] = value
   for key, value in options.items():
     if key == 'losses':
       c[key] = value
@@ -267,12 +315,55 @@ def _in(table: dict[str, Any], kind: str, name: str) -> Any:
   return table[name]
 
 
-def _typed(value: Any, parameter: inspect.Parameter) -> Any:
-  """The value; for None a placeholder that a command line can set."""
-  if value is not None:
-    return value
-  types = typing.get_args(parameter.annotation) or (parameter.annotation,)
-  return config_dict.placeholder(next(t for t in types if t is not _NONE))
+def parts(c: dict[str, Any]) -> dict[str, Callable[..., Any]]:
+  """{'model.router': its __init__, ...}: what has the options of a config.
+
+  Args:
+    c: plain values; each section that is a choice has its name.
+  """
+  found = {'': Run, 'model': models.get(c['model']['name']).Config}
+  found['data'] = CHOICES['source'].part(c['data']['source'])
+  for path, kind in SECTIONS.items():
+    found[path] = CHOICES[kind].part(_section(c, path)['name'])
+  found['optimizer'], found['guard'] = optimizer.Config, guard.Config
+  found['mesh'], found['parallel'] = parallel.Sizes, parallel.layout
+  return found
+
+
+class Told(NamedTuple):
+  """What `moe-options` tells of an option."""
+
+  default: Any
+  allowed: ranges.Option | None
+
+
+def every() -> dict[str, dict[str, Told]]:
+  """{'model.router topk': {'k': Told(2, int in [1, 2^31)), ...}, ...}
+
+  Every option of every part there is.
+  """
+  c = default().to_dict()
+  found = {'run': _told(Run, {k: c[k] for k in Run.__annotations__})}
+  for title, part in parts(c).items():
+    if title in c and title not in ('data', *SECTIONS, 'model'):
+      found[title] = _told(part, c[title])
+  for name in MODELS:
+    own = {**LAYERS, **MODELS[name]}
+    own.pop('attention', None)
+    found[f'model {name}'] = _told(models.get(name).Config, own)
+  for path, kind in {**SECTIONS, 'data': 'source'}.items():
+    for name in CHOICES[kind].names():
+      losses = {'losses': LOSSES} if kind == 'objective' else {}
+      values = choice(kind, name, **losses).to_dict()
+      del values['name']
+      found[f'{path} {name}'] = _told(CHOICES[kind].part(name), values)
+  return found
+
+
+def _told(part, values):
+  said = ranges.options(part)
+  allowed = lambda key: said.get(key, said.get(f'{key.rpartition(".")[0]}.*'))
+  return {key: Told(v, allowed(key)) for key, v in flat(values).items()}
 
 
 def resolve(c: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -280,64 +371,72 @@ def resolve(c: ml_collections.ConfigDict) -> dict[str, Any]:
 
   Raises:
     ValueError: a key that default() lacks, or a value that cannot be; one
-      line with the key, the value and the nearest known key.
+      line with the key, the value, and its range or the nearest known key.
   """
   values, known = c.to_dict(), default().to_dict()
+  for path in ('model', 'data', *SECTIONS, 'objective.losses'):
+    section = _section(values, path)
+    if not isinstance(section, dict):
+      raise ValueError(f'{path}={section!r} is not a section of a config')
   known['model'] = model(values['model'].get('name', '')).to_dict()
   known['data'] = source(values['data'].get('source', '')).to_dict()
-  optional = set()
   for path, kind in SECTIONS.items():
-    *outer, last = path.split('.')
-    section = values[outer[0]] if outer else values
-    options = dict(section[last])
+    options = dict(_section(values, path))
     name = options.pop('name', '')
-    optional |= {f'{path}.{key}' for key in _optional(kind, name)}
-    section[last] = choice(kind, name, **options).to_dict()
-    section = known[outer[0]] if outer else known
-    section[last] = choice(kind, name).to_dict()
-  for key in flat(values):
-    if not key.startswith(tuple(SECTIONS)) and key not in flat(known):
-      raise ValueError(unknown(key, flat(known)))
-  _check_kinds(flat(values), flat(known), optional)
-  for key in ('steps', 'batch_size'):
-    if values[key] < 1:
-      raise ValueError(f'{key}={values[key]} is < 1')
-  if values['seq_len'] < 2:
-    raise ValueError(f'seq_len={values["seq_len"]} is < 2')
-  periods = ('log_every', 'eval_every', 'checkpoint_every', 'keep_every')
-  if not 0 <= values['seed'] < 2**32:
-    raise ValueError(f'seed={values["seed"]} is not in [0, 2**32)')
-  for key in periods:
-    if values[key] < 0:
-      raise ValueError(f'{key}={values[key]} is negative')
-  if values['keep_checkpoints'] < 1:
-    raise ValueError(f'keep_checkpoints={values["keep_checkpoints"]} is < 1')
+    _section(values, path).update(choice(kind, name, **options).to_dict())
+    last = path.split('.')[-1]
+    outer = known['model'] if path.startswith('model.') else known
+    outer[last] = choice(kind, name).to_dict()
+  _check(values, flat(known))
+  _check_losses(values)
   return values
 
 
-def _optional(kind, name):
-  """The options of a choice that may be None."""
-  parameters = inspect.signature(CHOICES[kind](name)).parameters.values()
-  return [p.name for p in parameters if _NONE in typing.get_args(p.annotation)]
+def _section(c, path):
+  for key in path.split('.'):
+    c = c.get(key)
+  return c
 
 
-_NONE = type(None)
+def _check(values, known):
+  """ValueError for the first key or value that cannot be."""
+  said = {}
+  for path, part in parts(values).items():
+    start = f'{path}.' if path else ''
+    said.update({start + k: v for k, v in ranges.options(part).items()})
+  for key, value in flat(values).items():
+    section = key.rpartition('.')[0]
+    option = said.get(key if key in known else f'{section}.*')
+    if key not in known and option is None:
+      raise ValueError(unknown(key, known))
+    if option is not None:
+      option.check(key, value)
 
 
-def _check_kinds(values, defaults, optional):
-  """ValueError where a value is of another kind than its default."""
-  for key, value in values.items():
-    if value is None and key in optional:
-      continue
-    if isinstance(value, float) and not math.isfinite(value):
-      raise ValueError(f'{key}={value} is not finite')
-    kinds = _KINDS.get(type(defaults.get(key)), (type(value),))
-    if type(value) not in kinds:
-      raise ValueError(f'{key}={value!r} is no {kinds[0].__name__}')
+def _check_losses(c):
+  """ValueError for the weight of a loss that this model's router lacks.
 
-
-# Of a default, and which values may stand in its place.
-_KINDS = {bool: (bool,), int: (int,), float: (float, int), str: (str,)}
+  But for those of LOSSES, which a config has whatever its router is.
+  """
+  weights = c['objective'].get('losses', {})
+  written = {k: weight for k, weight in weights.items() if k not in LOSSES}
+  if not written:
+    return
+  m, options = c['model'], dict(c['model']['router'])
+  name, E = options.pop('name'), m['E'] * m['layers_per_pool']
+  here = routers.losses(routers.get(name), m['D'], E, **options)
+  every = [routers.losses(routers.get(n), 8, 8) for n in routers.names()]
+  known = sorted(here.union(LOSSES, *every))
+  for loss, weight in written.items():
+    if loss not in known:
+      text = 'objective.losses: no router reports a loss'
+      raise ValueError(unknown(loss, known, text))
+    if weight and loss not in here:
+      reports = ', '.join(sorted(here)) or 'none'
+      raise ValueError(
+        f'objective.losses.{loss}={weight}: the router {name!r} with its'
+        f' options reports no such loss; it reports {reports}'
+      )
 
 
 def flat(values: dict[str, Any], prefix: str = '') -> dict[str, Any]:

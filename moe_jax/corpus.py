@@ -15,7 +15,9 @@ import re
 import sysconfig
 import zlib
 from collections.abc import Hashable, Iterable
-from typing import NamedTuple
+from typing import Annotated, Any, NamedTuple
+
+from moe_jax import ranges
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +47,14 @@ class DataError(ValueError):
   """Data that cannot be used; the message is one line that says why."""
 
 
+def in_range(config: Any) -> None:
+  """DataError if a field of a source's config is not what it may be."""
+  try:
+    ranges.check(type(config), vars(config), 'data.')
+  except ValueError as error:
+    raise DataError(str(error)) from None
+
+
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
   """What all text has, wherever it is read.
@@ -69,16 +79,17 @@ class TextConfig:
     DataError: a value is unknown, out of range, or would not be read.
   """
 
-  eval_fraction: float = 0.1
+  eval_fraction: ranges.Part = 0.1
   tokenizer: str = 'bpe'
   separator: str = ''
-  vocab_size: int = 4096
-  padded_size: int = 0
+  vocab_size: ranges.Count = 4096
+  padded_size: ranges.Natural = 0
   cache_dir: str = ''
-  eval_bytes: int = 0
-  order: str = 'shuffled'
+  eval_bytes: ranges.Amount = 0
+  order: Annotated[str, ranges.OneOf(ORDERS)] = 'shuffled'
 
   def __post_init__(self):
+    in_range(self)
     file = self.tokenizer.endswith('.json')
     if self.tokenizer not in TOKENIZERS and not file:
       raise DataError(
@@ -90,23 +101,10 @@ class TextConfig:
         f'data.separator is {self.separator!r}, but data.tokenizer is'
         f' {self.tokenizer!r}, which has its own'
       )
-    if self.order not in ORDERS:
-      raise DataError(
-        f'data.order is {self.order!r}; it can be {" or ".join(ORDERS)}'
-      )
     if self.tokenizer == 'bpe' and self.vocab_size < MIN_BPE_VOCAB:
       raise DataError(
         f'data.vocab_size is {self.vocab_size}; bpe needs at least'
         f' {MIN_BPE_VOCAB}: 256 bytes and the separator'
-      )
-    if not 0 < self.eval_fraction < 1:
-      raise DataError(
-        f'data.eval_fraction is {self.eval_fraction};'
-        ' it must lie between 0 and 1'
-      )
-    if self.eval_bytes < 0:
-      raise DataError(
-        f'data.eval_bytes is {self.eval_bytes}; it must be 0 (all) or more'
       )
 
 

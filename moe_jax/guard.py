@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from moe_jax import ranges
+
 KNOWN = 50  # good steps that mean and deviation are over, and need
 
 
@@ -21,14 +23,12 @@ KNOWN = 50  # good steps that mean and deviation are over, and need
 class Config:
   """config.default() says what each field means."""
 
-  spike: float
-  skips: int
-  rollbacks: int
+  spike: ranges.NonNegative
+  skips: ranges.Count
+  rollbacks: ranges.Natural
 
   def __post_init__(self):
-    for name, least in (('spike', 0), ('skips', 1), ('rollbacks', 0)):
-      if getattr(self, name) < least:
-        raise ValueError(f'guard.{name}={getattr(self, name)} is < {least}')
+    ranges.check(type(self), vars(self), 'guard.')
 
 
 class State(NamedTuple):

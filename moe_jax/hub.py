@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from moe_jax import corpus
+from moe_jax import corpus, ranges
 from moe_jax.corpus import Corpus, DataError, Document
 
 ROWS_AT_ONCE = 1000
@@ -47,8 +47,8 @@ class HubConfig(corpus.TextConfig):
   field: str = 'text'
   revision: str = ''
   streaming: bool = False
-  documents: int = 0
-  eval_documents: int = 0
+  documents: ranges.Amount = 0
+  eval_documents: ranges.Amount = 0
 
   def __post_init__(self):
     super().__post_init__()
@@ -59,11 +59,6 @@ class HubConfig(corpus.TextConfig):
         raise DataError(f"data.{name} is empty; 'huggingface' needs it")
     if self.split == self.eval_split:
       raise DataError(f'data.split and data.eval_split are both {self.split!r}')
-    for name in ('documents', 'eval_documents'):
-      if getattr(self, name) < 0:
-        raise DataError(
-          f'data.{name} is {getattr(self, name)}; it must be 0 (all) or more'
-        )
     if self.eval_documents and not self.eval_split:
       raise DataError(
         f'data.eval_documents is {self.eval_documents}, but data.eval_split'

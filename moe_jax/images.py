@@ -24,19 +24,19 @@ import pathlib
 import zipfile
 import zlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import grain
 import numpy as np
 
-from moe_jax import corpus, exact
-from moe_jax.corpus import DataError
+from moe_jax import corpus, exact, ranges
+from moe_jax.corpus import DataError, in_range
 from moe_jax.rows import Batch, Batches, of_batch, READ, spread
 
 logger = logging.getLogger(__name__)
 
 SOURCES = ('digits', 'images')
-CHANNELS = ('', 'last', 'first')
+CHANNELS = ('auto', 'last', 'first')
 MOST_CHANNELS = 4  # of a picture; a side has more pixels
 
 # What numpy, zipfile and zlib say of a file that is broken or packed in a way
@@ -61,8 +61,8 @@ class ImagesConfig:
   hash of the pixels. Copies of held-out images are not trained on.
 
   Attributes:
-    channels: the axis of an image that has them, 'last' or 'first'; '' tells
-      by the shape, see `_channels`.
+    channels: the axis of an image that has them, 'last' or 'first'; 'auto'
+      tells by the shape, see `_channels`.
 
   Raises:
     DataError: a value is unknown, out of range, or would not be read.
@@ -72,15 +72,17 @@ class ImagesConfig:
   path: str = ''
   images_key: str = 'images,x_train'
   labels_key: str = 'labels,y_train'
-  channels: str = ''
+  channels: Annotated[str, ranges.OneOf(CHANNELS)] = 'auto'
   eval_path: str = ''
   eval_images_key: str = 'x_test'
   eval_labels_key: str = 'y_test'
-  eval_fraction: float = 0.1
-  eval_images: int = 0  # of a periodic evaluation; 0 is all
-  shift: int = 0  # training images move by up to so many pixels; 0 fills in
+  eval_fraction: ranges.Part = 0.1
+  eval_images: ranges.Natural = 0  # of a periodic evaluation; 0 is all
+  # Pixels by which training images move at the most; 0 fills in.
+  shift: ranges.Natural = 0
 
   def __post_init__(self):
+    in_range(self)
     if self.source not in SOURCES:
       raise DataError(
         f'data.source is {self.source!r}; it can be {" or ".join(SOURCES)}'
@@ -88,27 +90,16 @@ class ImagesConfig:
     if self.source == 'images' and not self.path:
       raise DataError("data.path is empty; data.source 'images' needs a glob")
     if self.source == 'digits':
-      for name in ('path', 'channels', 'eval_path'):
-        if getattr(self, name):
+      for name, unset in (
+        ('path', ''),
+        ('channels', 'auto'),
+        ('eval_path', ''),
+      ):
+        if getattr(self, name) != unset:
           raise DataError(
             f"data.{name} is set, but data.source is 'digits';"
             " data.source='images' reads files"
           )
-    if self.channels not in CHANNELS:
-      raise DataError(
-        f"data.channels is {self.channels!r}; it can be 'last', 'first' or ''"
-      )
-    if not 0 < self.eval_fraction < 1:
-      raise DataError(
-        f'data.eval_fraction is {self.eval_fraction};'
-        ' it must lie between 0 and 1'
-      )
-    if self.eval_images < 0:
-      raise DataError(
-        f'data.eval_images is {self.eval_images}; it must be 0 (all) or more'
-      )
-    if self.shift < 0:
-      raise DataError(f'data.shift is {self.shift}; it must be 0 or more')
 
 
 class Split(NamedTuple):
@@ -326,7 +317,7 @@ def _digits() -> Split:
       "data.source 'digits' needs scikit-learn: pip install -e '.[vision]'"
     ) from error
   digits = datasets.load_digits()
-  return _split(digits.images, digits.target, '', "scikit-learn's digits")
+  return _split(digits.images, digits.target, 'last', "scikit-learn's digits")
 
 
 def _files(config: ImagesConfig) -> tuple[Split, Split, int]:
@@ -465,8 +456,10 @@ def _split(
       ' classes count from 0'
     )
   if images.ndim == 3:
-    images = images[..., None]
-  elif (channels or _channels(images.shape, where)) == 'first':
+    return Split(images[..., None], labels.astype(np.int32))
+  if channels == 'auto':
+    channels = _channels(images.shape, where)
+  if channels == 'first':
     images = np.ascontiguousarray(np.moveaxis(images, 1, -1))
   return Split(images, labels.astype(np.int32))
 

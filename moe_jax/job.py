@@ -128,6 +128,7 @@ def prepare(config: Any, workdir: str) -> Job | None:
     )
   _check_groups(c, model)
   _check_writing(c, model)
+  _check_router(c)
   if c['init_from'] and not checkpoint.steps(workdir):
     _check_beginning(c, model, found)
   job = Job(
@@ -177,6 +178,13 @@ def _check_groups(c, model):
         f' (batch_size={c["batch_size"]} /'
         f' optimizer.accumulate={c["optimizer"]["accumulate"]})'
       )
+
+
+def _check_router(c):
+  """ValueError, one line, for what a router refuses when it is called."""
+  m, options = c['model'], dict(c['model']['router'])
+  router, E = routers.get(options.pop('name')), m['E'] * m['layers_per_pool']
+  routers.losses(router, m['D'], E, c['steps'], **options)
 
 
 def _check_beginning(c, model, found):

@@ -2,9 +2,11 @@
 
   moe-train --config=configs/tiny.py --workdir=runs/tiny --config.steps=50
 
-The same command continues a run that was stopped. Several processes train one
-model when each is started with the same config and a work directory that all
-of them see, and with
+`moe-options` lists what --config.KEY can set, and what each may be. The same
+command continues a run that was stopped. moe-options lists every
+option of a config, and what it may be. Several processes train one model when
+each is started with the same config and a work directory that all of them see,
+and with
 
   --coordinator=auto                                    on Cloud TPU or SLURM
   --coordinator=HOST:PORT --processes=2 --process=0     elsewhere; 1, ...
@@ -16,7 +18,7 @@ import signal
 from absl import flags, logging
 from ml_collections import config_flags
 
-from moe_jax import commands
+from moe_jax import commands, ranges
 
 _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'A file with get_config(), see configs/.', lock_config=True
@@ -32,6 +34,8 @@ _COORDINATOR = flags.DEFINE_string(
 )
 _PROCESSES = flags.DEFINE_integer('processes', None, 'How many there are.')
 _PROCESS = flags.DEFINE_integer('process', None, 'Which one this is, from 0.')
+commands.within(_PROCESSES, ranges.Count)
+commands.within(_PROCESS, ranges.Natural)
 
 
 def main(argv: list[str]) -> None:

@@ -16,16 +16,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from moe_jax import ranges
+
 Forward = Callable[..., tuple[jax.Array, list[dict[str, Any]]]]
-Losses = dict[str, float]
+Losses = dict[str, ranges.NonNegative]
 
 
-def next_token(*, losses: Losses, smoothing: float = 0.0) -> Callable:
+def next_token(*, losses: Losses, smoothing: ranges.Fraction = 0.0) -> Callable:
   """Cross-entropy of the next token, and the routers' losses.
 
   Args:
-    losses: weight of each router loss, summed over layers and iterations. A
-      loss that the router in use does not report counts nothing.
+    losses: weight of each router loss, summed over layers and iterations. One
+      that the router does not report counts nothing here; config.resolve
+      refuses it unless it is one of config.LOSSES.
     smoothing: of the labels, see `smoothed`; metrics stay without it.
   """
 
@@ -40,7 +43,10 @@ def next_token(*, losses: Losses, smoothing: float = 0.0) -> Callable:
 
 
 def consistency(
-  *, losses: Losses, alpha: float = 5.0, smoothing: float = 0.1
+  *,
+  losses: Losses,
+  alpha: ranges.NonNegative = 5.0,
+  smoothing: ranges.Fraction = 0.1,
 ) -> Callable:
   """Two passes that shall agree (THOR, Zuo et al. 2021, arXiv 2110.04260).
 
@@ -168,8 +174,9 @@ OBJECTIVES = {
 
 
 def get(name: str, **options) -> Callable[..., tuple]:
-  """The objective of that name; ValueError if there is none."""
+  """The objective of that name; ValueError if there is none such."""
   if name not in OBJECTIVES:
     known = ', '.join(OBJECTIVES)
     raise ValueError(f'no objective {name!r}; there are {known}')
+  ranges.check(OBJECTIVES[name], options)
   return OBJECTIVES[name](**options)

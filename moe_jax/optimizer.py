@@ -3,50 +3,36 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from optax import contrib
 
-from moe_jax import exact
+from moe_jax import exact, ranges
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
   """config.default() says what each field means."""
 
-  name: str
-  learning_rate: float
-  schedule: str
-  warmup: float
-  decay: float
-  end: float
-  b1: float
-  b2: float
-  eps: float
-  weight_decay: float
-  clip: float
-  moments: str
-  accumulate: int
+  name: 'Annotated[str, ranges.OneOf(OPTIMIZERS)]'
+  learning_rate: ranges.NonNegative
+  schedule: 'Annotated[str, ranges.OneOf(SCHEDULES)]'
+  warmup: ranges.Fraction
+  decay: ranges.Fraction
+  end: ranges.Fraction
+  b1: ranges.Decay
+  b2: ranges.Decay
+  eps: ranges.Positive
+  weight_decay: ranges.NonNegative
+  clip: ranges.NonNegative
+  moments: 'Annotated[str, ranges.OneOf(MOMENTS)]'
+  accumulate: ranges.Count
 
   def __post_init__(self):
-    for field, known in (
-      ('name', OPTIMIZERS),
-      ('schedule', SCHEDULES),
-      ('moments', MOMENTS),
-    ):
-      if getattr(self, field) not in known:
-        value, known = getattr(self, field), ', '.join(known)
-        raise ValueError(f'optimizer.{field}={value!r}; there are {known}')
-    for name in ('warmup', 'decay', 'end'):
-      value = getattr(self, name)
-      if not 0 <= value <= 1:
-        raise ValueError(f'{name}={value} is not a fraction in [0, 1]')
-    for name in ('learning_rate', 'clip', 'weight_decay'):
-      if getattr(self, name) < 0:
-        raise ValueError(f'{name}={getattr(self, name)} is negative')
+    ranges.check(type(self), vars(self), 'optimizer.')
     if self.schedule == 'inverse_sqrt' and self.warmup == 0:
       raise ValueError(
         'schedule=inverse_sqrt falls from the end of a warm-up,'
@@ -56,8 +42,6 @@ class Config:
       raise ValueError(
         f'warmup={self.warmup} and decay={self.decay} are more than all steps'
       )
-    if self.accumulate < 1:
-      raise ValueError(f'accumulate={self.accumulate} is < 1')
 
 
 class Span(NamedTuple):

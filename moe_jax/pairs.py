@@ -33,13 +33,13 @@ import os
 import pathlib
 import re
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import grain
 import numpy as np
 
-from moe_jax import cache, corpus, exact, tokenizer
-from moe_jax.corpus import DataError
+from moe_jax import cache, corpus, exact, ranges, tokenizer
+from moe_jax.corpus import DataError, in_range
 from moe_jax.rows import Batch, Batches, of_batch, READ, spread
 
 logger = logging.getLogger(__name__)
@@ -77,35 +77,28 @@ class PairsConfig:
   source: str = 'pairs'
   path: str = ''
   eval_path: str = ''
-  eval_fraction: float = 0.05
-  vocab_size: int = 8192
+  eval_fraction: ranges.Part = 0.05
+  # Bytes, a mark and a pad at the least.
+  vocab_size: Annotated[int, ranges.Within(f'[{MIN_VOCAB}, 2^31)')] = 8192
   cache_dir: str = ''
   language: str = ''
-  eval_lines: int = 0
-  bleu_lines: int = 200
-  beam: int = 4
-  penalty: float = 1.0
-  max_length: int = 64
+  eval_lines: ranges.Natural = 0
+  bleu_lines: ranges.Natural = 200
+  beam: ranges.Count = 4
+  penalty: ranges.Real = 1.0
+  max_length: ranges.Count = 64
 
   def __post_init__(self):
+    in_range(self)
     if self.source != 'pairs':
       raise DataError(f'data.source is {self.source!r}; it can be pairs')
     if not self.path:
       raise DataError('data.path is empty; pairs need a glob of .tsv files')
-    if not 0 < self.eval_fraction < 1:
+    if self.max_length < 3:
       raise DataError(
-        f'data.eval_fraction is {self.eval_fraction};'
-        ' it must lie between 0 and 1'
+        f'seq_len is {self.max_length}; it must be 3 (a language, a token, a'
+        ' mark) or more'
       )
-    for key, value, least, why in (
-      ('data.vocab_size', self.vocab_size, MIN_VOCAB, 'bytes, a mark, a pad'),
-      ('data.eval_lines', self.eval_lines, 0, 'all'),
-      ('data.bleu_lines', self.bleu_lines, 0, 'none'),
-      ('data.beam', self.beam, 1, 'greedy'),
-      ('seq_len', self.max_length, 3, 'a language, a token, a mark'),
-    ):
-      if value < least:
-        raise DataError(f'{key} is {value}; it must be {least} ({why}) or more')
     try:
       groups = re.compile(self.language).groups
     except re.error as error:

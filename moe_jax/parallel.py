@@ -22,7 +22,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +30,19 @@ import numpy as np
 from flax import nnx
 from jax.experimental import mesh_utils
 
-from moe_jax import exact
+from moe_jax import exact, ranges
 from moe_jax import plan as plans
 from moe_jax.plan import Plan
+
+
+class Sizes(TypedDict):
+  """Devices along each axis of a mesh."""
+
+  data: ranges.Count
+  fsdp: ranges.Count
+  expert: ranges.Count
+  tensor: ranges.Count
+
 
 AXES = ('data', 'fsdp', 'expert', 'tensor')
 P = jax.sharding.PartitionSpec
@@ -417,7 +427,11 @@ def shardings(tree: Any, mesh: jax.sharding.Mesh) -> Any:
 
 
 def layout(
-  mesh: jax.sharding.Mesh, k: float, *, strategy: str, factor: float | None
+  mesh: jax.sharding.Mesh,
+  k: float,
+  *,
+  strategy: Annotated[str, ranges.OneOf(('auto', *STRATEGIES))],
+  factor: ranges.Positive | None,
 ) -> tuple[Layout, str]:
   """The layout, and what a log says of it.
 
@@ -428,9 +442,8 @@ def layout(
   Raises:
     ValueError: there is no such strategy, or none on such a mesh.
   """
+  ranges.check(layout, {'strategy': strategy, 'factor': factor}, 'parallel.')
   n, platform = mesh.shape['expert'], mesh.devices.flat[0].platform
-  if factor is not None and factor <= 0:
-    raise ValueError(f'parallel.factor={factor} is not above 0')
   name = said = choose(strategy, n, k, platform)
   if name == 'ragged' and platform == 'tpu' and not _takes_ragged(mesh):
     name, said = 'all_to_all', 'all_to_all: this network takes no ragged one'
@@ -445,12 +458,8 @@ def choose(strategy: str, n: int, k: float, platform: str) -> str:
   everywhere anyway; else `ragged`.
 
   Raises:
-    ValueError: there is no such strategy, or none on such a mesh.
+    ValueError: there is no such strategy on such a mesh.
   """
-  if strategy not in ('auto', *STRATEGIES):
-    raise ValueError(
-      f'parallel.strategy={strategy!r}; there are auto, {", ".join(STRATEGIES)}'
-    )
   if strategy in HERE and n > 1:
     raise ValueError(
       f'parallel.strategy={strategy!r} has all experts here, mesh.expert={n}'
@@ -520,6 +529,7 @@ def mesh(
   Raises:
     ValueError: these devices make no such mesh.
   """
+  ranges.check(Sizes, sizes, 'mesh.')
   shape = [sizes[axis] for axis in AXES]
   devices = jax.devices() if devices is None else devices
   need, tpu = math.prod(shape), devices[0].platform == 'tpu'

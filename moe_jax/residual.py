@@ -14,11 +14,13 @@ A link is how the answers of several iterations join inside one layer.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from moe_jax import ranges
 
 
 class Residual(NamedTuple):
@@ -44,7 +46,7 @@ def replace() -> Residual:
 
 
 def heavy_ball(
-  mu: float = 0.7, gamma: float = 1.0, sign: float = 1.0
+  mu: ranges.Real = 0.7, gamma: ranges.Real = 1.0, sign: ranges.Real = 1.0
 ) -> Residual:
   """m = mu m + gamma h; x + sign m.
 
@@ -61,14 +63,14 @@ def heavy_ball(
 
 
 def adam(
-  gamma: float = 1.0,
-  b1: float = 0.9,
-  b2: float = 0.999,
-  mu: float = 0.7,
-  momentum_gamma: float = 1.0,
-  layers: str = 'first',
-  decay: float = 1.0,
-  eps: float = 1e-8,
+  gamma: ranges.Real = 1.0,
+  b1: ranges.Decay = 0.9,
+  b2: ranges.Decay = 0.999,
+  mu: ranges.Real = 0.7,
+  momentum_gamma: ranges.Real = 1.0,
+  layers: Literal['first', 'all'] = 'first',
+  decay: ranges.Fraction = 1.0,
+  eps: ranges.Positive = 1e-8,
 ) -> Residual:
   """p = b1 p + (1 - b1) h; v = b2 v + (1 - b2) h^2; eps inside the root:
 
@@ -78,8 +80,6 @@ def adam(
   m = mu m + momentum_gamma h; x - m, in which the first answer counts too; so
   has it the authors' code, and decay 1. With 'all' it is every layer.
   """
-  if layers not in ('first', 'all'):
-    raise ValueError(f"layers is {layers!r}, not 'first' or 'all'")
 
   def apply(x, memory, h, depth):
     p, v, m = memory
@@ -93,15 +93,16 @@ def adam(
   return Residual(lambda x: (jnp.zeros_like(x),) * 3, apply)
 
 
-def robust(rho: float = 0.2, kappa: float = 1.25) -> Residual:
+def robust(
+  rho: Annotated[float, ranges.Within('(0, 1)')] = 0.2,
+  kappa: Annotated[float, ranges.Within('(1, inf)')] = 1.25,
+) -> Residual:
   """m = alpha m - h; x + beta m, with h answered at what peek shows.
 
   The robust momentum method (Cyrus et al. 2018, arXiv 1710.04753) of rate rho
   for condition numbers up to kappa and curvatures up to 1: ValueError unless
   1 - 1 / sqrt(kappa) <= rho <= 1 - 1 / kappa.
   """
-  if kappa <= 1:
-    raise ValueError(f'kappa is {kappa}, not above 1')
   low, high = 1 - kappa**-0.5, 1 - 1 / kappa
   if not low - 1e-9 <= rho <= high + 1e-9:
     between = f'[{low:.4f}, {high:.4f}]'
@@ -119,7 +120,7 @@ def robust(rho: float = 0.2, kappa: float = 1.25) -> Residual:
 
 
 def complex_momentum(
-  b1: float = 0.7, b2: float = 0.1, gamma: float = 1.0
+  b1: ranges.Real = 0.7, b2: ranges.Real = 0.1, gamma: ranges.Real = 1.0
 ) -> Residual:
   """m = (b1 + i b2) m + gamma h; x - Re m, with m as a pair of real arrays."""
 
@@ -177,9 +178,10 @@ REFUSED = {
 
 
 def get(name: str, **options) -> Residual:
-  """The rule of that name; ValueError if there is none."""
+  """The rule of that name; ValueError if there is none such."""
   if name not in RULES:
     raise ValueError(f'no residual rule {name!r}; there are {", ".join(RULES)}')
+  ranges.check(RULES[name], options)
   return _wide(RULES[name](**options))
 
 

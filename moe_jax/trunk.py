@@ -7,17 +7,18 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax import attention, block, init, norm, ops
+from moe_jax import attention, block, init, norm, ops, ranges
 from moe_jax import residual as residuals
 from moe_jax import routers as routing
 from moe_jax.experts import ACTIVATIONS, Dense, Experts
 from moe_jax.parallel import Layout
+from moe_jax.ranges import OneOf
 
 DTYPES = ('float32', 'bfloat16', 'float64')
 SEGMENTS = ('body', 'ragged')  # whole groups of layers, and what is left over
@@ -30,41 +31,36 @@ class Config:
   Raises ValueError, with the values, for what cannot be built.
   """
 
-  N: int
-  D: int
-  H: int
-  F: int
-  E: int
-  expert_F: int
-  shared_F: int
+  N: ranges.Count
+  D: ranges.Count
+  H: ranges.Count
+  F: ranges.Count
+  E: ranges.Count
+  expert_F: ranges.Count
+  shared_F: ranges.Natural
   pattern: str
-  first_dense: int
-  layers_per_pool: int
+  first_dense: ranges.Natural
+  layers_per_pool: ranges.Count
   ragged_pool: bool
-  iterations: int
-  routing: str
-  link: str
+  iterations: ranges.Count
+  routing: Annotated[str, OneOf(block.ROUTINGS)]
+  link: Annotated[str, OneOf(residuals.LINKS)]
   residual: dict[str, Any]
   router: dict[str, Any]
   attention: dict[str, Any]
-  block: str
-  norm: str
-  eps: float
-  activation: str
+  block: Annotated[str, OneOf(block.BLOCKS)]
+  norm: Annotated[str, OneOf(norm.NORMS)]
+  eps: ranges.Positive
+  activation: Annotated[str, OneOf(ACTIVATIONS)]
   bias: bool
-  init: str
-  dropout: float
-  dtype: str
+  init: Annotated[str, OneOf(init.SCHEMES)]
+  dropout: Annotated[float, ranges.Within('[0, 1)')]
+  dtype: Annotated[str, OneOf(DTYPES)]
   remat: bool
-  gmm: str
+  gmm: Annotated[str, OneOf(('auto', *ops.GMM))]
 
   def __post_init__(self):
-    sizes = ('N', 'D', 'H', 'F', 'E', 'expert_F')
-    for name in (*sizes, 'layers_per_pool', 'iterations'):
-      require(getattr(self, name) >= 1, f'{name}={getattr(self, name)} is < 1')
-    for name in ('shared_F', 'first_dense'):
-      require(getattr(self, name) >= 0, f'{name}={getattr(self, name)} is < 0')
-    require(0 <= self.dropout < 1, f'dropout={self.dropout} is not in [0, 1)')
+    ranges.check(type(self), vars(self))
     require(
       self.pattern.count('m') <= 1
       and self.pattern
@@ -90,16 +86,6 @@ class Config:
       f'N={self.N} cuts pattern={self.pattern!r} off inside a pool of'
       f' layers_per_pool={self.layers_per_pool}',
     )
-    for name, known in (
-      ('activation', ACTIVATIONS),
-      ('dtype', DTYPES),
-      ('block', block.BLOCKS),
-      ('norm', norm.NORMS),
-      ('init', init.SCHEMES),
-      ('routing', block.ROUTINGS),
-    ):
-      value = getattr(self, name)
-      require(value in known, f'{name}={value!r}; there are {", ".join(known)}')
     residuals.check(self.link, self.residual.get('name'))
 
   @property

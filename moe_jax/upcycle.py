@@ -16,7 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import checkpoint, config, convert, pieces, programs, routing
+from moe_jax import (
+  checkpoint,
+  config,
+  convert,
+  pieces,
+  programs,
+  ranges,
+  routing,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,24 +58,21 @@ class Growth:
     seed: of these draws.
   """
 
-  E: int = 0
-  k: int = 2
-  slices: int = 1
+  E: ranges.Natural = 0
+  k: ranges.Count = 2
+  slices: ranges.Count = 1
   pattern: str = 'm'
-  first_dense: int = 0
-  iterations: int = 1
-  std: float = 0.02
-  seed: int = 0
+  first_dense: ranges.Natural = 0
+  iterations: ranges.Count = 1
+  std: ranges.NonNegative = 0.02
+  seed: ranges.Seed = 0
 
   def __post_init__(self):
-    if self.iterations < 1:
-      raise ValueError(f'upcycle: iterations={self.iterations} is < 1')
-    if not 0 <= self.std < float('inf'):
-      raise ValueError(f'upcycle: std={self.std} is not in [0, inf)')
+    ranges.check(type(self), vars(self), 'upcycle: ')
 
   def check(self, F: int) -> None:
     """ValueError, with the values, for what cannot be the dense layer."""
-    if self.slices < 1 or F % self.slices:
+    if F % self.slices:
       raise ValueError(f'slices={self.slices} does not divide F={F}')
     for name in ('E', 'k'):
       value = getattr(self, name)
@@ -82,7 +87,7 @@ class Growth:
 
 def parse(given: list[str]) -> Growth:
   """The growth of a flag like E=8,k=2; ValueError, one line, for others."""
-  kinds = {field.name: field.type for field in dataclasses.fields(Growth)}
+  kinds = {name: said.kind for name, said in ranges.options(Growth).items()}
   values = {}
   for text in given:
     name, _, value = text.partition('=')

@@ -56,7 +56,7 @@ def test_mean_and_variance_begin_as_plain_ones():
   'field, value', [('spike', -1.0), ('skips', 0), ('rollbacks', -1)]
 )
 def test_a_rule_that_cannot_be_is_named(field, value):
-  with pytest.raises(ValueError, match=f'guard.{field}={value} is <'):
+  with pytest.raises(ValueError, match=f'guard.{field}={value} is not'):
     rule(**{field: value})
 
 

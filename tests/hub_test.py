@@ -242,8 +242,8 @@ def test_without_the_library_it_says_what_to_install(monkeypatch):
     ({'split': ''}, 'data.split is empty'),
     ({'field': ''}, 'data.field is empty'),
     ({'eval_split': 'train'}, "are both 'train'"),
-    ({'documents': -1}, 'data.documents is -1'),
-    ({'eval_split': 'test', 'eval_documents': -1}, 'eval_documents is -1'),
+    ({'documents': -1}, 'data.documents=-1 is not'),
+    ({'eval_split': 'test', 'eval_documents': -1}, 'eval_documents=-1 is not'),
     ({'eval_documents': 5}, 'data.eval_split is empty'),
     ({'order': 'sideways'}, "'sideways'"),  # as for all text
   ],

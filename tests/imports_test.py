@@ -27,7 +27,7 @@ LEVELS = (
   {'trunk'},
   {'block', 'routers', 'experts', 'residual', 'attention', 'parallel'}
   | {'fused'},
-  {'plan', 'balance', 'ops', 'norm', 'init', 'exact'},
+  {'plan', 'balance', 'ops', 'norm', 'init', 'exact', 'ranges'},
 )
 # Within a level.
 BESIDE = {
@@ -35,7 +35,7 @@ BESIDE = {
   'convert': {'routing'},
   'upcycle': {'convert', 'routing'},
   'generate': {'routing'},
-  'config': {'dataset', 'objective'},
+  'config': {'dataset', 'guard', 'models', 'objective', 'optimizer'},
   'dataset': {'data', 'pairs', 'images', 'tokenizer', 'hub', 'corpus'},
   'data': {'rows', 'tokenizer', 'corpus', 'cache'},
   'pairs': {'rows', 'tokenizer', 'corpus', 'cache'},

@@ -17,7 +17,7 @@ WRONG = {
   'seq_len': (1, 'seq_len=1'),
   'log_every': (-1, 'log_every=-1'),
   'model.router.k': (5, 'k is 5.*4 experts'),
-  'model.router.capacity': (0.0, 'capacity is 0.0'),
+  'model.router.capacity': (0.0, 'capacity=0.0'),
   'model.router.score': ('tanh', "'tanh'"),
   'model.H': (3, r'H \(3\) does not divide D \(16\)'),
   'model.attention.J': (3, r'J \(3\) does not divide H \(2\)'),
@@ -35,6 +35,15 @@ WRONG = {
   'model.name': ('rnn', "'rnn'.*decoder"),
   'model.gmm': ('gpu', "'gpu' on cpu.*xla"),
   'model.dtype': ('float16', "dtype='float16'"),
+  'model.eps': (-1.0, r'eps=-1.0 .*\(0, inf\)'),
+  'model.attention.theta': (0.0, r'theta=0.0 .*\(1, inf\)'),
+  'model.router.bias_rate': (-0.1, r'bias_rate=-0.1 .*\[0, inf\)'),
+  'objective.smoothing': (1.5, r'smoothing=1.5 .*\[0, 1\]'),
+  'objective.losses.balance': (-1.0, r'losses.balance=-1.0 .*\[0, inf\)'),
+  'optimizer.b1': (1.5, r'b1=1.5 .*\[0, 1\)'),
+  'optimizer.b2': (1.0, r'b2=1.0 .*\[0, 1\)'),
+  'optimizer.eps': (-1.0, r'eps=-1.0 .*\(0, inf\)'),
+  'mesh.tensor': (0, r'mesh.tensor=0 .*\[1, 2'),
   'mesh.data': (16, 'data=16.*16 devices.*8'),
   'mesh.fsdp': (3, 'batch_size=8.*3'),
   'mesh.expert': (8, 'mesh.expert=8.*model.E=4'),
@@ -105,6 +114,18 @@ def test_a_patch_is_tried_on_the_images_that_are_read(tmp_path):
   c.model.patch = 8
   with pytest.raises(ValueError, match=r'patch \(8\).*rows.*\(28\)'):
     jobs.prepare(c, str(tmp_path / 'run'))
+
+
+def test_what_a_router_refuses_at_a_step_is_told_before_the_first(
+  corpus, tmp_path
+):
+  """Which of the two comes first depends on the steps of the run."""
+  c = small_config(corpus, steps=100)
+  c.model.router = config.router('rexmoe', first=2, start=0.5, end=7)
+  with pytest.raises(ValueError, match='from step 50 to 7, before it'):
+    jobs.prepare(c, str(tmp_path / 'run'))
+  c.steps = 8
+  assert jobs.prepare(c, str(tmp_path / 'run'))
 
 
 @pytest.mark.parametrize('key', WRONG)

@@ -32,7 +32,8 @@ def moe_train(*arguments, config='configs/tiny.py'):
     ('--config.steps=many', '--config.steps=many: invalid literal for int()'),
     ('--confg.steps=3', "Unknown command line flag 'confg.steps'"),
     ('steps=3', "unexpected argument 'steps=3'"),
-    ('--config.seq_len=1', 'seq_len=1 is < 2'),
+    ('--config.seq_len=1', 'seq_len=1 is not an int in [2, 2^31)'),
+    ('--process=-1', 'process=-1 is not an int in [0, 2^31)'),
     ('--process=0', 'go with --coordinator=host:port, not without it'),
   ],
 )
@@ -79,6 +80,7 @@ def test_auto_where_jax_knows_no_cluster_is_one_line(tmp_path):
 def test_help_tells_of_the_flags():
   run = moe_train('--help')
   assert '--config=configs/tiny.py' in run.stdout
+  assert 'How many there are. (int in [1, 2^31))' in run.stdout
   assert 'Where checkpoints, metrics and the report go' in run.stdout
 
 

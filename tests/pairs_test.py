@@ -570,9 +570,9 @@ def test_refuses_a_vocabulary_the_text_cannot_fill(tmp_path):
   ('options', 'words'),
   [
     ({'path': ''}, 'data.path is empty'),
-    ({'eval_fraction': 0.0}, 'between 0 and 1'),
-    ({'vocab_size': 257}, 'data.vocab_size is 257; it must be 258'),
-    ({'eval_lines': -1}, 'data.eval_lines is -1'),
+    ({'eval_fraction': 0.0}, 'is not a float in (0, 1)'),
+    ({'vocab_size': 257}, 'data.vocab_size=257 is not an int in [258, 2^31)'),
+    ({'eval_lines': -1}, 'data.eval_lines=-1 is not'),
     ({'max_length': 2}, 'seq_len is 2; it must be 3'),
     ({'source': 'text'}, "'text'; it can be pairs"),
     ({'language': 'en-('}, "'en-(' is no regular expression"),

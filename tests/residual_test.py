@@ -188,8 +188,8 @@ def test_robust_is_between_triple_momentum_and_gradient_descent(kappa):
 
 
 def test_robust_needs_a_condition_number_above_one():
-  with pytest.raises(ValueError, match='kappa is 1, not above 1'):
-    residual.get('robust', rho=0.0, kappa=1)
+  with pytest.raises(ValueError, match=r'kappa=1 is not a float in \(1, inf\)'):
+    residual.get('robust', rho=0.1, kappa=1)
 
 
 def test_complex_without_an_imaginary_part_is_heavy_ball():

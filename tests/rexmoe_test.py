@@ -264,12 +264,14 @@ def test_losses_are_over_the_pool_and_over_the_candidates():
     ({'k': 13}, 'k is 13'),
     ({'schedule': 'cosine'}, "'cosine'"),
     ({'mask': 'half'}, "'half'"),
-    ({'start': -0.1}, 'start is -0.1'),
+    ({'start': -0.1}, 'start=-0.1 is not'),
     ({'first': 4, 'stages': '5:6'}, "'5:6' with schedule='linear'"),
     ({'first': 4, 'schedule': 'stepwise'}, "'' with schedule='stepwise'"),
     ({'schedule': 'stepwise', 'stages': '5:6'}, 'first=None'),
     ({'first': 4, 'schedule': 'stepwise', 'stages': '5:20'}, '20 candidates'),
     ({'first': 4, 'schedule': 'stepwise', 'stages': '5-6'}, "'5-6'"),
+    ({'first': 4, 'schedule': 'stepwise', 'stages': 'nan:6'}, "'nan:6' .*=nan"),
+    ({'first': 4, 'schedule': 'stepwise', 'stages': '-1:6'}, "'-1:6' .*=-1.0"),
   ],
 )
 def test_options_that_cannot_be_followed_are_refused(options, told):

@@ -156,7 +156,7 @@ def test_losses_have_finite_slopes(loss, scale):
 
 
 def test_negative_noise_is_refused():
-  with pytest.raises(ValueError, match='noise is -1'):
+  with pytest.raises(ValueError, match=r'noise=-1\.0 is not'):
     _router(noise=-1.0)
-  with pytest.raises(ValueError, match='capacity is 0'):
+  with pytest.raises(ValueError, match=r'eval_capacity=0\.0 is not'):
     _router(eval_capacity=0.0)

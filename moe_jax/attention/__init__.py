@@ -10,7 +10,7 @@ import functools
 import importlib
 import math
 import pkgutil
-from typing import Any
+from typing import Annotated, Any
 
 import flax.struct
 import jax
@@ -18,10 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from moe_jax import ranges
 from moe_jax.init import Scheme
 
 # Queries that meet the keys up to them at once: at least, and blocks at most.
 _BLOCK, _BLOCKS = 128, 8
+# Of rotary frequencies, which fall from pair to pair.
+Base = Annotated[float, ranges.Within('(1, inf)')]
 
 
 @flax.struct.dataclass
@@ -50,6 +53,11 @@ class Attention(nnx.Module):
 
   caches = 0
   crosses = False
+
+  def __init_subclass__(cls, **kwargs):
+    super().__init_subclass__(**kwargs)
+    if '__init__' in vars(cls):
+      cls.__init__ = ranges.checked(cls.__init__)
 
   def __init__(
     self,
@@ -291,6 +299,13 @@ class Yarn:
   beta_slow: float
   length: int
   by_turns: bool = False
+
+  def __post_init__(self):
+    if self.factor and self.beta_fast <= self.beta_slow:
+      raise ValueError(
+        f'yarn_beta_fast={self.beta_fast} is not above'
+        f' yarn_beta_slow={self.beta_slow}'
+      )
 
   def frequency(self, theta: float, P: int) -> np.ndarray:
     """float64 [P/2], radians per token."""

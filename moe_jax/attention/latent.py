@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe_jax import attention
+from moe_jax import attention, ranges
 from moe_jax.init import Scheme
 from moe_jax.norm import RMSNorm
 
@@ -44,19 +44,19 @@ class Attention(attention.Attention):
     *,
     scheme: Scheme,
     out_scale: float = 1.0,
-    nope: int = 128,
-    rope: int = 64,
-    value: int = 128,
-    rank: int = 512,
-    query_rank: int | None = None,
-    theta: float = 10_000.0,
+    nope: ranges.Count = 128,
+    rope: ranges.Count = 64,
+    value: ranges.Count = 128,
+    rank: ranges.Count = 512,
+    query_rank: ranges.Count | None = None,
+    theta: attention.Base = 10_000.0,
     interleaved: bool = True,
-    yarn_factor: float = 0.0,
-    yarn_beta_fast: float = 32.0,
-    yarn_beta_slow: float = 1.0,
-    yarn_mscale: float = 1.0,
-    yarn_mscale_all_dim: float = 0.0,
-    yarn_length: int = 4096,
+    yarn_factor: ranges.NonNegative = 0.0,
+    yarn_beta_fast: ranges.Positive = 32.0,
+    yarn_beta_slow: ranges.Positive = 1.0,
+    yarn_mscale: ranges.NonNegative = 1.0,
+    yarn_mscale_all_dim: ranges.NonNegative = 0.0,
+    yarn_length: ranges.Count = 4096,
     rngs: nnx.Rngs,
   ):
     if rope % 2:

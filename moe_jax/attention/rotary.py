@@ -1,13 +1,14 @@
 """Rotary: grouped queries (arXiv 2305.13245), RoPE (arXiv 2104.09864)."""
 
 import math
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe_jax import attention
+from moe_jax import attention, ranges
 from moe_jax.init import Scheme
 from moe_jax.norm import RMSNorm
 
@@ -33,8 +34,8 @@ class Attention(attention.Attention):
       None.
 
   Raises:
-    ValueError: J does not divide H, H not D where `size` is None, heads have an
-      odd size, a window has no token, or there is no such qk_norm.
+    ValueError: J does not divide H, H not D where `size` is None, or heads have
+      an odd size.
   """
 
   def __init__(
@@ -44,24 +45,24 @@ class Attention(attention.Attention):
     *,
     scheme: Scheme,
     out_scale: float = 1.0,
-    J: int | None = None,
-    size: int | None = None,
-    theta: float = 10_000.0,
-    window: int | None = None,
+    J: ranges.Count | None = None,
+    size: ranges.Count | None = None,
+    theta: attention.Base = 10_000.0,
+    window: ranges.Count | None = None,
     bias: bool = False,
-    qk_norm: str = 'none',
-    eps: float = 1e-6,
-    yarn_factor: float = 0.0,
-    yarn_beta_fast: float = 32.0,
-    yarn_beta_slow: float = 1.0,
-    yarn_amplitude: float | None = None,
-    yarn_length: int = 4096,
+    qk_norm: Annotated[str, ranges.OneOf(NORMED)] = 'none',
+    eps: ranges.Positive = 1e-6,
+    yarn_factor: ranges.NonNegative = 0.0,
+    yarn_beta_fast: ranges.Positive = 32.0,
+    yarn_beta_slow: ranges.Positive = 1.0,
+    yarn_amplitude: ranges.Positive | None = None,
+    yarn_length: ranges.Count = 4096,
     yarn_by_turns: bool = False,
     rngs: nnx.Rngs,
   ):
     J = H if J is None else J
     S = attention.head_size(D, H) if size is None else size
-    _check(D, H, J, S, window, qk_norm)
+    _check(D, H, J, S)
     self.window, self.bias, self.qk_norm = window, bias, qk_norm
     yarn = attention.Yarn(
       *(yarn_factor, yarn_beta_fast, yarn_beta_slow),
@@ -146,7 +147,7 @@ class Attention(attention.Attention):
     return attention.rotate(x_BxLxHxS, frequency_P, place_BxL) * self.amplitude
 
 
-def _check(D, H, J, S, window, qk_norm):
+def _check(D, H, J, S):
   if H % J:
     raise ValueError(f'J ({J}) does not divide H ({H})')
   if S % 2:
@@ -154,7 +155,3 @@ def _check(D, H, J, S, window, qk_norm):
       f'D={D} over H={H} heads gives the odd size {S},'
       ' which rotary positions cannot pair'
     )
-  if window is not None and window < 1:
-    raise ValueError(f'window={window} has no token')
-  if qk_norm not in NORMED:
-    raise ValueError(f'qk_norm={qk_norm!r}; there are {", ".join(NORMED)}')

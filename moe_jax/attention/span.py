@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe_jax import attention
+from moe_jax import attention, ranges
 from moe_jax.init import Scheme
 
 
@@ -37,7 +37,7 @@ class Attention(attention.Attention):
     *,
     scheme: Scheme,
     out_scale: float = 1.0,
-    span: int = 256,
+    span: ranges.Count = 256,
     rngs: nnx.Rngs,
   ):
     self.caches = span

@@ -7,6 +7,8 @@ from typing import Any, NoReturn
 
 from absl import app, flags
 
+from moe_jax import ranges
+
 
 def run(
   program: str,
@@ -42,13 +44,29 @@ def run(
         if flag.value is None:
           raise ValueError(f'--{flag.name} is missing')
       check()
-      if hasattr(required[0].value, 'to_dict'):
+      if required and hasattr(required[0].value, 'to_dict'):
         required[0].value.to_dict()  # a config file that failed raises only now
       return rest
     except Exception as error:  # pylint: disable=broad-exception-caught
       stop(program, _unknown_key(argv) or error)
 
   app.run(main, flags_parser=parse)
+
+
+def within(flag: flags.FlagHolder, hint: Any) -> None:
+  """Refuses what an annotation of ranges.py does not allow; --help shows it."""
+  option = ranges.option(hint)
+
+  def fits(value):
+    try:
+      if value is not None:
+        option.check(flag.name, value)
+    except ValueError as error:
+      raise flags.ValidationError(str(error)) from None
+    return True
+
+  flags.register_validator(flag.name, fits)
+  flags.FLAGS[flag.name].help += f' ({option})'
 
 
 def mesh_sizes(given: list[str]) -> dict[str, int]:

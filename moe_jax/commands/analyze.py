@@ -10,7 +10,7 @@ numbers, and routing.npz: every token's experts and gates in the newest.
 
 from absl import flags, logging
 
-from moe_jax import commands
+from moe_jax import commands, ranges
 
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Of a run of moe-train whose model is a decoder.'
@@ -27,6 +27,7 @@ _TOKENS = flags.DEFINE_integer(
 _OUT = flags.DEFINE_string(
   'out', None, 'The folder of the results; by default WORKDIR/analysis.'
 )
+commands.within(_TOKENS, ranges.Count)
 
 
 def main(argv: list[str]) -> None:

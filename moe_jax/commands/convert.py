@@ -15,10 +15,11 @@ answers as before until it is trained. moe_jax/upcycle.py has all options.
 
 import json
 import pathlib
+from typing import Annotated
 
 from absl import flags, logging
 
-from moe_jax import commands
+from moe_jax import commands, ranges
 
 _FROM = flags.DEFINE_string(
   'from', None, 'A folder as the Hub has it, or a work directory.'
@@ -33,8 +34,9 @@ _UPCYCLE = flags.DEFINE_list(
   'upcycle', [], 'What layers become: E=8,k=2,slices=1,iterations=1.'
 )
 _SHARD = flags.DEFINE_integer(
-  'shard', 5 * 10**9, 'Bytes of an exported file, at the most.', lower_bound=1
+  'shard', 5 * 10**9, 'Bytes of an exported file, at the most.'
 )
+commands.within(_SHARD, Annotated[int, ranges.Within('[1, inf)')])
 
 
 def main(argv: list[str]) -> None:

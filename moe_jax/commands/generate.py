@@ -8,10 +8,11 @@ token had, and --replay has them again.
 """
 
 import json
+from typing import Annotated
 
 from absl import flags, logging
 
-from moe_jax import commands
+from moe_jax import commands, ranges
 
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Of a run of moe-train, or of moe-convert.'
@@ -32,6 +33,8 @@ _MESH = flags.DEFINE_list('mesh', [], 'Where the model lies: fsdp=4,expert=2.')
 _JSON = flags.DEFINE_bool('json', False, 'Print a JSON object a prompt.')
 _RECORD = flags.DEFINE_string('record', None, 'A file for the routing, .npz.')
 _REPLAY = flags.DEFINE_string('replay', None, 'A file that --record wrote.')
+commands.within(_NEW, ranges.Count)
+commands.within(_TOP_P, Annotated[float, ranges.Within('(0, 1]')])
 
 
 def main(argv: list[str]) -> None:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe_jax import block, trunk
+from moe_jax import block, ranges, trunk
 from moe_jax import routers as routing
 from moe_jax.attention import View
 from moe_jax.parallel import Layout
@@ -28,13 +28,12 @@ class Config(trunk.Config):
     patch: rows and columns of a token.
   """
 
-  V: int
+  V: ranges.Count
   size: tuple[int, int, int]
-  patch: int
+  patch: ranges.Count
 
   def __post_init__(self):
     super().__post_init__()
-    trunk.require(self.patch >= 1, f'patch={self.patch} is < 1')
     for axis, n in zip(('rows', 'columns'), self.size[:2], strict=True):
       trunk.divides('patch', self.patch, f'the {axis} of an image', n)
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe_jax import block, trunk
+from moe_jax import block, ranges, trunk
 from moe_jax import routers as routing
 from moe_jax.attention import View
 from moe_jax.parallel import Layout
@@ -23,13 +23,9 @@ class Config(trunk.Config):
     embed_std: of the initial embedding.
   """
 
-  V: int
+  V: ranges.Count
   tied: bool
-  embed_std: float
-
-  def __post_init__(self):
-    super().__post_init__()
-    trunk.require(self.V >= 1, f'V={self.V} is < 1')
+  embed_std: ranges.NonNegative
 
 
 class Decoder(nnx.Module):

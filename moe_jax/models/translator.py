@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe_jax import block, trunk
+from moe_jax import block, ranges, trunk
 from moe_jax import routers as routing
 from moe_jax.attention import View
 from moe_jax.parallel import Layout
@@ -29,15 +29,12 @@ class Config(trunk.Config):
     embed_std: of the initial embedding, which both sides and the head share.
   """
 
-  V: int
-  encoder_N: int
-  embed_std: float
+  V: ranges.Count
+  encoder_N: ranges.Count
+  embed_std: ranges.NonNegative
 
   def __post_init__(self):
     super().__post_init__()
-    for name in ('V', 'encoder_N'):
-      value = getattr(self, name)
-      trunk.require(value >= 1, f'{name}={value} is < 1')
     # Sines and as many cosines, of at least two frequencies.
     trunk.require(self.D % 2 == 0 and self.D > 2, f'D={self.D} is odd or 2')
     try:

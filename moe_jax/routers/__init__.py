@@ -2,13 +2,15 @@
 
 A file here defines one class `Router(routers.Router)`; `{'name': 'topk', 'k':
 2}` in a config makes `topk.Router(D, E, rngs=rngs, k=2)`. Nothing else has to
-be edited: a wrong option is a TypeError, and tests/routers_test.py holds every
+be edited: a wrong option is a TypeError, a value outside of what its annotation
+says (moe_jax/ranges.py) a ValueError, and tests/routers_test.py holds every
 file here to the contract below.
 
 A name with a dot is a class of any module that Python finds: 'my_router.Router'
 is `Router` in my_router.py, wherever that lies on Python's path.
 """
 
+import functools
 import importlib
 import pkgutil
 from collections.abc import Callable
@@ -21,7 +23,7 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax import balance, exact
+from moe_jax import balance, exact, ranges
 from moe_jax import plan as plans
 from moe_jax.plan import Plan
 
@@ -186,6 +188,11 @@ class Router(nnx.Module):
   equivariant = True
   group: int | None = None
 
+  def __init_subclass__(cls, **kwargs):
+    super().__init_subclass__(**kwargs)
+    if '__init__' in vars(cls):
+      cls.__init__ = ranges.checked(cls.__init__)
+
   def memory(self, x_TxD: jax.Array) -> Any:
     """What the router of the first layer gets as memory: arrays, or ()."""
     del x_TxD
@@ -254,6 +261,35 @@ def _elsewhere(name):
       ' routers.Router'
     )
   return found
+
+
+@functools.cache
+def losses(
+  router: type[Router], D: int, E: int, steps: int = 1, **options: Any
+) -> frozenset[str]:
+  """The names of the losses that it reports in training; nothing is compiled.
+
+  Args:
+    steps: of the run.
+    options: plain values.
+
+  Raises:
+    ValueError: there is no step in which it could follow these options.
+  """
+  place_1xL = np.zeros((1, 8), np.int32)
+  batch = {
+    'ids_BxL': place_1xL,
+    'pos_BxL': place_1xL,
+    'row_B': place_1xL[0, :1],
+  }
+
+  def reported(x_TxD):
+    made = router(D, E, rngs=nnx.Rngs(0), **options)
+    ctx = context(batch, jax.random.key(0), 0, train=True, steps=steps)
+    return made(x_TxD, ctx, made.memory(x_TxD))[1]['losses']
+
+  x_TxD = jax.ShapeDtypeStruct((place_1xL.size, D), jnp.float32)
+  return frozenset(jax.eval_shape(reported, x_TxD))
 
 
 def logits(x_TxD: jax.Array, w_DxE: jax.Array) -> jax.Array:
@@ -353,17 +389,7 @@ def report(
   }
 
 
-def check(
-  E: int,
-  *,
-  k: float,
-  capacity: float | None = None,
-  group: int | None = None,
-) -> None:
-  """ValueError, with the values, for options that no router could follow."""
+def check(E: int, *, k: float) -> None:
+  """ValueError, with the values, for more experts per token than there are."""
   if not 0 < k <= E:
     raise ValueError(f'k is {k}, not between 1 and the {E} experts')
-  if capacity is not None and capacity <= 0:
-    raise ValueError(f'capacity is {capacity}, not above 0')
-  if group is not None and group < 1:
-    raise ValueError(f'group is {group}, not at least 1')

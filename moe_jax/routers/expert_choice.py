@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax import balance, plan, routers
+from moe_jax import balance, plan, ranges, routers
 
 
 class Router(routers.Router):
@@ -26,11 +26,11 @@ class Router(routers.Router):
     D: int,
     E: int,
     *,
-    k: float = 2,
-    group: int | None = None,
+    k: ranges.Positive = 2,
+    group: ranges.Count | None = None,
     rngs: nnx.Rngs,
   ):
-    routers.check(E, k=k, group=group)
+    routers.check(E, k=k)
     self.k, self.group = k, group
     self.equivariant = group is None
     self.w_DxE = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (D, E)))

@@ -1,11 +1,13 @@
 """Random experts: a control for every learned router, and THOR's draws."""
 
+from typing import Annotated
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe_jax import routers
+from moe_jax import ranges, routers
 
 PER = ('token', 'sequence', 'batch', 'position', 'fixed', 'ensemble')
 
@@ -30,21 +32,19 @@ class Router(routers.Router):
     D: int,
     E: int,
     *,
-    k: int = 1,
-    per: str = 'token',
-    eval_per: str | None = None,
-    fixed: int = 0,
+    k: ranges.Count = 1,
+    per: Annotated[str, ranges.OneOf(PER)] = 'token',
+    eval_per: Annotated[str, ranges.OneOf(PER)] | None = None,
+    fixed: ranges.Natural = 0,
     rngs: nnx.Rngs,
   ):
     del D, rngs  # nothing is learned
     routers.check(E, k=k)
     eval_per = per if eval_per is None else eval_per
     for name, value in (('per', per), ('eval_per', eval_per)):
-      if value not in PER:
-        raise ValueError(f'{name} is {value!r}, not one of {", ".join(PER)}')
       if value in ('fixed', 'ensemble') and k > 1:
         raise ValueError(f'k is {k}, but {name}={value!r} draws none')
-    if not 0 <= fixed < E:
+    if fixed >= E:
       raise ValueError(f'fixed is {fixed}, not one of the {E} experts')
     self.k = E if per == 'ensemble' else k
     self.E, self.drawn, self.fixed = E, k, fixed

@@ -1,11 +1,16 @@
 """ReXMoE: a pool of several layers' experts, let in step by step."""
 
+from typing import Annotated, Literal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe_jax import balance, exact, routers
+from moe_jax import balance, exact, ranges, routers
+
+# A part of the run's steps, or a step, which is an int32.
+Place = Annotated[float, ranges.Within('[0, 2^31)')]
 
 
 class Router(routers.Router):
@@ -37,23 +42,17 @@ class Router(routers.Router):
     D: int,
     E: int,
     *,
-    k: int = 2,
-    first: int | None = None,
-    schedule: str = 'linear',
-    start: float = 0.21,
-    end: float = 0.63,
+    k: ranges.Count = 2,
+    first: ranges.Count | None = None,
+    schedule: Literal['linear', 'stepwise'] = 'linear',
+    start: Place = 0.21,
+    end: Place = 0.63,
     stages: str = '',
     renormalise: bool = False,
-    mask: str = 'zero',
+    mask: Literal['zero', 'neginf'] = 'zero',
     rngs: nnx.Rngs,
   ):
     routers.check(E, k=k)
-    if schedule not in ('linear', 'stepwise'):
-      raise ValueError(f"schedule is {schedule!r}, not 'linear' or 'stepwise'")
-    if mask not in ('zero', 'neginf'):
-      raise ValueError(f"mask is {mask!r}, not 'zero' or 'neginf'")
-    if min(start, end) < 0:
-      raise ValueError(f'start is {start} and end {end}, not at least 0')
     if bool(stages) != (schedule == 'stepwise' and first is not None):
       raise ValueError(
         f'stages is {stages!r} with schedule={schedule!r} and first={first}'
@@ -172,4 +171,5 @@ def _parsed(stages):
     except ValueError:
       message = f"stages has {stage!r}, which is not 'step:candidates'"
       raise ValueError(message) from None
+    ranges.option(Place).check(f'the step of {stage!r} in stages', out[-1][0])
   return tuple(out)

@@ -1,11 +1,13 @@
 """Switch: one expert per token, with a capacity and noisy training."""
 
+from typing import Annotated
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe_jax import balance, routers
+from moe_jax import balance, ranges, routers
 
 
 class Router(routers.Router):
@@ -25,14 +27,12 @@ class Router(routers.Router):
     D: int,
     E: int,
     *,
-    capacity: float | None = 1.25,
-    group: int | None = None,
-    jitter: float = 0.0,
+    capacity: ranges.Positive | None = 1.25,
+    group: ranges.Count | None = None,
+    jitter: Annotated[float, ranges.Within('[0, 1)')] = 0.0,
     rngs: nnx.Rngs,
   ):
-    routers.check(E, k=1, capacity=capacity, group=group)
-    if not 0 <= jitter < 1:
-      raise ValueError(f'jitter is {jitter}, not in [0, 1)')
+    routers.check(E, k=1)
     self.capacity, self.group, self.jitter = capacity, group, jitter
     self.coupled = capacity is not None
     self.equivariant = capacity is None and not jitter

@@ -1,10 +1,12 @@
 """Top-k of softmax or sigmoid scores: the router of most published models."""
 
+from typing import Annotated, Literal
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax import balance, routers
+from moe_jax import balance, ranges, routers
 from moe_jax import init as inits
 
 INITS = {'normal': inits.NORMAL, 'torch': inits.TORCH}
@@ -41,25 +43,21 @@ class Router(routers.Router):
     D: int,
     E: int,
     *,
-    k: int = 2,
-    score: str = 'softmax',
+    k: ranges.Count = 2,
+    score: Literal['softmax', 'sigmoid'] = 'softmax',
     renormalise: bool = True,
-    scale: float = 1.0,
+    scale: ranges.Positive = 1.0,
     bias: bool = False,
-    init: str = 'normal',
-    bias_rate: float = 0.0,
-    expert_groups: int = 1,
-    groups_kept: int = 1,
-    group_best: int = 1,
-    capacity: float | None = None,
-    group: int | None = None,
+    init: Annotated[str, ranges.OneOf(INITS)] = 'normal',
+    bias_rate: ranges.NonNegative = 0.0,
+    expert_groups: ranges.Count = 1,
+    groups_kept: ranges.Count = 1,
+    group_best: ranges.Count = 1,
+    capacity: ranges.Positive | None = None,
+    group: ranges.Count | None = None,
     rngs: nnx.Rngs,
   ):
-    routers.check(E, k=k, capacity=capacity, group=group)
-    if score not in ('softmax', 'sigmoid'):
-      raise ValueError(f"score is {score!r}, not 'softmax' or 'sigmoid'")
-    if init not in INITS:
-      raise ValueError(f'init is {init!r}, not one of {", ".join(INITS)}')
+    routers.check(E, k=k)
     _check_groups(E, k, expert_groups, groups_kept, group_best)
     self.k, self.score, self.renormalise = k, score, renormalise
     self.scale, self.bias, self.bias_rate = scale, bias, bias_rate
@@ -130,12 +128,12 @@ class Router(routers.Router):
 
 def _check_groups(E, k, groups, kept, best):
   """ValueError, with the values, for groups that no token could choose from."""
-  if groups < 1 or E % groups:
+  if E % groups:
     raise ValueError(f'expert_groups={groups} does not divide {E} experts')
   size = E // groups
-  if not 1 <= kept <= groups or kept * size < k:
+  if kept > groups or kept * size < k:
     raise ValueError(
       f'groups_kept={kept} of {groups} groups of {size} experts; k is {k}'
     )
-  if not 1 <= best <= size:
+  if best > size:
     raise ValueError(f'group_best={best} is not between 1 and {size} experts')

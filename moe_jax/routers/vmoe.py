@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax import balance, routers
+from moe_jax import balance, ranges, routers
 
 
 class Router(routers.Router):
@@ -30,17 +30,14 @@ class Router(routers.Router):
     D: int,
     E: int,
     *,
-    k: int = 2,
-    noise: float = 1.0,
-    capacity: float | None = 1.05,
-    eval_capacity: float | None = 4.0,
-    group: int | None = None,
+    k: ranges.Count = 2,
+    noise: ranges.NonNegative = 1.0,
+    capacity: ranges.Positive | None = 1.05,
+    eval_capacity: ranges.Positive | None = 4.0,
+    group: ranges.Count | None = None,
     rngs: nnx.Rngs,
   ):
-    for factor in (capacity, eval_capacity):
-      routers.check(E, k=k, capacity=factor, group=group)
-    if noise < 0:
-      raise ValueError(f'noise is {noise}, not at least 0')
+    routers.check(E, k=k)
     self.k, self.noise, self.group = k, noise, group
     self.capacity, self.eval_capacity = capacity, eval_capacity
     dropless = capacity is None and eval_capacity is None
