@@ -2,11 +2,10 @@
 
   moe-train --config=configs/tiny.py --workdir=runs/tiny --config.steps=50
 
-`moe-options` lists what --config.KEY can set, and what each may be. The same
-command continues a run that was stopped. moe-options lists every
-option of a config, and what it may be. Several processes train one model when
-each is started with the same config and a work directory that all of them see,
-and with
+moe-options lists every --config.KEY and what it may be. The same command
+continues a run that was stopped. Several processes train one model when each
+is started with the same config and a work directory that all of them see, and
+with
 
   --coordinator=auto                                    on Cloud TPU or SLURM
   --coordinator=HOST:PORT --processes=2 --process=0     elsewhere; 1, ...
