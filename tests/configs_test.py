@@ -17,6 +17,7 @@ from moe_jax import (
   dataset,
   hub,
   images,
+  job,
   models,
   objective,
   optimizer,
@@ -49,17 +50,21 @@ def sizes(c):
 
 def build(c):
   """The cost of the model of a resolved config."""
-  fields = {**c['model'], 'gmm': 'cpu', **sizes(c)}
-  return dict(_cost(json.dumps(fields), c['seq_len']))
+  cost = models.get(c['model']['name']).cost
+  return cost(model_of(c), c['seq_len'])
+
+
+def model_of(c):
+  """The model of a resolved config, without arrays."""
+  return _model(json.dumps({**c['model'], 'gmm': 'cpu', **sizes(c)}))
 
 
 @functools.cache
-def _cost(text, seq_len):
+def _model(text):
   fields = json.loads(text)
   if 'size' in fields:
     fields['size'] = tuple(fields['size'])
-  model = models.abstract(models.initializer(fields, parallel.Layout()))
-  return models.get(fields['name']).cost(model, seq_len)
+  return models.abstract(models.initializer(fields, parallel.Layout()))
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)
@@ -72,6 +77,7 @@ def test_it_builds(path):
   dataset.source(c['data']['source']).Config(**c['data'])
   cost = build(c)
   assert cost['params_active'] <= cost['params_total']
+  job._check_groups(c, model_of(c))
   assert c['batch_size'] % 8 == 0
 
 
