@@ -33,7 +33,8 @@ from moe_jax import (
 )
 from moe_jax.programs import Weights
 
-ASIDE = 'published'  # of a work directory: their small files, as they were
+DTYPES = 'dtypes.json'  # aside: of tensors that have not that of config.json
+ADAPTER = 'adapter_config.json'  # transformers would add its weights
 # What stands beside the weights and is carried along.
 SMALL = (
   'config.json generation_config.json tokenizer.json tokenizer_config.json'
@@ -62,16 +63,15 @@ def take(
   folder, target = pathlib.Path(source), pathlib.Path(workdir).absolute()
   family, keys, values = read_config(folder)
   with aside(target) as part:
-    _carry(folder, part / ASIDE)
-    c, told = _run_config(folder, target, keys, values)
+    _carry(folder, part / routing.ASIDE)
+    c, told = _run_config(folder, part, target, keys, values)
     mesh = (
       parallel.mesh(dict.fromkeys(parallel.AXES, 1)) if mesh is None else mesh
     )
     state, skipped = load(folder, family, c, mesh)
+    _write(part / routing.ASIDE / DTYPES, _dtypes(folder, family, c))
     if skipped:
       told.append(f'left out {len(skipped)} tensors, of them {skipped[0]}')
-    if (folder / 'tokenizer.json').exists():
-      shutil.copyfile(folder / 'tokenizer.json', part / 'tokenizer.json')
     text = json.dumps(c, indent=1) + '\n'
     (part / 'config.json').write_text(text, encoding='utf-8')
     with checkpoint.Checkpoints(part, keep=1) as saved:
@@ -83,7 +83,10 @@ def take(
 def read_config(
   folder: pathlib.Path,
 ) -> tuple[families.Family, dict[str, Any], dict[str, Any]]:
-  """The family of a published model, our keys, and its config.json."""
+  """The family of a published model, our keys, and its config.json.
+
+  Files tell what a config.json may leave open, or say wrongly: see `_filed`.
+  """
   path = folder / 'config.json'
   try:
     values = json.loads(path.read_text(encoding='utf-8'))
@@ -93,10 +96,29 @@ def read_config(
     raise ValueError(f'{folder} has no config.json') from None
   except ValueError as error:
     raise ValueError(f'{path} is no JSON: {error}') from None
+  if (folder / ADAPTER).exists():
+    raise ValueError(f'{folder / ADAPTER}: an adapter is not supported')
   try:
-    return *families.ours(values), values
+    family, keys = families.ours(values)
   except (ValueError, TypeError) as error:
     raise ValueError(f'{path}: {error}') from None
+  return family, keys | _filed(shards.Shards(folder), keys, values), values
+
+
+def _filed(files, keys, values):
+  """Our keys that the tensors decide, as they do for transformers.
+
+  A head that is there and is not the embedding is not tied. Where no dtype is
+  said, it is what all tensors have, or float32.
+  """
+  found, dtypes = {}, {name: files.dtype(name) for name in files.names()}
+  ends = 'lm_head.weight', 'model.embed_tokens.weight'
+  if keys['tied'] and all(dtypes.get(name) for name in ends):
+    found['tied'] = files.equal(*ends)
+  if values.get('dtype') is None and values.get('torch_dtype') is None:
+    same = set(dtypes.values()) == {'bfloat16'}
+    found['dtype'] = 'bfloat16' if same else 'float32'
+  return found
 
 
 def model_config(keys: dict[str, Any]) -> tuple[dict[str, Any], int]:
@@ -115,8 +137,11 @@ def model_config(keys: dict[str, Any]) -> tuple[dict[str, Any], int]:
   return config.resolve(c), V
 
 
-def _run_config(folder, target, keys, values):
-  """The config.json of the work directory, and what to tell of it."""
+def _run_config(folder, part, target, keys, values):
+  """The config.json of the work directory, and what to tell of it.
+
+  The tokenizer is written to `part`, which becomes `target`.
+  """
   c, V = model_config(keys)
   c['description'] = f'{values["model_type"]} from {folder.resolve().name}'
   c['seq_len'] = min(values.get('max_position_embeddings') or 2048, 2048)
@@ -124,8 +149,11 @@ def _run_config(folder, target, keys, values):
   path = folder / 'tokenizer.json'
   if not path.exists():
     return c, ['there is no tokenizer.json: only ids can be read']
-  separator = _separator(path, values)
-  size = tokenizer.load(path, separator).vocab_size
+  text, separator = tokenizer.published(
+    path, _settings(folder), values['model_type'], routing.ends(folder)
+  )
+  (part / path.name).write_text(text, encoding='utf-8')
+  size = tokenizer.load(part / path.name, separator).vocab_size
   if size > V:
     raise ValueError(f'{path} has {size} ids, config.json vocab_size={V}')
   c['data'] |= {
@@ -136,16 +164,18 @@ def _run_config(folder, target, keys, values):
   return c, []
 
 
-def _separator(path, values):
-  """The special token that ends a text, '' if it is one of the usual."""
-  ids = values.get('eos_token_id')
-  ids = ids if isinstance(ids, list) else [ids]
+def _settings(folder):
+  """What tokenizer_config.json says, nothing if there is none."""
+  path = folder / 'tokenizer_config.json'
   try:
-    tokens = json.loads(path.read_text(encoding='utf-8'))['added_tokens']
-    special = {t['id']: t['content'] for t in tokens if t['special']}
-  except (ValueError, KeyError, TypeError) as error:
-    raise ValueError(f'{path} holds no tokenizer: {error!r}') from None
-  return next((special[i] for i in ids if i in special), '')
+    found = json.loads(path.read_text(encoding='utf-8'))
+    if not isinstance(found, dict):
+      raise ValueError('it is no object')
+    return found
+  except FileNotFoundError:
+    return {}
+  except ValueError as error:
+    raise ValueError(f'{path} is no JSON: {error}') from None
 
 
 def load(
@@ -216,6 +246,31 @@ def _chosen(family, c, tree, names):
         ' config.json'
       )
   return found[best], more
+
+
+def _dtypes(folder, family, c):
+  """{name: dtype} of the tensors of an export that have not the model's."""
+  model, tree = abstract(c)
+  files = shards.Shards(folder)
+  chosen, _ = _chosen(family, model.c, tree, files.names())
+  of = {
+    (leaf.path, leaf.index): files.dtype(piece.name)
+    for piece in chosen
+    for leaf in piece.leaves
+  }
+  found = {}
+  for piece in pieces.find(family.layouts[0], model.c, tree):
+    leaf = piece.leaves[0]
+    at = leaf.path, leaf.index
+    # Experts that are one tensor have no index of their own.
+    dtype = of[at] if at in of else of[leaf.path, leaf.index[:-1]]
+    if dtype != _usual(piece, c['model']['dtype']):
+      found[piece.name] = dtype
+  return found
+
+
+def _usual(piece, dtype):
+  return 'float32' if piece.wide else dtype
 
 
 def _layer_of(name):
@@ -303,18 +358,22 @@ def give(workdir: str, target: str, shard: int = shards.SHARD) -> list[str]:
       raise ValueError(
         f'{family.model_type} has no tensor for {".".join(path)}'
       )
-  dtype = np.dtype(values['torch_dtype'])
+  own_dtypes, path = {}, job.workdir / routing.ASIDE / DTYPES
+  if path.exists():
+    own_dtypes = json.loads(path.read_text(encoding='utf-8'))
+  usual = lambda piece: _usual(piece, values['torch_dtype'])
+  dtypes = [np.dtype(own_dtypes.get(p.name, usual(p))) for p in own]
   with aside(folder) as part:
     kept = _beside(job, part)
     kept = {k: v for k, v in kept.items() if k in family.kept}
     _write(part / 'config.json', {**kept, **values})
-    count = shards.write(own, leaves, dtype, part, shard)
+    count = shards.write(own, leaves, dtypes, part, shard)
   return [f'{family.model_type}, {len(own)} tensors in {count} files: {folder}']
 
 
 def _beside(job, part):
   """Writes what stands beside weights; returns other fields of config.json."""
-  old = job.workdir / ASIDE
+  old = job.workdir / routing.ASIDE
   if old.exists():
     _carry(old, part)
     return json.loads((old / 'config.json').read_text(encoding='utf-8'))

@@ -40,6 +40,7 @@ class Rule:
       Hub's always have it, for defaults differ between families and versions.
     ours: fields' values -> our keys' values, 'E' and 'router.k', of a model.
     theirs: all our keys -> fields' values.
+    null: fields that may be null though that is not their default.
 
   Raises:
     ValueError: by `ours`, one line, for values that we cannot follow.
@@ -48,6 +49,7 @@ class Rule:
   fields: Mapping[str, Any]
   ours: Callable[[Mapping[str, Any]], dict[str, Any]]
   theirs: Callable[[Mapping[str, Any]], dict[str, Any]]
+  null: frozenset[str] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Family:
     layouts: tensors as the Hub has them, which are written; then other ways.
     rules: of config.json.
     values: our keys that are the same in the whole family.
-    kept: fields of config.json that say nothing of the outputs.
+    kept: fields of config.json that say nothing of the outputs -> why not.
     aliases: other names of fields, of other versions of transformers.
     beyond: there may be layers behind the model's, which are left out.
   """
@@ -68,7 +70,7 @@ class Family:
   layouts: tuple[tuple[Tensor, ...], ...]
   rules: tuple[Rule, ...]
   values: Mapping[str, Any]
-  kept: frozenset[str] = frozenset()
+  kept: Mapping[str, str] = dataclasses.field(default_factory=dict)
   beyond: bool = False
   aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
@@ -76,12 +78,15 @@ class Family:
 # --- rules --------------------------------------------------------------------
 
 
-def same(field: str, key: str, default: Any = REQUIRED) -> Rule:
+def same(
+  field: str, key: str, default: Any = REQUIRED, null: bool = False
+) -> Rule:
   """A field and a key that have the same values."""
   return Rule(
     {field: default},
     lambda theirs: {key: theirs[field]},
     lambda ours: {field: ours[key]},
+    frozenset([field] if null else []),
   )
 
 
@@ -101,9 +106,10 @@ def must(field: str, *values: Any, default: Any = REQUIRED) -> Rule:
 
 
 def _dtype(theirs):
-  # Nothing here computes in float16; float32 has all its numbers.
+  # Nothing here computes in float16; float32 has all its numbers. Where none is
+  # said the files tell, see convert.py.
   dtype = theirs['dtype']
-  return {'dtype': 'float32' if dtype == 'float16' else dtype}
+  return {'dtype': 'float32' if dtype in (None, 'float16') else dtype}
 
 
 _SHAPE = (
@@ -113,29 +119,23 @@ _SHAPE = (
   same('num_attention_heads', 'H'),
   same('rms_norm_eps', 'eps'),
   same('tie_word_embeddings', 'tied', False),
-  Rule({'dtype': 'float32'}, _dtype, lambda ours: {'dtype': ours['dtype']}),
+  Rule({'dtype': None}, _dtype, lambda ours: {'dtype': ours['dtype']}),
   must('hidden_act', 'silu'),
 )
 _CHOICE = same('num_experts_per_tok', 'router.k')
 
 
-def _grouped(default_theta):
-  """Rotary attention and its positions."""
+def _grouped(default_theta, heads=REQUIRED):
+  """Rotary attention and its positions; `heads` of keys where none are said."""
 
   def extended(theirs):
     kind = _extended(theirs, 'yarn', 'llama3')
     if not kind:
       return {}
-    fast, slow, amplitude = _TURNS[kind]
-    for name in (fast, slow):
-      if theirs[name] is None:
-        raise ValueError(f'{name} is missing, rope_type is {kind!r}')
+    _, _, amplitude = _TURNS[kind]
     return {
-      'attention.yarn_factor': float(theirs['rope.factor']),
-      'attention.yarn_beta_fast': float(theirs[fast]),
-      'attention.yarn_beta_slow': float(theirs[slow]),
+      **_stretch(theirs, kind),
       'attention.yarn_amplitude': theirs.get(amplitude, 1.0),
-      'attention.yarn_length': theirs['rope.original_max_position_embeddings'],
       'attention.yarn_by_turns': kind == 'llama3',
     }
 
@@ -156,7 +156,7 @@ def _grouped(default_theta):
     return found
 
   return (
-    same('num_key_value_heads', 'attention.J'),
+    same('num_key_value_heads', 'attention.J', heads, null=True),
     same('rope.rope_theta', 'attention.theta', default_theta),
     Rule({**_YARN, **_LLAMA3, 'rope.attention_factor': None}, extended, back),
   )
@@ -171,21 +171,60 @@ def _extended(theirs, *kinds):
   return '' if kind == 'default' else kind
 
 
+def _stretch(theirs, kind):
+  """By how much which pairs are slowed, as transformers 5 reads it."""
+  full = theirs['max_position_embeddings']
+  length = theirs['rope.original_max_position_embeddings'] or full
+  factor, (fast, slow, _) = theirs['rope.factor'], _TURNS[kind]
+  turns = {name: theirs[name] for name in (fast, slow)}
+  if kind == 'yarn':
+    if factor is None and full:
+      factor = full / length
+    turns = {name: turns[name] or _YARN_TURNS[name] for name in turns}
+    if theirs['rope.truncate'] is not True:
+      raise ValueError(
+        f'rope.truncate={theirs["rope.truncate"]!r} is not supported, only True'
+      )
+  for name, value in {'rope.factor': factor, **turns}.items():
+    if value is None:
+      raise ValueError(f'{name} is missing, rope_type is {kind!r}')
+    if not value > 0:
+      raise ValueError(f'{name}={value!r} is not > 0')
+  if turns[fast] <= turns[slow]:
+    raise ValueError(
+      f'{fast}={turns[fast]!r} is not more than {slow}={turns[slow]!r}'
+    )
+  if length is None:
+    raise ValueError(
+      'max_position_embeddings is missing, and so is'
+      ' rope.original_max_position_embeddings'
+    )
+  return {
+    'attention.yarn_factor': float(factor),
+    'attention.yarn_beta_fast': float(turns[fast]),
+    'attention.yarn_beta_slow': float(turns[slow]),
+    'attention.yarn_length': length,
+  }
+
+
 # Of a kind: turns of pairs that are kept, of those slowed, and the amplitude.
 _TURNS = {
   'yarn': ('rope.beta_fast', 'rope.beta_slow', 'rope.attention_factor'),
   'llama3': ('rope.high_freq_factor', 'rope.low_freq_factor', None),
 }
+_YARN_TURNS = {'rope.beta_fast': 32.0, 'rope.beta_slow': 1.0}
 _LLAMA3 = {'rope.high_freq_factor': None, 'rope.low_freq_factor': None}
 
 
-# `rope.` are the fields of rope_scaling or rope_parameters, see `plain`.
+# `rope.` are the fields of rope_scaling or rope_parameters, see `_plain`.
 _YARN = {
   'rope.rope_type': 'default',
-  'rope.factor': 0.0,
-  'rope.beta_fast': 32.0,
-  'rope.beta_slow': 1.0,
-  'rope.original_max_position_embeddings': 4096,
+  'rope.factor': None,
+  'rope.beta_fast': None,
+  'rope.beta_slow': None,
+  'rope.original_max_position_embeddings': None,
+  'rope.truncate': True,
+  'max_position_embeddings': None,
 }
 
 
@@ -202,12 +241,9 @@ def _latent():
         ' supported, only both or neither'
       )
     return {
-      'attention.yarn_factor': float(theirs['rope.factor']),
-      'attention.yarn_beta_fast': float(theirs['rope.beta_fast']),
-      'attention.yarn_beta_slow': float(theirs['rope.beta_slow']),
+      **_stretch(theirs, 'yarn'),
       'attention.yarn_mscale': float(mscale or 1),
       'attention.yarn_mscale_all_dim': float(all_dim or 0),
-      'attention.yarn_length': theirs['rope.original_max_position_embeddings'],
     }
 
   def back(ours):
@@ -240,7 +276,7 @@ def _latent():
     same('qk_rope_head_dim', 'attention.rope'),
     same('v_head_dim', 'attention.value'),
     same('kv_lora_rank', 'attention.rank'),
-    same('q_lora_rank', 'attention.query_rank'),
+    same('q_lora_rank', 'attention.query_rank', null=True),
     same('rope.rope_theta', 'attention.theta', 10_000.0),
     must('attention_bias', False),
     Rule(
@@ -271,6 +307,7 @@ def _deepseek():
       },
       # As many as are of an expert's size; else the round trip tells.
       lambda ours: {'n_shared_experts': ours['shared_F'] // ours['expert_F']},
+      frozenset({'n_shared_experts'}),
     ),
   )
 
@@ -379,7 +416,7 @@ def ours(theirs: Mapping[str, Any]) -> tuple[Family, dict[str, Any]]:
       f' {", ".join(FAMILIES)}'
     )
   fields = _plain(theirs, family)
-  known = family.kept.union(*(rule.fields for rule in family.rules))
+  known = {*family.kept, *(n for rule in family.rules for n in rule.fields)}
   for name, value in fields.items():
     if name not in known and value is not None:
       raise ValueError(f'{name}={value!r} is not supported')
@@ -392,6 +429,8 @@ def ours(theirs: Mapping[str, Any]) -> tuple[Family, dict[str, Any]]:
     for name, value in given.items():
       if value is REQUIRED:
         raise ValueError(f'{name} is missing')
+      if value is None and not (rule.fields[name] is None or name in rule.null):
+        raise ValueError(f'{name}=None is not supported')
     keys |= rule.ours(given)
   return family, keys
 
@@ -416,18 +455,31 @@ def theirs(family: Family, keys: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(theirs, family):
-  """Fields by the names that rules know, of transformers 4 or 5."""
+  """Fields by the names that rules know, of transformers 4 or 5.
+
+  Of rope_scaling and rope_parameters transformers 5 reads the first that says
+  anything, and rope_theta beside them where that has none.
+  """
   fields = dict(theirs)
-  rope = {'rope_theta': fields.pop('rope_theta', None)}
-  for name in ('rope_scaling', 'rope_parameters'):
-    rope |= fields.pop(name, None) or {}
-  rope.setdefault('rope_type', rope.get('type'))
+  scaling, given = (
+    fields.pop(name, None) for name in ('rope_scaling', 'rope_parameters')
+  )
+  rope = dict(scaling or given or {})
+  if 'rope_theta' in fields:
+    rope.setdefault('rope_theta', fields['rope_theta'])
+    del fields['rope_theta']
+  rope.setdefault('rope_type', rope.get('type', 'default'))
   rope.pop('type', None)
-  fields |= {f'rope.{k}': v for k, v in rope.items() if v is not None}
+  fields |= {f'rope.{k}': v for k, v in rope.items()}
   for other, name in {**family.aliases, 'torch_dtype': 'dtype'}.items():
-    if other in fields:
-      fields.setdefault(name, fields[other])
-      del fields[other]
+    value = fields.pop(other, None)
+    if value is None:
+      continue
+    if fields.get(name) not in (None, value):
+      raise ValueError(
+        f'{other}={value!r} and {name}={fields[name]!r} are not the same'
+      )
+    fields[name] = value
   return fields
 
 
@@ -524,20 +576,32 @@ def _layouts(common, split=_SPLIT):
 
 # --- families -----------------------------------------------------------------
 
-_KEPT = frozenset(
-  'architectures model_type transformers_version _name_or_path auto_map'
-  ' use_cache initializer_range bos_token_id eos_token_id pad_token_id'
-  ' max_position_embeddings attention_dropout output_router_logits'
-  ' router_aux_loss_coef router_jitter_noise aux_loss_alpha seq_aux ep_size'
-  ' pretraining_tp max_window_layers'
-  ' output_attentions output_hidden_states return_dict chunk_size_feed_forward'
-  ' id2label label2id problem_type is_encoder_decoder'.split()
+_KEPT = {
+  name: why
+  for why, names in {
+    'tells who made the file': 'architectures model_type transformers_version'
+    ' _name_or_path auto_map',
+    'is of training alone': 'initializer_range attention_dropout'
+    ' router_aux_loss_coef router_jitter_noise aux_loss_alpha seq_aux',
+    'is what is answered beside the logits': 'use_cache output_router_logits'
+    ' output_attentions output_hidden_states return_dict',
+    'cuts the same sums in other parts': 'ep_size pretraining_tp'
+    ' chunk_size_feed_forward',
+    'is of writing and of padding': 'bos_token_id eos_token_id pad_token_id',
+    'is of other heads than that of a language model': 'id2label label2id'
+    ' problem_type is_encoder_decoder',
+    'is no limit; stretched positions read it': 'max_position_embeddings',
+    'is read by the rule of windows': 'max_window_layers',
+  }.items()
+  for name in names.split()
+}
+_WIDTHS = dict.fromkeys(
+  ('head_dim', 'qk_head_dim'), 'is made of qk_nope_head_dim, qk_rope_head_dim'
 )
 _TOPK = {'router.name': 'topk', 'router.score': 'softmax'}
 # Of a model without experts; its router is the default one, which nobody asks.
 _DENSE = {'pattern': 'd', 'router.name': 'topk', 'attention.name': 'rotary'}
 _QWEN3 = (
-  same('head_dim', 'attention.size', None),
   same('attention_bias', 'attention.bias', False),
   same('intermediate_size', 'F'),
   same('rms_norm_eps', 'attention.eps'),
@@ -552,7 +616,7 @@ FAMILIES = {
       ((*_ENDS, *_ROTARY, *_feed('mlp', 'feed')),),
       (
         *_SHAPE,
-        *_grouped(10_000.0),
+        *_grouped(10_000.0, heads=None),
         same('head_dim', 'attention.size', None),
         same('attention_bias', 'attention.bias', False),
         same('intermediate_size', 'F'),
@@ -569,16 +633,18 @@ FAMILIES = {
         *_SHAPE,
         *_grouped(10_000.0),
         *_QWEN3,
+        same('head_dim', 'attention.size', 128),
         Rule(
           {
             'num_hidden_layers': REQUIRED,
             'use_sliding_window': False,
-            'sliding_window': None,
+            'sliding_window': 4096,
             'max_window_layers': 28,
             'layer_types': None,
           },
           _layer_windows,
           _layer_windows_back,
+          frozenset({'sliding_window'}),
         ),
       ),
       {**_DENSE, 'attention.qk_norm': 'head'},
@@ -601,6 +667,7 @@ FAMILIES = {
       ),
       {**_TOPK, 'attention.name': 'rotary'},
       _KEPT,
+      aliases={'num_experts': 'num_local_experts'},
     ),
     Family(
       'olmoe',
@@ -609,7 +676,7 @@ FAMILIES = {
       (
         *_SHAPE,
         _CHOICE,
-        *_grouped(10_000.0),
+        *_grouped(10_000.0, heads=None),
         same('attention_bias', 'attention.bias', False),
         same('intermediate_size', 'expert_F'),
         same('num_experts', 'E'),
@@ -630,13 +697,15 @@ FAMILIES = {
         _CHOICE,
         *_grouped(10_000.0),
         *_QWEN3,
+        same('head_dim', 'attention.size', None),
         same('moe_intermediate_size', 'expert_F'),
         same('num_experts', 'E'),
         same('norm_topk_prob', 'router.renormalise'),
         Rule(
-          {'use_sliding_window': False, 'sliding_window': None},
+          {'use_sliding_window': False, 'sliding_window': 4096},
           _window,
           _window_back,
+          frozenset({'sliding_window'}),
         ),
         Rule(
           {
@@ -671,8 +740,11 @@ FAMILIES = {
         must('mlp_bias', False),
       ),
       {**_TOPK, 'attention.name': 'latent', 'router.renormalise': False},
-      _KEPT | {'head_dim', 'qk_head_dim'},
-      aliases={'num_local_experts': 'n_routed_experts'},
+      _KEPT | _WIDTHS,
+      aliases={
+        'num_local_experts': 'n_routed_experts',
+        'num_experts': 'n_routed_experts',
+      },
     ),
     Family(
       'deepseek_v3',
@@ -702,9 +774,12 @@ FAMILIES = {
         'router.group_best': 2,
         'router.bias_rate': 0.001,  # as DeepSeek-V3 was trained
       },
-      _KEPT | {'head_dim', 'qk_head_dim'},
+      _KEPT | _WIDTHS,
       beyond=True,  # of multi-token prediction
-      aliases={'num_local_experts': 'n_routed_experts'},
+      aliases={
+        'num_local_experts': 'n_routed_experts',
+        'num_mtp_layers': 'num_nextn_predict_layers',
+      },
     ),
   )
 }

@@ -9,7 +9,7 @@ the same row number, which is a part of the seed.
 
 import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import jax
@@ -39,9 +39,9 @@ def writer(
   *,
   temperature: float = 0.0,
   top_p: float = 1.0,
-  stop: int | None = None,
+  stop: Collection[int] = (),
 ) -> Callable[..., Written]:
-  """What continues prompts by `new` ids each, or until `stop`, one of them.
+  """What continues prompts by `new` ids each, or until one that is in `stop`.
 
   Returns (weights, prompts, seed=0, routes=None) -> Written. It compiles once
   for each number and largest length of prompts. Draws of a row depend on the
@@ -59,9 +59,10 @@ def writer(
   """
   _check(job, new, temperature, top_p)
   sample = functools.partial(_sample, temperature=temperature, top_p=top_p)
-  end = -1 if stop is None else stop
   run = jax.jit(
-    functools.partial(_write, job, new=new, sample=sample, stop=end)
+    functools.partial(
+      _write, job, new=new, sample=sample, stop=tuple(sorted(stop))
+    )
   )
 
   def write(
@@ -138,7 +139,7 @@ def _write(job, weights, *, ids_BxL, length_B, seed, forced, new, sample, stop):
       id_B[:, None], place_B[:, None], length_B, kept, routes
     )
     id_B = pick(logits_Bx1xV[:, 0], place_B + 1)
-    done_B = done_B | (id_B == stop)
+    done_B = done_B | stops(id_B)
     return (kept, routes, id_B, place_B + 1, done_B), id_B
 
   def pick(logits_BxV, place_B):
@@ -146,6 +147,7 @@ def _write(job, weights, *, ids_BxL, length_B, seed, forced, new, sample, stop):
     keys_B = fold(fold(jnp.broadcast_to(key, (B,)), row_B), place_B)
     return jax.vmap(sample)(logits_BxV, keys_B)
 
+  stops = lambda id_B: jnp.isin(id_B, jnp.asarray(stop, jnp.int32))
   place_BxL = jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32)[None], (B, L))
   routes = [
     jnp.zeros(a.shape, a.dtype) for a in _routes(job, weights, B, L + new)
@@ -156,7 +158,7 @@ def _write(job, weights, *, ids_BxL, length_B, seed, forced, new, sample, stop):
   last_Bx1x1 = jnp.maximum(length_B - 1, 0)[:, None, None]
   logits_BxV = jnp.take_along_axis(logits_BxLxV, last_Bx1x1, axis=1)[:, 0]
   id_B = pick(logits_BxV, length_B)
-  carry = kept, routes, id_B, length_B, (id_B == stop) | (length_B == 0)
+  carry = kept, routes, id_B, length_B, stops(id_B) | (length_B == 0)
   (_, routes, *_), ids_NxB = jax.lax.scan(step, carry, length=new - 1)
   return jnp.concatenate([id_B[None], ids_NxB]).T, routes
 
@@ -211,7 +213,8 @@ def _sample(logits_V, key, *, temperature, top_p):
 
 
 def _until(ids, stop):
-  return ids[: ids.index(stop) + 1] if stop in ids else ids
+  last = next((at for at, i in enumerate(ids) if i in stop), len(ids))
+  return ids[: last + 1]
 
 
 def _check(job, new, temperature, top_p):
@@ -283,6 +286,40 @@ def prompt_ids(job: Job, text: str) -> list[int]:
   if routing.published(job.config):
     return tok.prompt(text)
   return tok.encode([text])[0].tolist()
+
+
+def ends(job: Job) -> frozenset[int]:
+  """The ids that end a text.
+
+  Those that generation_config.json names for published weights, else those of
+  their config.json, else the tokenizer's separator.
+
+  Raises:
+    ValueError: one of these files is damaged.
+  """
+  tok, found = job.dataset.tokenizer, frozenset()
+  if routing.published(job.config):
+    found = frozenset(routing.ends(job.workdir / routing.ASIDE))
+  return found or frozenset([] if tok is None else [tok.separator])
+
+
+def continued(
+  job: Job, prompt: list[int], ids: list[int], stop: Collection[int] = ()
+) -> str | None:
+  """What the ids add to the text of a prompt; None without a tokenizer.
+
+  The last id is no text if it is in `stop`.
+  """
+  tok = job.dataset.tokenizer
+  if tok is None:
+    return None
+  if ids and ids[-1] in stop:
+    ids = ids[:-1]
+  # Together, for a decoder may drop the first space of all that it decodes.
+  before, whole = tok.decode(prompt), tok.decode([*prompt, *ids])
+  if whole.startswith(before):
+    return whole[len(before) :]
+  return tok.decode(ids)  # the prompt ends within a letter
 
 
 def newest(

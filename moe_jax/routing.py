@@ -40,6 +40,7 @@ from moe_jax.job import Job
 
 HELD_OUT = 'held out'  # the name of the run's own text
 MODEL = 'decoder'  # what reads text
+ASIDE = 'published'  # of a work directory: small files beside published weights
 
 
 def load(workdir: str, sizes: dict[str, int] | None = None) -> Job:
@@ -118,6 +119,32 @@ def published(c: dict[str, Any]) -> bool:
   return not c['corpus_sha256']
 
 
+def ends(folder: pathlib.Path) -> list[int]:
+  """The ids that end a text of a published model, by the files beside it.
+
+  Those in generation_config.json, else those in config.json, maybe none.
+
+  Raises:
+    ValueError: one of these files is damaged.
+  """
+  for name in ('generation_config.json', 'config.json'):
+    path = folder / name
+    try:
+      values = json.loads(path.read_text(encoding='utf-8'))
+      found = values.get('eos_token_id')
+    except FileNotFoundError:
+      continue
+    except (ValueError, AttributeError) as error:
+      raise ValueError(f'{path} is damaged: {error!r}') from None
+    ids = found if isinstance(found, list) else [found]
+    ids = [i for i in ids if i is not None]
+    if any(not isinstance(i, int) for i in ids):
+      raise ValueError(f'{path}: eos_token_id={found!r} is no id')
+    if ids:
+      return ids
+  return []
+
+
 def _vocabulary(folder, c):
   """The tokenizer, and how many ids the model has.
 
@@ -177,23 +204,24 @@ def streams(job: Job, given: list[str]) -> dict[str, np.ndarray]:
     if name in found:
       raise ValueError(f'two texts are named {name!r}: {", ".join(given)}')
     documents = corpus.read(path, field, '--data')
-    ids = _encoded(job, [document.text for document in documents])
-    found[name] = data.pack(ids, job.dataset.tokenizer.separator)
+    ids = job.dataset.tokenizer.encode([d.text for d in documents])
+    found[name] = _packed(job, name, ids)
   return found
 
 
-def _encoded(job, texts):
-  """The ids of each text as the model had it in training.
-
-  Published models saw the marks that their tokenizer's file puts around a
-  text, but for separators, which stand between texts in any case.
-  """
+def _packed(job, name, documents):
+  """One stream; what a published model reads begins as its prompts do."""
   tok = job.dataset.tokenizer
-  own = tok.encode(texts)  # refuses a text that holds the separator
-  if not published(job.config) or not tok.prompt(''):
-    return own
-  marked = [np.array(tok.prompt(text), np.int32) for text in texts]
-  return [ids[ids != tok.separator] for ids in marked]
+  marks = tok.marks() if published(job.config) else []
+  first, *more = marks or [tok.separator]
+  for i, ids in enumerate(documents, 1):
+    if first in ids:
+      raise ValueError(
+        f'document {i} of the text {name!r} holds the id {first}, with which'
+        ' documents begin'
+      )
+  more = np.array(more, np.int32)
+  return data.pack([np.concatenate([more, ids]) for ids in documents], first)
 
 
 def _parsed(argument):

@@ -1,7 +1,11 @@
-"""safetensors files of a published model: read by slices, written by files."""
+"""safetensors files of a published model: read by slices, written by files.
+
+Where both are there, transformers reads the single file and not the index.
+"""
 
 import collections
 import json
+import math
 import pathlib
 
 import jax
@@ -13,7 +17,10 @@ from moe_jax.pieces import joined, Piece, stacked
 
 INDEX, WHOLE = 'model.safetensors.index.json', 'model.safetensors'
 SHARD = 5 * 10**9  # bytes of a file, at the most
-DTYPES = {'F32', 'BF16', 'F16'}  # not those of 8 bits, which need their scales
+ROWS_BYTES = 1 << 26  # of two tensors that are compared
+# By the library's names, as they are written: nothing here computes in float16,
+# and float32 has all its numbers. Those of 8 bits would need their scales.
+DTYPES = {'F32': 'float32', 'BF16': 'bfloat16', 'F16': 'float32'}
 
 
 class Shards:
@@ -45,17 +52,36 @@ class Shards:
 
   def check(self, name: str, shape: tuple[int, ...]) -> None:
     """ValueError if the tensor has another shape, or no floats."""
-    found = self._slice(name)
-    if tuple(found.get_shape()) != shape:
+    if self.shape(name) != shape:
       raise ValueError(
-        f'{name} has the shape {tuple(found.get_shape())}, config.json says'
-        f' {shape}'
+        f'{name} has the shape {self.shape(name)}, config.json says {shape}'
       )
-    if found.get_dtype() not in DTYPES:
+    dtype = self._slice(name).get_dtype()
+    if dtype not in DTYPES:
       raise ValueError(
-        f'{name} is of {found.get_dtype()}, which is not supported, only'
+        f'{name} is of {dtype}, which is not supported, only'
         f' {", ".join(sorted(DTYPES))}'
       )
+
+  def dtype(self, name: str) -> str | None:
+    """One of those in DTYPES, None if the tensor has another."""
+    return DTYPES.get(self._slice(name).get_dtype())
+
+  def equal(self, one: str, other: str) -> bool:
+    """Whether two tensors hold the same numbers; some rows are read at once."""
+    shape = self.shape(one)
+    if self.shape(other) != shape:
+      return False
+    some = max(1, ROWS_BYTES // (4 * math.prod(shape[1:])))
+    starts = range(0, shape[0], some)
+    parts = (slice(at, min(at + some, shape[0])) for at in starts)
+    return all(
+      np.array_equal(self.read(one, (part,)), self.read(other, (part,)))
+      for part in parts
+    )
+
+  def shape(self, name: str) -> tuple[int, ...]:
+    return tuple(self._slice(name).get_shape())
 
   def read(self, name: str, where: tuple[slice, ...]) -> np.ndarray:
     return self._slice(name)[where]
@@ -69,10 +95,10 @@ def _listed(folder):
   if not folder.is_dir():
     raise ValueError(f'{folder} is no folder')
   index = folder / INDEX
-  if not index.exists():
-    if not (folder / WHOLE).exists():
-      raise ValueError(f'{folder} has neither {INDEX} nor {WHOLE}')
+  if (folder / WHOLE).exists():
     return {WHOLE: None}
+  if not index.exists():
+    raise ValueError(f'{folder} has neither {INDEX} nor {WHOLE}')
   try:
     listed = json.loads(index.read_text(encoding='utf-8'))['weight_map']
   except (ValueError, KeyError, TypeError) as error:
@@ -116,13 +142,17 @@ def read_piece(
 def write(
   own: list[Piece],
   leaves: dict[tuple[str, ...], jax.Array],
-  dtype: np.dtype,
+  dtypes: list[np.dtype],
   folder: pathlib.Path,
   shard: int,
 ) -> int:
-  """Writes tensors in files of at most that size; returns how many files."""
-  kind = lambda piece: np.dtype(np.float32) if piece.wide else dtype
-  bytes_of = lambda p: int(np.prod(p.shape, dtype=int)) * kind(p).itemsize
+  """Writes tensors in files of at most that size; returns how many files.
+
+  Args:
+    dtypes: of each piece.
+  """
+  kind = {p.name: dtype for p, dtype in zip(own, dtypes, strict=True)}
+  bytes_of = lambda p: math.prod(p.shape) * kind[p.name].itemsize
   files, room = [[]], shard
   for piece in own:
     if files[-1] and bytes_of(piece) > room:
@@ -143,7 +173,7 @@ def write(
         if last[0] != key:  # experts of a layer follow one another
           last = key, np.asarray(jax.device_get(leaves[leaf.path][key[1]]))
         parts.append(last[1][leaf.index[ahead:]])
-      made[piece.name] = joined(piece, parts).astype(kind(piece))
+      made[piece.name] = joined(piece, parts).astype(kind[piece.name])
       of[piece.name] = name
     safetensors.numpy.save_file(made, folder / name, {'format': 'pt'})
     (folder / name).chmod(0o644)  # the library lets nobody else read

@@ -14,11 +14,12 @@ import os
 import pathlib
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import tokenizers
-from tokenizers import models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from moe_jax import cache
 from moe_jax.corpus import Corpus, DataError, TextConfig
@@ -68,9 +69,14 @@ class Tokenizer(abc.ABC):
   def prompt(self, text: str) -> list[int]:
     """The ids of a text's beginning, with the marks that its file puts there.
 
-    Published models have seen these in training, models of moe-train have not.
+    Special tokens that it spells, as marks of a chat, are these tokens.
+    Published models have seen both in training, models of moe-train have not.
     """
     return self.encode([text])[0].tolist()
+
+  def marks(self) -> list[int]:
+    """The ids that `prompt` puts before any text."""
+    return []
 
   @abc.abstractmethod
   def decode(self, ids: Iterable[int]) -> str:
@@ -162,6 +168,9 @@ class BPE(Tokenizer):
         parts[owner].append(np.array(encoding.ids, np.int32))
     return [np.concatenate(part) for part in parts]
 
+  def prompt(self, text: str) -> list[int]:
+    return _as_prompt(self._library, text)
+
   def decode(self, ids: Iterable[int]) -> str:
     return b''.join(self._bytes[i] for i in ids).decode(errors='replace')
 
@@ -232,7 +241,12 @@ class Saved(Tokenizer):
     return found
 
   def prompt(self, text: str) -> list[int]:
-    return self._library.encode(text, add_special_tokens=True).ids
+    return _as_prompt(self._library, text)
+
+  def marks(self) -> list[int]:
+    whole = self._library.encode('a', add_special_tokens=True)
+    own = whole.special_tokens_mask
+    return whole.ids[: own.index(0)] if 0 in own else []
 
   def decode(self, ids: Iterable[int]) -> str:
     """As the file has it, without separators; other special tokens show."""
@@ -298,6 +312,14 @@ def _separator(library: tokenizers.Tokenizer, name: str, separator: str) -> int:
     f'{name} has {"no special token " if separator else ""}{wanted};'
     f' data.separator can be {_listed(specials, SEPARATOR)}'
   )
+
+
+def _as_prompt(library: tokenizers.Tokenizer, text: str) -> list[int]:
+  library.encode_special_tokens = False
+  try:
+    return library.encode(text, add_special_tokens=True).ids
+  finally:
+    library.encode_special_tokens = True
 
 
 def _specials(library: tokenizers.Tokenizer) -> dict[str, int]:
@@ -404,7 +426,7 @@ def _untrained() -> tokenizers.Tokenizer:
       pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ]
   )
-  library.decoder = tokenizers.decoders.ByteLevel()
+  library.decoder = decoders.ByteLevel()
   return library
 
 
@@ -428,6 +450,65 @@ def load(path: str | os.PathLike, separator: str = '') -> Tokenizer:
   except Exception as error:  # the library raises bare exceptions
     raise DataError(f'{path} holds no tokenizer: {error}') from error
   return Saved(library, str(path), separator)
+
+
+def published(
+  path: pathlib.Path, settings: Mapping[str, Any], family: str, ends: list[int]
+) -> tuple[str, str]:
+  """A published tokenizer.json as transformers 5 reads it, and its separator.
+
+  Args:
+    settings: of the tokenizer_config.json beside it.
+    family: model_type of the model.
+    ends: ids that end a text. The first that is a token is the separator, and
+      becomes a special token if it was none.
+
+  Returns:
+    The text of a tokenizer.json, and a token in it, '' if no id is a token.
+
+  Raises:
+    DataError: the file holds no tokenizer.
+  """
+  try:
+    content = json.loads(path.read_text(encoding='utf-8'))
+    kind = (settings.get('tokenizer_class') or '').removesuffix('Fast')
+    # Mixtral's, and those whose letters are bytes, are taken as they are.
+    own = family == 'mixtral' or 'ByteLevel' in json.dumps(
+      [content['pre_tokenizer'], content['decoder']]
+    )
+    if (
+      kind == 'LlamaTokenizer' and content['model']['type'] == 'BPE' and not own
+    ):
+      content = _as_llama(content, settings)
+    library = tokenizers.Tokenizer.from_str(json.dumps(content))
+  except Exception as error:  # the library raises bare exceptions
+    raise DataError(f'{path} holds no tokenizer: {error}') from error
+  tokens = [library.id_to_token(i) for i in ends]
+  separator = next((t for t in tokens if t is not None), '')
+  if separator and separator not in _specials(library):
+    library.add_special_tokens([separator])
+  return library.to_str(pretty=True), separator
+
+
+def _as_llama(content, settings):
+  """As its class LlamaTokenizer has it: it reads a first space its own way."""
+  before = settings.get('add_prefix_space')
+  before = True if before is None else before
+  scheme = 'always' if settings.get('legacy', False) else 'first'
+  library = tokenizers.Tokenizer(models.BPE(fuse_unk=True, byte_fallback=True))
+  library.pre_tokenizer = pre_tokenizers.Metaspace(
+    prepend_scheme=scheme if before else 'never', split=False
+  )
+  steps = [decoders.Replace('\u2581', ' '), decoders.ByteFallback()]
+  steps += [decoders.Fuse(), *([decoders.Strip(' ', 1, 0)] if before else [])]
+  library.decoder = decoders.Sequence(steps)
+  theirs = json.loads(library.to_str())
+  model = {
+    **theirs['model'],
+    **{k: content['model'][k] for k in ('vocab', 'merges')},
+  }
+  taken = {k: theirs[k] for k in ('normalizer', 'pre_tokenizer', 'decoder')}
+  return {**content, **taken, 'model': model}
 
 
 def _made_here(library: tokenizers.Tokenizer) -> bool:

@@ -307,7 +307,7 @@ def test_a_text_is_read_whole_and_in_order(unread, tmp_path):
 
 
 def test_a_published_model_reads_the_marks_that_it_knows(unread, tmp_path):
-  """A BOS of a tokenizer.json, and once what ends a text."""
+  """A BOS of a tokenizer.json, with which its prompts begin, too."""
   folder = unread()
   c = json.loads((folder / 'config.json').read_text())
   vocabulary = {'</s>': 0, '<s>': 1, 'a': 2, 'b': 3}
@@ -324,7 +324,7 @@ def test_a_published_model_reads_the_marks_that_it_knows(unread, tmp_path):
   lines.write_text('{"q": "a b a"}\n{"q": "b"}\n')
   for sha256, stream in (
     (c['corpus_sha256'], [0, 2, 3, 2, 0, 3, 0]),
-    ('', [0, 1, 2, 3, 2, 0, 1, 3, 0]),
+    ('', [1, 2, 3, 2, 1, 3, 1]),
   ):
     c['corpus_sha256'] = sha256
     (folder / 'config.json').write_text(json.dumps(c))

@@ -518,6 +518,16 @@ def test_llama_3_slows_pairs_by_their_wavelength():
   assert kinds == {'kept', 'between', 'slowed'}
 
 
+def test_yarn_where_all_pairs_turn_too_seldom_or_often():
+  """The ends of its ramp then change places; as in transformers."""
+  before = attention.Yarn(0.0, 4.0, 1.0, 2).frequency(10.0, 8)
+  seldom = attention.Yarn(2.0, 4.0, 1.0, 2).frequency(10.0, 8)
+  np.testing.assert_allclose(seldom, before)  # its end is below the first pair
+  before = attention.Yarn(0.0, 4.0, 1.0, 64).frequency(1.3, 8)
+  often = attention.Yarn(2.0, 4.0, 1.0, 64).frequency(1.3, 8)
+  np.testing.assert_allclose(often, before / 2)  # its start beyond the last
+
+
 def test_yarn_slows_the_slow_pairs_and_sharpens_the_scores():
   """Pair i turns 40 / (2 pi 50^(i/2)) times in 40 tokens: 6.4 and 0.9 times."""
   call, weights = _setup('latent', **YARN)

@@ -63,6 +63,7 @@ OPTIONS = {
   'deepseek_v3': dict(n_group=2, topk_group=1, norm_topk_prob=True, **LATENT),
 }
 V = 20
+YARN = {'rope_type': 'yarn'}
 
 
 def values(family='mixtral', **changes):
@@ -562,6 +563,44 @@ def test_published_models_have_their_published_size(name):
       "high_freq_factor is missing, rope_type is 'llama3'",
     ),
     ('llama', {'rope_scaling': {'rope_type': 'linear'}}, "'yarn' or 'llama3'"),
+    ('llama', {'rope_scaling': {'rope_type': None}}, 'rope_type=None'),
+    ('llama', {'rope_theta': None}, 'rope.rope_theta=None is not supported'),
+    ('llama', {'rope_scaling': YARN}, 'rope.factor is missing'),
+    (
+      'llama',
+      {'rope_scaling': {**YARN, 'factor': 2.0}},
+      'max_position_embeddings is missing',
+    ),
+    (
+      'llama',
+      {'rope_scaling': {**YARN, 'factor': 0}, 'max_position_embeddings': 64},
+      'rope.factor=0 is not > 0',
+    ),
+    (
+      'llama',
+      {
+        'rope_scaling': {**YARN, 'factor': 2.0, 'truncate': False},
+        'max_position_embeddings': 64,
+      },
+      'rope.truncate=False is not supported',
+    ),
+    (
+      'llama',
+      {
+        'rope_scaling': {**YARN, 'factor': 2.0, 'beta_fast': 1},
+        'max_position_embeddings': 64,
+      },
+      'rope.beta_fast=1 is not more than rope.beta_slow=1.0',
+    ),
+    ('llama', {'dtype': 'float32'}, "torch_dtype='bfloat16' and dtype='float3"),
+    (
+      'olmoe',
+      {'num_local_experts': 5},
+      'num_local_experts=5 and num_experts=4',
+    ),
+    ('olmoe', {'norm_topk_prob': None}, 'norm_topk_prob=None is not supported'),
+    ('qwen3', {'head_dim': None}, 'head_dim=None is not supported'),
+    ('qwen3', {'use_sliding_window': None}, 'use_sliding_window=None'),
     (
       'qwen3',
       {'layer_types': ['full_attention'] * 2 + ['sliding_attention']},
@@ -611,6 +650,48 @@ def test_a_field_that_is_missing_is_named(tmp_path):
   (tmp_path / 'config.json').write_text(json.dumps(theirs))
   with pytest.raises(ValueError, match='hidden_size is missing'):
     convert.read_config(tmp_path)
+
+
+def _read(theirs):
+  """Our keys of a config.json."""
+  return families.ours(theirs)[1]
+
+
+def test_what_a_config_leaves_out_is_what_transformers_5_takes():
+  """By hand, from its code; transformers_test.py asks itself."""
+  llama3 = dict(
+    rope_type='llama3', factor=8.0, high_freq_factor=4.0, low_freq_factor=1.0
+  )
+  changes = dict(rope_scaling=llama3, max_position_embeddings=64)
+  found = _read(values('llama', **changes))
+  assert found['attention.yarn_length'] == 64
+  assert found['attention.yarn_factor'] == 8
+  yarn = {**YARN, 'factor': None, 'original_max_position_embeddings': 16}
+  changes['rope_scaling'] = yarn
+  assert _read(values('llama', **changes))['attention.yarn_factor'] == 4
+  del yarn['factor']
+  for family in ('qwen3', 'deepseek_v3'):
+    assert _read(values(family, **changes))['attention.yarn_factor'] == 4
+  # rope_scaling stands before rope_parameters, and has no base here.
+  given = {'rope_type': 'default', 'rope_theta': 7.0}
+  changes['rope_parameters'] = given
+  found = _read(values('llama', **changes))
+  assert found['attention.yarn_factor'] == 4
+  assert found['attention.theta'] == 100
+  changes['rope_scaling'] = None
+  found = _read(values('llama', **changes))
+  assert 'attention.yarn_factor' not in found
+  assert found['attention.theta'] == 7
+  few = lambda family, name: {
+    k: v for k, v in values(family).items() if k != name
+  }
+  assert _read(few('qwen3', 'head_dim'))['attention.size'] == 128
+  assert _read(few('qwen3_moe', 'head_dim'))['attention.size'] is None
+  assert _read(few('llama', 'num_key_value_heads'))['attention.J'] is None
+  used = dict(use_sliding_window=True, max_window_layers=0)
+  for family in ('qwen3', 'qwen3_moe'):
+    assert _read(values(family, **used))['attention.window'] == 4096
+  assert _read(values(dtype=None))['dtype'] == 'bfloat16'
 
 
 def _drop_shard(folder):
@@ -664,6 +745,10 @@ def _wrong_index(folder):
   (folder / shards.INDEX).write_text(json.dumps(index))
 
 
+def _adapter(folder):
+  (folder / 'adapter_config.json').write_text('{}')
+
+
 def _no_index(folder):
   (folder / shards.INDEX).unlink()
 
@@ -688,6 +773,7 @@ def _large_tokenizer(folder):
     (_outside, 'is no name of a file'),
     (_wrong_index, 'model-1.safetensors has no tensor other'),
     (_no_index, 'neither model.safetensors.index.json nor model.safetensors'),
+    (_adapter, 'adapter_config.json: an adapter is not supported'),
     (_large_tokenizer, f'has {V + 1} ids, config.json vocab_size={V}'),
   ],
   ids=lambda a: getattr(a, '__name__', None),
@@ -717,6 +803,94 @@ def test_what_is_known_to_be_of_no_use_is_left_out(tmp_path):
     ValueError, match=r'layers\.2\.enorm\.weight is of no use'
   ):
     convert.take(str(source), str(tmp_path / 'other'))
+
+
+def test_a_head_of_its_own_is_not_tied(tmp_path):
+  """Whatever config.json says; and back it is not either."""
+  theirs = values('llama', tie_word_embeddings=True, num_hidden_layers=1)
+  tensors = drawn(theirs)
+  assert 'lm_head.weight' not in tensors
+  tensors['lm_head.weight'] = tensors['model.embed_tokens.weight'].copy()
+  source = publish(tmp_path / 'source', theirs, tensors)
+  assert convert.read_config(source)[1]['tied']
+  tensors['lm_head.weight'][-1, -1] = 7
+  publish(source, theirs, tensors)
+  told = convert.take(str(source), str(tmp_path / 'run'))
+  assert not any('left out' in line for line in told)
+  convert.give(str(tmp_path / 'run'), str(tmp_path / 'again'))
+  again = load_file(tmp_path / 'again' / 'model.safetensors')
+  head = again['lm_head.weight']
+  assert head.tobytes() == tensors['lm_head.weight'].tobytes()
+  written = json.loads((tmp_path / 'again' / 'config.json').read_text())
+  assert not written['tie_word_embeddings']
+
+
+def test_a_single_file_stands_before_an_index(tmp_path):
+  theirs = values('llama')
+  source = publish(tmp_path / 'source', theirs)
+  (source / 'model-1.safetensors').unlink()  # an old index
+  save_file(drawn(theirs), source / shards.WHOLE)
+  assert shards.Shards(source).names() == set(drawn(theirs))
+
+
+def _mixed(theirs):
+  """Wide routers, norms and one expert, a narrow bias."""
+  draw, found = np.random.default_rng(2), drawn(theirs)
+  for name, a in found.items():
+    if 'norm' in name or name.endswith(('.gate.weight', 'experts.0.w1.weight')):
+      found[name] = draw.normal(size=a.shape).astype(np.float32)
+    if name.endswith('e_score_correction_bias'):
+      found[name] = a.astype(ml_dtypes.bfloat16)
+  return found
+
+
+def test_every_tensor_keeps_its_dtype(tmp_path):
+  theirs = values(num_hidden_layers=1)
+  tensors = _mixed(theirs)
+  source = publish(tmp_path / 'source', theirs, tensors)
+  convert.take(str(source), str(tmp_path / 'run'))
+  convert.give(str(tmp_path / 'run'), str(tmp_path / 'again'))
+  again = load_file(tmp_path / 'again' / 'model.safetensors')
+  assert again.keys() == tensors.keys()
+  assert sum(a.dtype == np.float32 for a in tensors.values()) == 5
+  for name, a in tensors.items():
+    assert again[name].dtype == a.dtype, name
+    assert again[name].tobytes() == a.tobytes(), name
+
+
+def test_tensors_that_an_export_splits_keep_their_dtype(tmp_path):
+  theirs = values('deepseek_v3', num_hidden_layers=2)
+  tensors, experts = _mixed(theirs), 'model.layers.1.mlp.experts.'
+  of = lambda kind: np.stack(
+    [tensors.pop(f'{experts}{e}.{kind}_proj.weight') for e in range(4)]
+  )
+  both = np.concatenate([of('gate'), of('up')], axis=1)
+  tensors[f'{experts}gate_up_proj'] = both.astype(np.float32)
+  tensors[f'{experts}down_proj'] = of('down')
+  source = publish(tmp_path / 'source', theirs, tensors)
+  family, keys, _ = convert.read_config(source)
+  found = convert._dtypes(source, family, convert.model_config(keys)[0])
+  wide = {n for n, a in tensors.items() if a.dtype == np.float32}
+  wide.remove(f'{experts}gate_up_proj')
+  wide |= {
+    f'{experts}{e}.{k}_proj.weight' for e in range(4) for k in ('gate', 'up')
+  }
+  bias = 'model.layers.1.mlp.gate.e_score_correction_bias'
+  assert found == {**dict.fromkeys(wide, 'float32'), bias: 'bfloat16'}
+
+
+def test_without_a_dtype_the_files_tell(tmp_path):
+  for name in ('torch_dtype', 'dtype'):
+    theirs = {**values('llama', torch_dtype=None), name: None}
+    source = publish(tmp_path / 'source', theirs)
+    assert convert.read_config(source)[1]['dtype'] == 'bfloat16'
+  del theirs['torch_dtype'], theirs['dtype']
+  tensors = drawn(theirs)
+  tensors['model.norm.weight'] = np.ones(8, np.float32)
+  publish(source, theirs, tensors)
+  assert convert.read_config(source)[1]['dtype'] == 'float32'
+  publish(source, {**theirs, 'torch_dtype': 'bfloat16'}, tensors)
+  assert convert.read_config(source)[1]['dtype'] == 'bfloat16'
 
 
 def test_float16_is_read_into_float32(tmp_path):
@@ -861,6 +1035,45 @@ def test_an_imported_model_holds_no_text_and_is_not_trained_further(
   assert job.dataset.tokenizer.separator == V - 1
   with pytest.raises(ValueError, match='holds published weights'):
     routing.write(str(tmp_path / 'named'), [], 100, str(tmp_path / 'out'))
+
+
+def test_how_a_published_model_begins_and_ends_a_text(tmp_path):
+  """With the marks of its prompts, and at any of its ends."""
+  words = {f'\u2581w{i}': i for i in range(V - 2)}
+  made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, '\u2581w0'))
+  made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+  made.decoder = tokenizers.decoders.Metaspace()
+  made.add_special_tokens(['<s>'])
+  made.add_tokens(['</s>'])  # is not marked special
+  made.post_processor = tokenizers.processors.TemplateProcessing(
+    single='<s> $A', special_tokens=[('<s>', V - 2)]
+  )
+  ends = values('llama', num_hidden_layers=1, eos_token_id=[V - 1, 3])
+  source, run = publish(tmp_path / 'source', ends), tmp_path / 'run'
+  made.save(str(source / 'tokenizer.json'))
+  convert.take(str(source), str(run))
+  job = routing.load(str(run))
+  assert job.dataset.tokenizer.separator == V - 1
+  assert generate.ends(job) == {V - 1, 3}
+  named = run / routing.ASIDE / 'generation_config.json'
+  named.write_text('{"eos_token_id": 2}')
+  assert generate.ends(job) == {2}
+  named.write_text('{"eos_token_id": "</s>"}')
+  with pytest.raises(ValueError, match="eos_token_id='</s>' is no id"):
+    generate.ends(job)
+
+  prompt = generate.prompt_ids(job, 'w1 w2')
+  assert prompt == [V - 2, 1, 2]
+  assert generate.continued(job, prompt, [5, 6]) == ' w5 w6'
+  assert generate.continued(job, prompt, [5, 2], {2}) == ' w5'
+  (tmp_path / 'a.txt').write_text('w1 w2\nw3\n')
+  (tmp_path / 'b.txt').write_text('w3')
+  found = routing.streams(job, [f'text={tmp_path}/*.txt'])['text']
+  assert found[0] == found[-1] == V - 2
+  assert np.count_nonzero(found == V - 2) == 3 and V - 1 not in found
+  (run / 'tokenizer.json').unlink()
+  named.unlink()
+  assert generate.ends(routing.load(str(run))) == {V - 1, 3}
 
 
 # The command, and memory.

@@ -14,6 +14,7 @@ from tokenizers import (
   models,
   normalizers,
   pre_tokenizers,
+  processors,
   trainers,
 )
 
@@ -281,6 +282,73 @@ def test_files_of_others(tmp_path, kind, separator, spells):
   again = tokenizer.load(tmp_path / 'again.json')
   assert again.fingerprint() == tok.fingerprint()
   assert [ids.tolist() for ids in again.encode(TEXTS)] == expected
+
+
+def _marked(kind='llama'):
+  """With a mark before a text and marks of a chat."""
+  library = _others(kind)
+  library.add_special_tokens(['<s>', '<|im_start|>'])
+  first = '<s>', library.token_to_id('<s>')
+  library.post_processor = processors.TemplateProcessing(
+    single='<s> $A', special_tokens=[first]
+  )
+  return library
+
+
+@pytest.mark.parametrize('kind', ['llama', 'gpt2'])
+def test_a_prompt_has_the_marks_that_it_spells(tmp_path, kind):
+  """A document that spells them has letters."""
+  library = _marked(kind)
+  tok = tokenizer.load(_file(tmp_path, library))
+  text, of = '<|im_start|>hello', library.token_to_id
+  found = tok.prompt(text)
+  assert found[:2] == [of('<s>'), of('<|im_start|>')]
+  assert found == library.encode(text).ids
+  assert of('<|im_start|>') not in tok.encode([text])[0]  # and afterwards
+  assert tok.marks() == [of('<s>')]
+  assert tokenizer.load(_file(tmp_path, _others(kind))).marks() == []
+  assert BPE.prompt('a<|endoftext|>')[-1] == BPE.separator
+  assert BPE.separator not in BPE.encode(['a<|endoftext|>'])[0]
+
+
+def _published(path, family='llama', ends=(), **settings):
+  text, separator = tokenizer.published(path, settings, family, list(ends))
+  return tokenizers.Tokenizer.from_str(text), separator
+
+
+def test_a_published_tokenizer_is_read_as_its_class_reads_it(tmp_path):
+  """Of LlamaTokenizer; what transformers says is in transformers_test.py."""
+  path, llama = (
+    _file(tmp_path, _marked()),
+    {'tokenizer_class': 'LlamaTokenizer'},
+  )
+  plain = tokenizers.Tokenizer.from_file(str(path)).encode(' hello').tokens
+  for family, settings in (('llama', {}), ('mixtral', llama)):
+    found, _ = _published(path, family, **settings)
+    assert found.encode(' hello').tokens == plain
+  found, _ = _published(path, **llama)
+  assert found.encode(' hello').tokens == found.encode('hello').tokens != plain
+  assert found.encode('hello').tokens[0] == '<s>'
+  ids = found.encode('hello', add_special_tokens=False).ids
+  assert found.decode(ids) == 'hello'
+  for settings, spaces in (({}, 0), ({'legacy': True}, 1)):
+    found, _ = _published(path, **{**llama, **settings})
+    tokens = found.encode('<|im_start|>hello').tokens
+    assert ''.join(tokens[2:]) == '\u2581' * spaces + 'hello'
+  found, _ = _published(path, **llama, add_prefix_space=False)
+  assert found.encode('hello').tokens[1:] != plain[2:]
+  assert ''.join(found.encode('hello').tokens[1:]) == 'hello'
+
+
+def test_an_end_that_is_not_marked_special_becomes_it(tmp_path):
+  library = _others('gpt2')
+  library.add_tokens(['<end>'])
+  path, at = _file(tmp_path, library), library.token_to_id('<end>')
+  found, separator = _published(path, ends=[10**6, at])
+  assert separator == '<end>' and found.get_vocab_size() == at + 1
+  tok = tokenizer.load(_file(tmp_path, found), separator)
+  assert tok.separator == at
+  assert _published(path, ends=[])[1] == ''
 
 
 def test_bytes_are_told_only_of_text_that_is_spelled_exactly(tmp_path, caplog):

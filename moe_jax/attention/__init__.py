@@ -323,7 +323,8 @@ class Yarn:
     )
     low = max(math.floor(pair(self.beta_fast)), 0)
     high = min(math.ceil(pair(self.beta_slow)), P - 1)
-    width = max(high - low, 1e-3)
+    # It may be below 0: then no pair is slowed, or all are.
+    width = high - low or 1e-3
     slowed = np.clip((np.arange(P // 2) - low) / width, 0, 1)
     return frequency * (1 - slowed + slowed / self.factor)
 

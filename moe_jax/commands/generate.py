@@ -58,20 +58,20 @@ def _run(generate):
   )
   prompts = [generate.prompt_ids(job, text) for text in _PROMPT.value]
   prompts += [_ids(text) for text in _PROMPT_IDS.value]
-  tok = job.dataset.tokenizer
+  stop = generate.ends(job)
   write = generate.writer(
     job,
     _NEW.value,
     temperature=_TEMPERATURE.value,
     top_p=_TOP_P.value,
-    stop=None if tok is None else tok.separator,
+    stop=stop,
   )
   routes = generate.load_routes(_REPLAY.value) if _REPLAY.value else None
   found = write(weights, prompts, _SEED.value, routes)
   if _RECORD.value:
     generate.save_routes(_RECORD.value, found.routes)
   for prompt, ids in zip(prompts, found.ids, strict=True):
-    text = None if tok is None else tok.decode(ids)
+    text = generate.continued(job, prompt, ids, stop)
     if _JSON.value:
       print(json.dumps({'prompt_ids': prompt, 'ids': ids, 'text': text}))
     else:
