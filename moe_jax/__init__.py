@@ -40,9 +40,9 @@ lists the few imports within a level):
   {objective, dataset, data, pairs, images, rows, tokenizer, hub, corpus, cache,
   optimizer, metrics, figures, report, analysis, analysis_report, checkpoint,
   models, config, malloc, beam, translate, planner, processes, guard, nonfinite,
-  health, preemption, families, pieces, shards} -> trunk -> {block, routers,
-  experts, fused, residual, attention, parallel} -> {plan, balance, ops, norm,
-  init, exact, ranges} -> pallas_kernels -> jax
+  health, preemption, lock, families, pieces, shards} -> trunk -> {block,
+  routers, experts, fused, residual, attention, parallel} -> {plan, balance,
+  ops, norm, init, exact, paths, ranges} -> pallas_kernels -> jax
 
 Two words that are never mixed: *memory* lives over depth inside one forward
 pass; *state* lives over training steps.

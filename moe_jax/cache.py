@@ -1,11 +1,16 @@
 """Files that can be rebuilt: read if sound, else made again, atomically."""
 
+import atexit
+import functools
 import logging
 import os
 import pathlib
+import shutil
 import tempfile
 from collections.abc import Callable
 from typing import Any
+
+from moe_jax import paths
 
 logger = logging.getLogger(__name__)
 
@@ -14,9 +19,23 @@ def directory(configured: str = '') -> pathlib.Path:
   """`configured`, else $MOE_JAX_CACHE, else moe_jax in the user's cache."""
   chosen = configured or os.environ.get('MOE_JAX_CACHE', '')
   if chosen:
-    return pathlib.Path(chosen).expanduser()
+    return paths.absolute(chosen)
   home = os.environ.get('XDG_CACHE_HOME', '') or '~/.cache'
-  return pathlib.Path(home).expanduser() / 'moe_jax'
+  try:
+    return paths.absolute(home) / 'moe_jax'
+  except ValueError:
+    return _temporary()
+
+
+@functools.cache
+def _temporary():
+  """What stands in for the cache of a user who has no home."""
+  folder = tempfile.mkdtemp(prefix='moe_jax-')
+  atexit.register(shutil.rmtree, folder, ignore_errors=True)
+  logger.warning(
+    'there is no home folder for a cache; $MOE_JAX_CACHE can name another'
+  )
+  return pathlib.Path(folder)
 
 
 def cached(

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from moe_jax import processes
+from moe_jax import preemption, processes
 
 DAMAGED = 'damaged'  # where damaged checkpoints go, in the work directory
 DIGESTS = 'digests.json'  # in a checkpoint
@@ -75,7 +75,7 @@ class Checkpoints:
     """
     text = json.dumps({'data': data, 'sums': _sums(state)})
     sealed = {'text': text, 'sha256': _sha256(text)}
-    with self._failing():
+    with self._failing(), preemption.later():
       self._manager.save(
         step,
         args=ocp.args.Composite(
@@ -134,8 +134,9 @@ class Checkpoints:
 
   def close(self) -> None:
     """Waits until all is saved."""
-    self.wait()
-    self._manager.close()
+    with preemption.later():
+      self.wait()
+      self._manager.close()
 
   def __enter__(self) -> 'Checkpoints':
     return self

@@ -9,7 +9,6 @@ import dataclasses
 import json
 import math
 import os
-import pathlib
 import re
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import topologies
 
-from moe_jax import job, models, objective, parallel, planner, programs
+from moe_jax import job, models, objective, parallel, paths, planner, programs
 
 # With these libtpu compiles without a TPU, in many processes at a time.
 ENVIRONMENT = {
@@ -92,7 +91,7 @@ def compile_step(
   else:
     text, memory = program.as_text(), program.memory_analysis()
     if hlo:
-      pathlib.Path(hlo).write_text(text)
+      paths.absolute(hlo).write_text(text)
     found |= {
       'arguments': memory.argument_size_in_bytes,
       'peak': taken(memory),
@@ -118,7 +117,8 @@ def lower(
     mesh, c['model']['router'].get('k', 1), **c['parallel']
   )
   there = job_on(mesh, c, layout)
-  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+  on_mesh = jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+  with programs.precision(there), on_mesh:
     return programs.make_step(there).lower(*_arguments(there)), said
 
 
@@ -126,7 +126,7 @@ def _devices(there, gpu):
   if there.chip.platform == 'gpu':
     if not gpu:
       raise ValueError('for a GPU, --gpu=FILE has to describe it')
-    description = pathlib.Path(gpu).read_text()
+    description = paths.absolute(gpu).read_text()
     return topologies.get_topology_desc(
       '', 'cuda', topology=f'1x1x{there.devices}', target_config=description
     ).devices

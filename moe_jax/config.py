@@ -22,6 +22,7 @@ from moe_jax import (
   objective,
   optimizer,
   parallel,
+  paths,
   ranges,
   residual,
   routers,
@@ -199,7 +200,7 @@ def begin(workdir: str) -> ml_collections.ConfigDict:
   Raises:
     ValueError: there is no config that can be read.
   """
-  folder = pathlib.Path(workdir).expanduser().absolute()
+  folder = paths.absolute(workdir)
   old = saved(folder)
   c = default()
   c.init_from, c.seq_len = str(folder), old['seq_len']
@@ -374,10 +375,7 @@ def resolve(c: ml_collections.ConfigDict) -> dict[str, Any]:
       line with the key, the value, and its range or the nearest known key.
   """
   values, known = c.to_dict(), default().to_dict()
-  for path in ('model', 'data', *SECTIONS, 'objective.losses'):
-    section = _section(values, path)
-    if not isinstance(section, dict):
-      raise ValueError(f'{path}={section!r} is not a section of a config')
+  _check_whole(values, known)
   known['model'] = model(values['model'].get('name', '')).to_dict()
   known['data'] = source(values['data'].get('source', '')).to_dict()
   for path, kind in SECTIONS.items():
@@ -396,6 +394,25 @@ def _section(c, path):
   for key in path.split('.'):
     c = c.get(key)
   return c
+
+
+def _check_whole(values, known):
+  """ValueError if a key of default() is not there, or is no section."""
+  for key, value in known.items():
+    if key not in values:
+      raise ValueError(f'the config has no {key}; begin with config.default()')
+    if isinstance(value, dict) and not isinstance(values[key], dict):
+      raise ValueError(f'{key}={values[key]!r} is no section of keys')
+  for path, kind in SECTIONS.items():
+    section = _section(values, path)
+    if not isinstance(section, dict):
+      raise ValueError(
+        f'{path}={section!r} is no section of keys;'
+        f' config.choice({kind!r}, name) makes one'
+      )
+  losses = values['objective'].get('losses', {})
+  if not isinstance(losses, dict):
+    raise ValueError(f'objective.losses={losses!r} is no section of keys')
 
 
 def _check(values, known):

@@ -10,8 +10,8 @@ import functools
 import json
 import pathlib
 import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,6 +26,7 @@ from moe_jax import (
   models,
   ops,
   parallel,
+  paths,
   pieces,
   routing,
   shards,
@@ -60,7 +61,8 @@ def take(
     ValueError, OSError: one line; nothing is left in `workdir`.
   """
   alone()
-  folder, target = pathlib.Path(source), pathlib.Path(workdir).absolute()
+  folder, target = paths.absolute(source), paths.absolute(workdir)
+  check_vacant(target)
   family, keys, values = read_config(folder)
   with aside(target) as part:
     _carry(folder, part / routing.ASIDE)
@@ -338,7 +340,9 @@ def give(workdir: str, target: str, shard: int = shards.SHARD) -> list[str]:
       no family can express is refused with the keys that none has.
   """
   alone()
-  job, folder = routing.load(workdir), pathlib.Path(target).absolute()
+  folder = paths.absolute(target)
+  check_vacant(folder)
+  job = routing.load(workdir)
   try:
     family, values = expressed(job.config, job.model.c.V)
   except KeyError as error:
@@ -483,25 +487,56 @@ def alone() -> None:
     )
 
 
+def check_vacant(target: pathlib.Path) -> None:
+  """ValueError if there is something already; an empty folder is nothing."""
+  if target.is_symlink() and not target.exists():
+    raise ValueError(f'{target} is a link to {target.readlink()}: nothing')
+  if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    raise ValueError(f'{target} is there already, and would be overwritten')
+
+
 @contextlib.contextmanager
 def aside(target: pathlib.Path) -> Iterator[pathlib.Path]:
   """A folder that becomes `target` at the end; nothing is left if it fails.
 
+  An empty folder that is there is filled, not replaced: a disk may be mounted
+  on it, or it may be a link.
+
   Raises:
     ValueError: there is something already.
   """
-  if target.exists() and (not target.is_dir() or any(target.iterdir())):
-    raise ValueError(f'{target} is there already, and would be overwritten')
-  target.parent.mkdir(parents=True, exist_ok=True)
-  part = pathlib.Path(
-    tempfile.mkdtemp(prefix=f'.{target.name}.', dir=target.parent)
-  )
+  check_vacant(target)
+  there = target.exists()
+  made = [folder for folder in target.parents if not folder.exists()]
+  name = f'.{target.name}.{secrets.token_hex(4)}'
+  part = (target if there else target.parent) / name
   try:
+    part.mkdir(parents=True)
     yield part
-    part.chmod(0o755)
-    part.replace(target)
+    if there:
+      _move(part, target)
+    else:
+      part.replace(target)
   finally:
     shutil.rmtree(part, ignore_errors=True)
+    for folder in made:
+      with contextlib.suppress(OSError):  # it has the target in it
+        folder.rmdir()
+
+
+def _move(part, target):
+  """All that is in one folder to an empty one; nothing if that fails."""
+  names = sorted(path.name for path in part.iterdir())
+  # The one that says what a folder is comes last.
+  names.sort(key=lambda name: name == 'config.json')
+  try:
+    for name in names:
+      (part / name).replace(target / name)
+  except BaseException:
+    for name in names:
+      if (target / name).exists():
+        (target / name).replace(part / name)
+    raise
 
 
 def _carry(source, target):

@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Hashable, Iterable
 from typing import Annotated, Any, NamedTuple
 
-from moe_jax import ranges
+from moe_jax import paths, ranges
 
 logger = logging.getLogger(__name__)
 
@@ -374,9 +374,9 @@ def _matches(patterns: str, key: str) -> list[str]:
     DataError: a glob matches no file, or a link to none; it begins with `key`.
   """
   found = {}
-  one = os.path.isfile(os.path.expanduser(patterns))  # with commas in its name
+  one = os.path.isfile(paths.text(patterns))  # with commas in its name
   for pattern in [patterns] if one else patterns.split(','):
-    pattern = os.path.expanduser(pattern if one else pattern.strip())
+    pattern = paths.text(pattern if one else pattern.strip())
     if os.path.isdir(pattern):
       raise DataError(
         f'{key} {pattern} is a directory; name its files, as in'

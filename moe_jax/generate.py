@@ -8,7 +8,9 @@ the same row number, which is a part of the seed.
 """
 
 import functools
+import os
 import pathlib
+import tempfile
 from collections.abc import Callable, Collection
 from typing import NamedTuple
 
@@ -16,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import models, parallel, programs, routers, routing
+from moe_jax import models, parallel, paths, programs, routers, routing
 from moe_jax.job import Job
 
 
@@ -49,7 +51,8 @@ def writer(
 
   Args:
     job: of `newest`; weights lie on its mesh.
-    temperature: of the softmax; 0 takes the best id.
+    temperature: of the softmax; 0 takes the best id, as does one that is less
+      than any normal number of the logits' type.
     top_p: drawn from are the best ids that together have this probability.
 
   Raises:
@@ -57,7 +60,8 @@ def writer(
       called: an empty prompt, an id that the model lacks, routes that do not
       fit.
   """
-  _check(job, new, temperature, top_p)
+  with programs.precision(job):
+    _check(job, new, temperature, top_p)
   sample = functools.partial(_sample, temperature=temperature, top_p=top_p)
   run = jax.jit(
     functools.partial(
@@ -76,6 +80,8 @@ def writer(
     They stand for the routers' choices; gates are the routers' own.
     """
     _check_prompts(job, prompts)
+    if not 0 <= seed < 2**32:
+      raise ValueError(f'seed={seed} is not in [0, 2**32)')
     rows = -len(prompts) % job.mesh.size + len(prompts)
     length_B = np.zeros(rows, np.int32)
     length_B[: len(prompts)] = [len(prompt) for prompt in prompts]
@@ -202,13 +208,14 @@ def _put(old_GxRxIxBxMxK, place_BxL, route_GxRxIxTxK):
 
 def _sample(logits_V, key, *, temperature, top_p):
   """The best id, or one drawn from the best that together have top_p."""
-  if not temperature:
+  if temperature < jnp.finfo(logits_V.dtype).tiny:
     return jnp.argmax(logits_V).astype(jnp.int32)
-  logits_V /= temperature
+  logits_V = (logits_V - jnp.max(logits_V)) / temperature  # none overflows
   order_V = jnp.argsort(-logits_V)
   probs_V = jax.nn.softmax(logits_V[order_V])
   before_V = jnp.cumsum(probs_V, dtype=probs_V.dtype) - probs_V
-  sorted_V = jnp.where(before_V < top_p, logits_V[order_V], -jnp.inf)
+  kept_V = (before_V < top_p).at[0].set(True)  # of however little top_p
+  sorted_V = jnp.where(kept_V, logits_V[order_V], -jnp.inf)
   return order_V[jax.random.categorical(key, sorted_V)].astype(jnp.int32)
 
 
@@ -220,8 +227,8 @@ def _until(ids, stop):
 def _check(job, new, temperature, top_p):
   if new < 1:
     raise ValueError(f'max_new_tokens={new} is < 1')
-  if temperature < 0:
-    raise ValueError(f'temperature={temperature} is < 0')
+  if not 0 <= temperature < float('inf'):
+    raise ValueError(f'temperature={temperature} is not in [0, inf)')
   if not 0 < top_p <= 1:
     raise ValueError(f'top_p={top_p} is not in (0, 1]')
   for segment in job.model.trunk.segments().values():
@@ -263,12 +270,30 @@ def _fitting(job, routes, like, B):
   return [jnp.asarray(np.pad(a, pad), jnp.int32) for a in routes]
 
 
-def save_routes(path: pathlib.Path, routes: list[np.ndarray]) -> None:
-  np.savez_compressed(path, **{str(i): a for i, a in enumerate(routes)})
+def routes_file(given: str | os.PathLike) -> pathlib.Path:
+  """The .npz file of that name, which may be without its ending.
+
+  Raises:
+    ValueError: its folder is not there; one line.
+  """
+  path = paths.absolute(given)
+  if not path.parent.is_dir():
+    raise ValueError(f'{given}: there is no folder {path.parent}')
+  return path.with_name(path.name.removesuffix('.npz') + '.npz')
 
 
-def load_routes(path: pathlib.Path) -> list[np.ndarray]:
+def save_routes(given: str | os.PathLike, routes: list[np.ndarray]) -> None:
+  """Writes them to `routes_file(given)`, the whole file or nothing."""
+  path = routes_file(given)
+  with tempfile.TemporaryDirectory('.part', dir=path.parent) as folder:
+    part = pathlib.Path(folder) / path.name
+    np.savez_compressed(part, **{str(i): a for i, a in enumerate(routes)})
+    part.replace(path)
+
+
+def load_routes(given: str | os.PathLike) -> list[np.ndarray]:
   """What `save_routes` wrote; ValueError if the file holds none."""
+  path = routes_file(given)
   try:
     with np.load(path, allow_pickle=False) as found:
       return [found[str(i)] for i in range(len(found.files))]

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from moe_jax import corpus, ranges
+from moe_jax import corpus, paths, ranges
 from moe_jax.corpus import Corpus, DataError, Document
 
 ROWS_AT_ONCE = 1000
@@ -107,7 +107,7 @@ def _open(config: HubConfig, split: str) -> Any:
       f"data.source='huggingface' needs datasets: pip install -e '.[hf]'"
       f' ({error})'
     ) from error
-  path = os.path.expanduser(config.path)
+  path = paths.text(config.path)
   if config.revision and os.path.exists(path):
     raise DataError(
       f'data.revision is {config.revision!r}, but {path} is on this disk'

@@ -17,11 +17,13 @@ from moe_jax import (
   checkpoint,
   dataset,
   guard,
+  lock,
   models,
   objective,
   ops,
   optimizer,
   parallel,
+  paths,
   routers,
   tokenizer,
 )
@@ -82,7 +84,9 @@ def prepare(config: Any, workdir: str) -> Job | None:
   c = configs.resolve(config)
   if '://' in str(workdir):
     raise ValueError(f'workdir={workdir} is no path: mount what it stands for')
-  workdir = pathlib.Path(workdir).absolute()
+  workdir = paths.absolute(workdir)
+  if jax.process_index() == 0:
+    lock.check(workdir)
   finished, _ = _earlier(c, workdir)
   if finished:
     return None
@@ -189,8 +193,8 @@ def _check_router(c):
 
 def _check_beginning(c, model, found):
   """ValueError, one line, if init_from has no weights of this very model."""
-  folder = pathlib.Path(c['init_from']).expanduser().absolute()
   try:
+    folder = paths.absolute(c['init_from'])
     wrong = _wrong_beginning(folder, c, model, found)
   except (ValueError, OSError) as error:
     wrong = str(error)
@@ -256,6 +260,11 @@ def _mesh(c):
     F=c['model']['expert_F'],
   )
   return mesh
+
+
+def check_place(job: Job) -> None:
+  """ValueError, one line, if the work directory holds another run by now."""
+  _earlier(job.config, job.workdir)
 
 
 def _earlier(c, workdir):

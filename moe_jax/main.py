@@ -50,6 +50,7 @@ def main(argv: list[str]) -> None:
       processes.meet(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
   except (ValueError, OSError) as error:
     commands.stop('moe-train', error)
+  commands.check_devices('moe-train')
   with processes.together():
     _train()
 

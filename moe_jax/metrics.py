@@ -43,17 +43,23 @@ class Writer:
   """Appends to metrics.jsonl, which holds no step twice after a resume.
 
   `resume_step` is the last step whose result the run has (0 for a new run).
-  What an interrupted run wrote beyond it will be computed again, so it goes.
-  None has no file: of several processes, one writes.
+  What an interrupted run wrote beyond it will be computed again, so it goes;
+  with `owed` also the evaluation of that step. None has no file: of several
+  processes, one writes.
   """
 
-  def __init__(self, workdir: str | None, resume_step: int = 0):
+  def __init__(
+    self, workdir: str | None, resume_step: int = 0, owed: bool = False
+  ):
     self.path = None
     if workdir is None:
       return
     os.makedirs(workdir, exist_ok=True)
     self.path = os.path.join(workdir, FILE)
     kept = [x for x in read(workdir) if x['step'] <= resume_step]
+    if owed:
+      again = lambda x: x['step'] == resume_step and 'eval_loss' in x
+      kept = [x for x in kept if not again(x)]
     text = ''.join(_dumps(line) for line in kept)
     if os.path.exists(self.path) and not _holds(self.path, text):
       replace(self.path, text)

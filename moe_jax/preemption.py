@@ -1,7 +1,10 @@
 """SIGTERM, by which schedulers announce that they take a machine back."""
 
+import contextlib
 import signal
 import sys
+import threading
+from collections.abc import Iterator
 from types import FrameType
 
 import jax
@@ -14,6 +17,29 @@ def leave(signum: int = 0, frame: FrameType | None = None) -> None:
   """Ends the process as preempted; a handler while there is nothing to save."""
   del signum, frame
   sys.exit(EXIT)
+
+
+@contextlib.contextmanager
+def later() -> Iterator[None]:
+  """Signals that would end what is done within it come when it is done.
+
+  For what threads do in part, which no exception ends in all of them.
+  """
+  if threading.current_thread() is not threading.main_thread():
+    yield  # which hears no signal
+    return
+  heard, handlers = [], {}
+  remember = lambda number, frame: heard.append(number)
+  for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    if callable(signal.getsignal(number)):  # not jax's, which is not Python's
+      handlers[number] = signal.signal(number, remember)
+  try:
+    yield
+  finally:
+    for number, handler in handlers.items():
+      signal.signal(number, handler)
+    for number in heard:
+      signal.raise_signal(number)
 
 
 class Notice:

@@ -4,7 +4,6 @@ import collections
 import contextlib
 import functools
 import math
-import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ from moe_jax import (
   models,
   nonfinite,
   parallel,
+  paths,
   processes,
   routers,
 )
@@ -55,7 +55,7 @@ def initial_state(job: Job) -> TrainState:
   seed = np.uint32(job.config['seed'])
   if not job.config['init_from']:
     return jax.jit(init, out_shardings=where)(seed)
-  folder = pathlib.Path(job.config['init_from']).expanduser()
+  folder = paths.absolute(job.config['init_from'])
   found = processes.gather(str(max(checkpoint.steps(folder), default=0)))
   weights = checkpoint.read(folder, int(found[0]), abstract_weights(job))
   begin = jax.jit(init, out_shardings=where, donate_argnums=(1, 2))
@@ -312,9 +312,9 @@ def check(job: Job) -> None:
     jax.eval_shape(make_step(job), state, batch)
 
 
-def precision(job):
-  wide = job.config['model']['dtype'] == 'float64'
-  return jax.enable_x64(True) if wide else contextlib.nullcontext()
+def precision(job: Job) -> contextlib.AbstractContextManager[None]:
+  """Within it jax has the types of this run, whatever JAX_ENABLE_X64 says."""
+  return jax.enable_x64(job.config['model']['dtype'] == 'float64')
 
 
 def _fixed_size(aux):

@@ -31,6 +31,7 @@ from moe_jax import (
   ops,
   optimizer,
   parallel,
+  paths,
   plan,
   programs,
   routers,
@@ -53,7 +54,7 @@ def load(workdir: str, sizes: dict[str, int] | None = None) -> Job:
     ValueError, OSError: one line; there is no run, or none of a decoder, or it
       does not fit the mesh.
   """
-  folder = pathlib.Path(workdir).absolute()
+  folder = paths.absolute(workdir)
   c = config.saved(folder)
   try:
     return _job(folder, c, sizes or {})
@@ -226,7 +227,7 @@ def _packed(job, name, documents):
 
 def _parsed(argument):
   """(name, glob, field); what exists as it is written is a path alone."""
-  if os.path.isfile(os.path.expanduser(argument)):
+  if os.path.isfile(paths.text(argument)):
     return argument, argument, ''
   parts = re.fullmatch(r'(?s)(?:([\w .-]+)=)?(.*)', argument)
   name, glob = parts.groups()
@@ -442,7 +443,7 @@ def write(workdir: str, given: list[str], limit: int, out: str) -> pathlib.Path:
   Raises:
     ValueError, OSError: one line; nothing was written.
   """
-  job, folder = routed(workdir), pathlib.Path(out).absolute()
+  job, folder = routed(workdir), paths.absolute(out)
   _check_place(folder)
   saved = checkpoints(job)
   texts = streams(job, given)

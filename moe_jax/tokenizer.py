@@ -21,7 +21,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from moe_jax import cache
+from moe_jax import cache, paths
 from moe_jax.corpus import Corpus, DataError, TextConfig
 
 logger = logging.getLogger(__name__)
@@ -341,7 +341,7 @@ def fixed(config: TextConfig) -> Tokenizer | None:
     return Bytes()
   if config.tokenizer == 'bpe':
     return None
-  found = load(os.path.expanduser(config.tokenizer), config.separator)
+  found = load(paths.text(config.tokenizer), config.separator)
   if found.vocab_size != config.vocab_size:
     raise DataError(
       f'data.vocab_size is {config.vocab_size}, but {config.tokenizer} has'

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from moe_jax import (
   checkpoint,
   health,
+  lock,
   metrics,
   models,
   pairs,
@@ -32,7 +33,7 @@ from moe_jax import (
   routers,
   translate,
 )
-from moe_jax.job import Job, NOT_FINITE
+from moe_jax.job import check_place, Job, NOT_FINITE
 
 
 class Stopped(Exception):
@@ -47,15 +48,29 @@ def run(job: Job) -> dict[str, Any]:
   processes the first does, but for checkpoints. Returns the summary.
 
   Raises:
-    Stopped: numbers stay bad; or no checkpoint is whole, or none can be saved.
+    Stopped: numbers stay bad; or no checkpoint is whole, or none can be saved;
+      or another run has the work directory.
     SystemExit: with preemption.EXIT, after SIGTERM, when all is saved.
   """
   with programs.precision(job), preemption.Notice() as notice:
     try:
-      return _Run(job, notice).finish()
+      with _alone(job):
+        return _Run(job, notice).finish()
     except OSError as error:
       place = '' if str(job.workdir) in str(error) else f'{job.workdir}: '
       raise Stopped(f'{place}{error}') from error
+
+
+@contextlib.contextmanager
+def _alone(job):
+  """The work directory is this run's; of several processes the first locks."""
+  first = jax.process_index() == 0
+  with lock.held(job.workdir) if first else contextlib.nullcontext():
+    try:
+      check_place(job)  # another run may have been there since `prepare`
+    except ValueError as error:
+      raise Stopped(str(error)) from error
+    yield
 
 
 class _Run:
@@ -264,7 +279,8 @@ class _Run:
     else:
       self.saved.set_aside(found.damaged)
       self.state, self.record = found.state, found.data['record']
-    self.record['rollbacks'] = rollbacks + 1
+    # A run that owes an evaluation makes it before its first step.
+    self.record |= {'rollbacks': rollbacks + 1, 'owed': False}
     guard = self.state.guard._replace(skipped=skipped)
     self.state = self.state._replace(guard=guard)
     self.step = int(self.state.step)
@@ -279,7 +295,7 @@ class _Run:
     """Metrics of later steps go; returns the last step that had any."""
     lines = metrics.read(self.job.workdir) if self.first else []
     workdir = self.job.workdir if self.first else None
-    self.writer = metrics.Writer(workdir, self.step)
+    self.writer = metrics.Writer(workdir, self.step, self.record['owed'])
     self.routing = health.Routing(self.c['model']['iterations'])
     for line in lines:
       if line['step'] <= self.step:

@@ -8,7 +8,6 @@ the feed-forward of a dense layer to every expert; fine-grained upcycling
 
 import dataclasses
 import json
-import pathlib
 import shutil
 from typing import Any
 
@@ -20,6 +19,7 @@ from moe_jax import (
   checkpoint,
   config,
   convert,
+  paths,
   pieces,
   programs,
   ranges,
@@ -117,7 +117,9 @@ def grow(
     ValueError, OSError: one line; nothing is left in `workdir`.
   """
   convert.alone()
-  job, target = routing.load(source, sizes), pathlib.Path(workdir).absolute()
+  target = paths.absolute(workdir)
+  convert.check_vacant(target)
+  job = routing.load(source, sizes)
   c = {**job.config, 'model': model_config(job.config['model'], growth)}
   c['description'] = f'{job.workdir.name}, upcycled: {_said(growth)}'
   with convert.aside(target) as part:

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import pwd
+import shutil
 
 import pytest
 
@@ -71,3 +73,21 @@ def test_directory_follows_config_then_environment(tmp_path, monkeypatch):
   monkeypatch.setenv('MOE_JAX_CACHE', str(tmp_path / 'mine'))
   assert cache.directory() == tmp_path / 'mine'
   assert cache.directory('~/here') == tmp_path / 'here'
+
+
+def test_a_user_without_a_home_goes_on(monkeypatch, caplog):
+  """As in a container that runs under a number which nobody has."""
+
+  def unknown(*_):
+    raise KeyError('uid not found: 12345')
+
+  for name in ('HOME', 'MOE_JAX_CACHE', 'XDG_CACHE_HOME'):
+    monkeypatch.delenv(name, raising=False)
+  monkeypatch.setattr(pwd, 'getpwuid', unknown)
+  folder = cache.directory()
+  try:
+    assert _cached(folder / 'file', 'sound 1') == 'sound 1'
+    assert cache.directory() == folder and caplog.text.count('no home') == 1
+  finally:
+    shutil.rmtree(folder)
+    cache._temporary.cache_clear()

@@ -4,6 +4,7 @@ import functools
 import gc
 import pathlib
 import shutil
+import signal
 import time
 
 import jax
@@ -50,6 +51,25 @@ def state(seed, sizes=MESHES[0]):
 
 def same(a, b):
   jax.tree.map(np.testing.assert_array_equal, *jax.device_get((a, b)))
+
+
+def test_a_signal_waits_until_it_is_saved(tmp_path, monkeypatch):
+  """Else threads would go on in a folder that is being deleted."""
+  with (
+    pytest.raises(KeyboardInterrupt),
+    checkpoint.Checkpoints(tmp_path, keep=1) as saved,
+  ):
+    for name in ('save', 'close'):
+      act = getattr(saved._manager, name)
+      monkeypatch.setattr(saved._manager, name, functools.partial(_struck, act))
+    saved.save(1, state(1), {})
+  assert checkpoint.steps(tmp_path) == [1]
+  same(checkpoint.read(tmp_path, 1, state(2)), state(1))
+
+
+def _struck(act, *args, **options):
+  signal.raise_signal(signal.SIGINT)
+  return act(*args, **options)
 
 
 @pytest.fixture(scope='module')

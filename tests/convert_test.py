@@ -3,8 +3,10 @@
 import functools
 import json
 import math
+import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 
@@ -18,6 +20,7 @@ from small import command, small_config
 
 from moe_jax import (
   checkpoint,
+  commands,
   config,
   convert,
   families,
@@ -928,6 +931,83 @@ def test_what_is_there_is_not_overwritten(tmp_path):
     convert.take(str(source), str(tmp_path / 'run'))
   assert [p.name for p in (tmp_path / 'run').iterdir()] == ['mine']
   assert not [p for p in tmp_path.iterdir() if p.name.startswith('.')]
+
+
+@pytest.mark.parametrize('linked', [False, True])
+def test_an_empty_folder_is_filled_and_not_replaced(tmp_path, linked):
+  """It may be a link, or where a disk is mounted."""
+  real = tmp_path / 'real'
+  real.mkdir()
+  before, target = real.stat().st_ino, tmp_path / 'link' if linked else real
+  if linked:
+    target.symlink_to(real)
+  with convert.aside(target) as part:
+    (part / 'config.json').write_text('{}')
+    (part / 'checkpoints').mkdir()
+    assert not (target / 'config.json').exists()
+  assert real.stat().st_ino == before
+  assert {p.name for p in target.iterdir()} == {'config.json', 'checkpoints'}
+  assert target.is_symlink() == linked
+
+
+@pytest.mark.parametrize('there', [False, True])
+def test_a_folder_that_cannot_be_moved_leaves_nothing(
+  tmp_path, monkeypatch, there
+):
+  target = tmp_path / 'new' / 'run'
+  if there:
+    target.mkdir(parents=True)
+  move = pathlib.Path.replace
+
+  def fail(path, to):
+    if path.name == 'config.json' or not there:
+      raise OSError('the disk is full')
+    return move(path, to)
+
+  monkeypatch.setattr(pathlib.Path, 'replace', fail)
+  with pytest.raises(OSError, match='disk'), convert.aside(target) as part:
+    (part / 'config.json').write_text('{}')
+    (part / 'checkpoints').mkdir()
+  left = [p.name for p in tmp_path.rglob('*')]
+  assert sorted(left) == (['new', 'run'] if there else [])
+
+
+def test_a_link_to_nothing_is_refused_first(tmp_path):
+  link = tmp_path / 'link'
+  link.symlink_to(tmp_path / 'gone')
+  for make in (convert.take, convert.give):
+    with pytest.raises(ValueError, match=f'link is a link to {tmp_path}/gone'):
+      make(str(publish(tmp_path / make.__name__, values())), str(link))
+  assert link.is_symlink() and not link.exists()
+
+
+@pytest.mark.parametrize('name', ['SIGINT', 'SIGTERM', 'SIGHUP'])
+def test_a_signal_leaves_nothing(tmp_path, capsys, name):
+  """Nor does one more, which comes while it is cleaned."""
+  number, heard = signal.Signals[name], []
+  with pytest.raises(SystemExit) as left, commands.leaving('moe-convert'):
+    try:
+      with convert.aside(tmp_path / 'new' / 'run') as part:
+        (part / 'config.json').write_text('{}')
+        os.kill(os.getpid(), number)
+    finally:
+      for other in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
+        os.kill(os.getpid(), other)
+      heard.append(name)
+  assert left.value.code == 128 + number and heard == [name]
+  told = capsys.readouterr().err
+  assert told == f'moe-convert: interrupted by {name}\n'
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_signal_that_is_ignored_stays_so():
+  old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+  try:
+    with commands.leaving('moe-train'):
+      os.kill(os.getpid(), signal.SIGHUP)
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+  finally:
+    signal.signal(signal.SIGHUP, old)
 
 
 def keys_of(**changes):

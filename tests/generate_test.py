@@ -147,6 +147,17 @@ def test_draws_follow_the_seed_and_the_row_alone(small):
   assert write(weights, PROMPTS).ids != three
 
 
+def test_the_environment_does_not_change_the_precision(small):
+  _, weights, write = opened(small)
+  with jax.enable_x64(True):
+    _, wide, write_there = opened.__wrapped__(small)
+    found = write_there(wide, PROMPTS).ids
+  assert jax.tree.map(lambda a: a.dtype, wide) == jax.tree.map(
+    lambda a: a.dtype, weights
+  )
+  assert found == write(weights, PROMPTS).ids
+
+
 def test_a_row_ends_with_what_stops_it(small):
   """With so small a top_p that the best id is drawn."""
   job, weights, write = opened(small)
@@ -178,6 +189,10 @@ def test_top_p_and_temperature_are_what_they_say():
   squared = np.array([0.1, 0.6, 0.05, 0.25]) ** 2
   near(share(temperature=0.5, top_p=1.0), squared / squared.sum())
   near(share(temperature=0.0, top_p=1.0), [0, 1, 0, 0])
+  # Less than a float32 can be, than is normal, and than logits can be divided.
+  for little in (1e-60, 1e-40, 1e-38):
+    near(share(temperature=little, top_p=1.0), [0, 1, 0, 0])
+    near(share(temperature=1.0, top_p=little), [0, 1, 0, 0])
 
 
 @pytest.mark.parametrize(
@@ -185,12 +200,39 @@ def test_top_p_and_temperature_are_what_they_say():
   [
     (0, {}, 'max_new_tokens=0'),
     (1, {'temperature': -1.0}, 'temperature=-1.0'),
+    (1, {'temperature': float('nan')}, 'temperature=nan'),
+    (1, {'temperature': float('inf')}, 'temperature=inf'),
+    (1, {'top_p': float('nan')}, 'top_p=nan'),
     (1, {'top_p': 0.0}, 'top_p=0.0'),
   ],
 )
 def test_options_out_of_range(small, new, options, message):
   with pytest.raises(ValueError, match=message):
     generate.writer(opened(small)[0], new, **options)
+
+
+@pytest.mark.parametrize('seed', [-1, 2**32])
+def test_a_seed_out_of_range(small, seed):
+  _, weights, write = opened(small)
+  with pytest.raises(
+    ValueError, match=rf'seed={seed} is not in \[0, 2\*\*32\)'
+  ):
+    write(weights, PROMPTS, seed)
+
+
+@pytest.mark.parametrize('read', ['routes', 'routes.npz'])
+@pytest.mark.parametrize('wrote', ['routes', 'routes.npz', '~/routes'])
+def test_routes_are_found_by_the_name_they_were_given(
+  tmp_path, monkeypatch, wrote, read
+):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  monkeypatch.chdir(tmp_path)
+  routes = [np.arange(6, dtype=np.int32).reshape(1, 1, 1, 1, 3, 2)]
+  generate.save_routes(wrote, routes)
+  assert [p.name for p in tmp_path.iterdir()] == ['routes.npz']
+  np.testing.assert_array_equal(generate.load_routes(read), routes)
+  with pytest.raises(ValueError, match=r'^no/routes: there is no folder'):
+    generate.routes_file('no/routes')
 
 
 def test_prompts_and_routes_that_do_not_fit(lively):

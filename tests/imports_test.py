@@ -23,11 +23,11 @@ LEVELS = (
   | {'hub', 'corpus', 'cache', 'optimizer', 'metrics', 'report', 'figures'}
   | {'checkpoint', 'models', 'config', 'malloc', 'beam', 'translate'}
   | {'planner', 'processes', 'guard', 'nonfinite', 'health', 'preemption'}
-  | {'analysis', 'analysis_report', 'families', 'pieces', 'shards'},
+  | {'analysis', 'analysis_report', 'families', 'pieces', 'shards', 'lock'},
   {'trunk'},
   {'block', 'routers', 'experts', 'residual', 'attention', 'parallel'}
   | {'fused'},
-  {'plan', 'balance', 'ops', 'norm', 'init', 'exact', 'ranges'},
+  {'plan', 'balance', 'ops', 'norm', 'init', 'exact', 'paths', 'ranges'},
 )
 # Within a level.
 BESIDE = {
@@ -46,7 +46,7 @@ BESIDE = {
   'tokenizer': {'corpus', 'cache'},
   'corpus': {'cache'},
   'planner': {'models', 'optimizer'},
-  'checkpoint': {'processes'},
+  'checkpoint': {'preemption', 'processes'},
   'pieces': {'families'},
   'shards': {'pieces'},
   'report': {'figures', 'metrics'},

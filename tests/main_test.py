@@ -13,11 +13,11 @@ from moe_jax import main
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def moe_train(*arguments, config='configs/tiny.py'):
+def moe_train(*arguments, config='configs/tiny.py', **environment):
   return subprocess.run(
     [sys.executable, '-m', 'moe_jax.main', f'--config={config}', *arguments],
     cwd=ROOT,
-    env={**os.environ, 'XLA_FLAGS': ''},
+    env={**os.environ, 'XLA_FLAGS': '', **environment},
     capture_output=True,
     text=True,
     timeout=600,
@@ -75,6 +75,13 @@ def test_auto_where_jax_knows_no_cluster_is_one_line(tmp_path):
   assert run.returncode == 2
   assert run.stderr.startswith('moe-train: coordinator=auto: jax sees neither')
   assert run.stderr.count('\n') == 1
+
+
+def test_a_platform_that_is_not_there_is_one_line(tmp_path):
+  run = moe_train(f'--workdir={tmp_path}/run', JAX_PLATFORMS='abacus')
+  assert run.returncode == 2
+  assert run.stderr.startswith('moe-train: JAX_PLATFORMS=abacus: ')
+  assert run.stderr.count('\n') == 1 and not (tmp_path / 'run').exists()
 
 
 def test_help_tells_of_the_flags():

@@ -49,6 +49,8 @@ def test_what_is_held_is_what_lies_on_a_device(sizes, moments):
   params = found.pools + found.layers + found.table
   assert 4 * params == here(state.params)
   assert found.moments == here(state.opt_state)
+  with jax.enable_x64(True):
+    assert planner.held(c, mesh.abstract_mesh) == found
   assert found.pools == 3 * N * E * D * F // math.prod(sizes[1:])
   attention = state.params['trunk']['body']['moe']['attention']
   router = N * D * E

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from small import lines_of, small_config, without_clocks
 
-from moe_jax import checkpoint, programs, train
+from moe_jax import checkpoint, lock, programs, train
 from moe_jax import job as jobs
 
 pytestmark = pytest.mark.usefixtures('traced_once')
@@ -66,6 +66,18 @@ def test_metrics_have_each_step_once_and_evaluations(whole):
   np.testing.assert_allclose(load.sum(axis=1), 1, atol=1e-4)
   assert training[0]['dropped'] == [0.0, 0.0]
   assert all(1 <= b < 3 for b in training[0]['balance'])
+
+
+def test_the_environment_does_not_change_the_precision(whole, tmp_path):
+  """A run under JAX_ENABLE_X64 is the same, and is read without it."""
+  c, workdir, _ = whole
+  with jax.enable_x64(True):
+    go(c, tmp_path)
+  assert without_clocks(lines_of(tmp_path)) == without_clocks(lines_of(workdir))
+  dtypes = lambda place: {
+    name: np.dtype(a.dtype) for name, a in checkpoint.shapes(place, 8).items()
+  }
+  assert dtypes(tmp_path) == dtypes(workdir)
 
 
 def test_seeds_share_their_programs(corpus, tmp_path, monkeypatch):
@@ -178,6 +190,56 @@ def test_sigterm_saves_and_leaves(whole, tmp_path, monkeypatch, comes_at):
   assert without_clocks(lines_of(tmp_path)) == without_clocks(lines_of(workdir))
   for key in ('initial_loss', 'eval_loss', 'eval_bits_per_byte'):
     assert again[key] == summary[key]
+
+
+def test_an_evaluation_that_was_owed_stands_once(whole, tmp_path, monkeypatch):
+  """SIGTERM in it; the next run makes it, and is killed before it saves."""
+  c, workdir, _ = whole
+  evaluate = programs.evaluate
+
+  def given_up(*args):
+    evaluate(*args)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+  def dies(run):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch, pytest.raises(SystemExit):
+    patch.setattr(programs, 'evaluate', given_up)
+    go(c, tmp_path)
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(train._Run, '_train', dies)
+    go(c, tmp_path)
+  assert 'eval_loss' in lines_of(tmp_path)[-1]
+  go(c, tmp_path)
+  assert without_clocks(lines_of(tmp_path)) == without_clocks(lines_of(workdir))
+
+
+def test_a_second_run_is_refused_at_once(whole, tmp_path, monkeypatch):
+  """While one is prepared, and where one came after that."""
+  monkeypatch.setattr(lock, 'PATIENCE', 0.0)
+  c, _, _ = whole
+  job = jobs.prepare(c, str(tmp_path))
+  with lock.held(tmp_path):
+    before = files_of(tmp_path)
+    told = f'^{tmp_path}: another run is at work there'
+    with pytest.raises(OSError, match=told) as error:
+      jobs.prepare(c, str(tmp_path))
+    assert '\n' not in str(error.value)
+    with pytest.raises(train.Stopped, match=told):
+      train.run(job)
+    assert files_of(tmp_path) == before
+  assert jobs.prepare(c, str(tmp_path)) is not None
+
+
+def test_another_run_that_came_meanwhile_is_not_continued(whole, tmp_path):
+  c, _, _ = whole
+  job = jobs.prepare(c, str(tmp_path))
+  other = json.dumps({**job.config, 'seed': 7})
+  (tmp_path / 'config.json').write_text(other)
+  with pytest.raises(train.Stopped, match=r'another.*seed: 7 -> 0'):
+    train.run(job)
+  assert (tmp_path / 'config.json').read_text() == other
 
 
 def test_another_run_in_the_way_is_named_and_kept(whole, corpus):

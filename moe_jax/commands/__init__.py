@@ -1,13 +1,18 @@
 """Commands; moe-train is in main.py. A mistake is one line and exit code 2."""
 
+import contextlib
+import os
+import re
 import runpy
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
-from absl import app, flags
+from absl import app, flags, logging
 
-from moe_jax import ranges
+from moe_jax import paths, ranges
 
 
 def run(
@@ -35,7 +40,9 @@ def run(
 
   def parse(argv):
     try:
-      rest = flags.FLAGS(argv)
+      argv = [_at_home(argument) for argument in argv]
+      with _quiet():  # of what is told below
+        rest = flags.FLAGS(argv)
       if len(rest) > 1:
         raise ValueError(
           f'unexpected argument {rest[1]!r}; flags look like --config=FILE'
@@ -44,13 +51,79 @@ def run(
         if flag.value is None:
           raise ValueError(f'--{flag.name} is missing')
       check()
-      if required and hasattr(required[0].value, 'to_dict'):
+      if required and required[0].name == 'config':
         required[0].value.to_dict()  # a config file that failed raises only now
       return rest
     except Exception as error:  # pylint: disable=broad-exception-caught
-      stop(program, _unknown_key(argv) or error)
+      stop(program, _wrong_config(argv) or error)
 
-  app.run(main, flags_parser=parse)
+  _say_all(sys.stdout)
+  with leaving(program):
+    app.run(main, flags_parser=parse)
+
+
+@contextlib.contextmanager
+def _quiet():
+  refuse = lambda record: False
+  logging.get_absl_logger().addFilter(refuse)
+  yield
+  logging.get_absl_logger().removeFilter(refuse)
+
+
+def _say_all(stream):
+  """A letter that a terminal lacks is its number there; no text is lost."""
+  if stream.errors in ('strict', 'surrogateescape'):
+    stream.reconfigure(errors='backslashreplace')
+
+
+@contextlib.contextmanager
+def leaving(program: str) -> Iterator[None]:
+  """A signal ends what is done within it as an error does, with one line.
+
+  So nothing half done is left. The first signal counts; later ones do not
+  disturb its cleaning. Who has a signal ignored, as nohup has, keeps that.
+  """
+  handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+  heard = [n for n in _SIGNALS if handlers[n] is not signal.SIG_IGN]
+
+  def interrupt(number, frame):
+    del frame
+    for other in heard:
+      signal.signal(other, signal.SIG_IGN)
+    raise KeyboardInterrupt(number)
+
+  for number in heard:
+    signal.signal(number, interrupt)
+  try:
+    yield
+  except KeyboardInterrupt as error:
+    number = next(iter(error.args), signal.SIGINT)
+    name = signal.Signals(number).name
+    stop(program, f'interrupted by {name}', 128 + number)
+  finally:
+    for number in heard:
+      signal.signal(number, handlers[number])
+
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def _at_home(argument):
+  """The argument that names a config file without a ~, which no shell saw."""
+  flag, equals, path = argument.partition('=')
+  known = flag in ('--config', '-config') and path.startswith('~')
+  return f'{flag}{equals}{paths.text(path)}' if known else argument
+
+
+def check_devices(program: str) -> None:
+  """Ends the program with one line where jax finds no device."""
+  import jax  # pylint: disable=g-import-not-at-top
+
+  try:
+    jax.devices()
+  except RuntimeError as error:
+    asked = os.environ.get('JAX_PLATFORMS', '')
+    stop(program, f'JAX_PLATFORMS={asked}: {error}')
 
 
 def within(flag: flags.FlagHolder, hint: Any) -> None:
@@ -91,19 +164,52 @@ def stop(program: str, error: Any, code: int = 2) -> NoReturn:
   sys.exit(code)
 
 
-def _unknown_key(argv):
-  """The line about the first --config.KEY that the config file lacks."""
+def _wrong_config(argv):
+  """What is wrong with the config file, or a key that it lacks, in one line."""
   from moe_jax import config  # pylint: disable=g-import-not-at-top
 
+  path, *argument = _config_file(argv).split(':', 1)
+  if not path:
+    return None
+  if not os.path.isfile(path):
+    return f'--config={path}: there is no such file'
   try:
-    path = next(a.split('=', 1)[1] for a in argv if a.startswith('--config='))
-    get_config = runpy.run_path(path.split(':')[0])['get_config']
-    known = config.flat(get_config().to_dict())
-  except Exception:  # pylint: disable=broad-exception-caught
-    return None  # the file itself is the trouble
+    get_config = runpy.run_path(path).get('get_config')
+    if get_config is None:
+      return f'{path} has no function get_config'
+    c = get_config(*argument)
+  except Exception as error:  # pylint: disable=broad-exception-caught
+    return _located(path, error)
+  if not hasattr(c, 'to_dict'):
+    return f'{path}: get_config returns {c!r}, no config like config.default()'
+  known = config.flat(c.to_dict())
   for argument in argv:
     key = argument.split('=', 1)[0].lstrip('-').removeprefix('config.')
     sections = {k.rsplit('.', 1)[0] for k in known}
     if argument.startswith('--config.') and key not in {*known, *sections}:
       return config.unknown(key, known)
   return None
+
+
+def _config_file(argv):
+  """What --config says, in each of its forms; '' without one."""
+  for argument, following in zip(argv, [*argv[1:], ''], strict=True):
+    flag, equals, path = argument.partition('=')
+    if flag in ('--config', '-config'):
+      return path if equals else following
+  return ''
+
+
+def _located(path, error):
+  """An error with the line of the config file where it came from."""
+  said = error.args[0] if isinstance(error, KeyError) else error
+  # ml_collections tells all fields of a config that lacks one.
+  fields = r'Other fields present.*?(?=Did you mean|\Z)'
+  said = re.sub(fields, '', str(said), flags=re.DOTALL)
+  if isinstance(error, SyntaxError):
+    path, line, said = error.filename, error.lineno, error.msg
+  else:
+    frames = traceback.extract_tb(error.__traceback__)
+    line = next((f.lineno for f in frames[::-1] if f.filename == path), None)
+  place = path if line is None else f'{path}:{line}'
+  return f'{place}: {type(error).__name__}: {said}'

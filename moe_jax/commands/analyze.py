@@ -38,6 +38,7 @@ def main(argv: list[str]) -> None:
   if not flags.FLAGS['verbosity'].present:
     logging.set_verbosity(logging.WARNING)  # orbax tells of every file
   out = _OUT.value or f'{_WORKDIR.value}/analysis'
+  commands.check_devices('moe-analyze')
   try:
     page = routing.write(_WORKDIR.value, _DATA.value, _TOKENS.value, out)
     print(f'report: {page}')

@@ -14,12 +14,11 @@ answers as before until it is trained. moe_jax/upcycle.py has all options.
 """
 
 import json
-import pathlib
 from typing import Annotated
 
 from absl import flags, logging
 
-from moe_jax import commands, ranges
+from moe_jax import commands, paths, ranges
 
 _FROM = flags.DEFINE_string(
   'from', None, 'A folder as the Hub has it, or a work directory.'
@@ -46,6 +45,7 @@ def main(argv: list[str]) -> None:
   del argv
   if not flags.FLAGS['verbosity'].present:
     logging.set_verbosity(logging.WARNING)  # orbax tells of every file
+  commands.check_devices('moe-convert')
   try:
     sizes = commands.mesh_sizes(_MESH.value)
     if _UPCYCLE.value:
@@ -63,7 +63,8 @@ def main(argv: list[str]) -> None:
 def _is_run(folder):
   """Whether a folder is a work directory, whose config has a model."""
   try:
-    text = (pathlib.Path(folder) / 'config.json').read_text(encoding='utf-8')
+    path = paths.absolute(folder) / 'config.json'
+    text = path.read_text(encoding='utf-8')
     return 'model' in json.loads(text)
   except (OSError, ValueError, TypeError):
     return False  # the import says what is wrong

@@ -28,7 +28,9 @@ _TEMPERATURE = flags.DEFINE_float(
 _TOP_P = flags.DEFINE_float(
   'top_p', 1.0, 'Drawn from are the best that together have this probability.'
 )
-_SEED = flags.DEFINE_integer('seed', 0, 'Of the draws.', lower_bound=0)
+_SEED = flags.DEFINE_integer(
+  'seed', 0, 'Of the draws.', lower_bound=0, upper_bound=2**32 - 1
+)
 _MESH = flags.DEFINE_list('mesh', [], 'Where the model lies: fsdp=4,expert=2.')
 _JSON = flags.DEFINE_bool('json', False, 'Print a JSON object a prompt.')
 _RECORD = flags.DEFINE_string('record', None, 'A file for the routing, .npz.')
@@ -44,6 +46,7 @@ def main(argv: list[str]) -> None:
   del argv
   if not flags.FLAGS['verbosity'].present:
     logging.set_verbosity(logging.WARNING)  # orbax tells of every file
+  commands.check_devices('moe-generate')
   try:
     _run(generate)
   except (ValueError, TypeError, OSError) as error:
@@ -53,6 +56,9 @@ def main(argv: list[str]) -> None:
 def _run(generate):
   if bool(_PROMPT.value) == bool(_PROMPT_IDS.value):
     raise ValueError('give either --prompt or --prompt_ids')
+  routes = generate.load_routes(_REPLAY.value) if _REPLAY.value else None
+  if _RECORD.value:
+    generate.routes_file(_RECORD.value)
   job, weights = generate.newest(
     _WORKDIR.value, commands.mesh_sizes(_MESH.value)
   )
@@ -66,7 +72,6 @@ def _run(generate):
     top_p=_TOP_P.value,
     stop=stop,
   )
-  routes = generate.load_routes(_REPLAY.value) if _REPLAY.value else None
   found = write(weights, prompts, _SEED.value, routes)
   if _RECORD.value:
     generate.save_routes(_RECORD.value, found.routes)

@@ -55,8 +55,12 @@ def initializer(
 
 
 def abstract(init: Callable[[jax.Array], nnx.Module]) -> nnx.Module:
-  """The shapes and types that it makes; no arrays. Raises what it raises."""
-  return nnx.eval_shape(init, np.uint32(0))
+  """The shapes and types that it makes; no arrays. Raises what it raises.
+
+  They are the same whatever JAX_ENABLE_X64 says.
+  """
+  with jax.enable_x64(False):
+    return nnx.eval_shape(init, np.uint32(0))
 
 
 def split(model: nnx.Module) -> tuple[dict[str, Any], dict[str, Any]]:

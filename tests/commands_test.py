@@ -1,0 +1,87 @@
+"""What all commands have in common."""
+
+import io
+import re
+
+import jax
+import ml_collections
+import pytest
+
+from moe_jax import commands, config
+
+HEAD = 'import ml_collections\nfrom moe_jax import config\ndef get_config():\n'
+# A config file, and what is said behind its path.
+FILES = {
+  'def get_config(:\n': r':1: SyntaxError: invalid syntax',
+  'import absent_here\n': r':1: ModuleNotFoundError: .*absent_here',
+  'x = 1\n': r' has no function get_config',
+  HEAD + '  pass': r': get_config returns None, no config like',
+  HEAD + '  return {"E": 8}': r": get_config returns {'E': 8}, no config like",
+  HEAD
+  + '  c = config.default()\n  c.steps = "many"': r':5: TypeError: .*steps.*',
+  HEAD + '  config.router("switch", capcity=2)': r":4: .*'capcity'.*'capacity'",
+  HEAD + '  return size': r":4: NameError: name 'size' is not defined",
+  HEAD + '  c = config.default().lock()\n  c.stesp = 3': (
+    r':5: .*"stesp" does not exist.*locked\. Did you mean "steps" in.{0,20}$'
+  ),
+  HEAD.replace('()', '(size)') + '  return size': r": TypeError: .*'size'",
+}
+
+
+@pytest.mark.parametrize('text', FILES)
+def test_a_config_file_that_fails_is_told_with_its_line(tmp_path, text):
+  path = tmp_path / 'c.py'
+  path.write_text(text)
+  for argv in [f'--config={path}'], ['--config', str(path), '--config.x=1']:
+    told = commands._wrong_config(['moe-train', *argv])
+    line = ' '.join(told.split())
+    assert re.match(re.escape(str(path)) + FILES[text], line), line
+
+
+def test_a_config_file_that_is_not_there_or_is_right(tmp_path):
+  told = commands._wrong_config(['moe-train', f'--config={tmp_path}/c.py'])
+  assert told == f'--config={tmp_path}/c.py: there is no such file'
+  (tmp_path / 'c.py').write_text(HEAD + '  return config.default()')
+  argv = ['moe-train', f'--config={tmp_path}/c.py', '--config.model.E=4']
+  assert commands._wrong_config(argv) is None
+  assert commands._wrong_config(['moe-generate', '--workdir=x']) is None
+
+
+@pytest.mark.parametrize(
+  'changes, message',
+  [
+    ({'steps': 3}, r'^the config has no .*; begin with config.default'),
+    ({**config.default().to_dict(), 'mesh': 8}, 'mesh=8 is no section of keys'),
+    (
+      {**config.default().to_dict(), 'model': {'name': 'decoder'}},
+      r"model.router=None is no section.* config.choice\('router', name\)",
+    ),
+  ],
+)
+def test_a_config_that_did_not_begin_with_the_default(changes, message):
+  with pytest.raises(ValueError, match=message):
+    config.resolve(ml_collections.ConfigDict(changes))
+
+
+def test_a_terminal_that_lacks_a_letter_gets_its_number():
+  for errors, told in (('strict', b'gr\\xf6\\u1e9e'), ('ignore', b'gr')):
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, 'ascii', errors)
+    commands._say_all(stream)
+    print('gr\xf6\u1e9e', end='', file=stream, flush=True)
+    assert raw.getvalue() == told
+
+
+def test_a_platform_that_is_not_there_is_one_line(monkeypatch, capsys):
+  def absent():
+    raise RuntimeError("Unable to initialize backend 'tpu':\n no libtpu.so")
+
+  monkeypatch.setattr(jax, 'devices', absent)
+  monkeypatch.setenv('JAX_PLATFORMS', 'tpu')
+  with pytest.raises(SystemExit) as left:
+    commands.check_devices('moe-generate')
+  assert left.value.code == 2
+  assert capsys.readouterr().err == (
+    "moe-generate: JAX_PLATFORMS=tpu: Unable to initialize backend 'tpu':"
+    ' no libtpu.so\n'
+  )
