@@ -66,8 +66,10 @@ def run(
 def _quiet():
   refuse = lambda record: False
   logging.get_absl_logger().addFilter(refuse)
-  yield
-  logging.get_absl_logger().removeFilter(refuse)
+  try:
+    yield
+  finally:
+    logging.get_absl_logger().removeFilter(refuse)
 
 
 def _say_all(stream):
