@@ -442,8 +442,7 @@ def _check_losses(c):
   m, options = c['model'], dict(c['model']['router'])
   name, E = options.pop('name'), m['E'] * m['layers_per_pool']
   here = routers.losses(routers.get(name), m['D'], E, **options)
-  every = [routers.losses(routers.get(n), 8, 8) for n in routers.names()]
-  known = sorted(here.union(LOSSES, *every))
+  known = sorted(here.union(LOSSES, routers.every_loss()))
   for loss, weight in written.items():
     if loss not in known:
       text = 'objective.losses: no router reports a loss'

@@ -53,6 +53,15 @@ def same(a, b):
   jax.tree.map(np.testing.assert_array_equal, *jax.device_get((a, b)))
 
 
+@pytest.fixture
+def interruptible():
+  """A process in the background of a shell has SIGINT ignored."""
+  old = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, old)
+
+
+@pytest.mark.usefixtures('interruptible')
 def test_a_signal_waits_until_it_is_saved(tmp_path, monkeypatch):
   """Else threads would go on in a folder that is being deleted."""
   with (

@@ -981,6 +981,17 @@ def test_a_link_to_nothing_is_refused_first(tmp_path):
   assert link.is_symlink() and not link.exists()
 
 
+@pytest.fixture
+def interruptible():
+  """A shell's background has SIGINT ignored, nohup has SIGHUP."""
+  interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
+  hang_up = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+  yield
+  signal.signal(signal.SIGINT, interrupt)
+  signal.signal(signal.SIGHUP, hang_up)
+
+
+@pytest.mark.usefixtures('interruptible')
 @pytest.mark.parametrize('name', ['SIGINT', 'SIGTERM', 'SIGHUP'])
 def test_a_signal_leaves_nothing(tmp_path, capsys, name):
   """Nor does one more, which comes while it is cleaned."""

@@ -210,11 +210,11 @@ def _recording(rule):
     zeros = jax.tree.map(jnp.zeros_like, params)
     return {'gradient': zeros, 'rule': rule.init(params)}
 
-  def update(grads, state, params=None):
-    updates, state = rule.update(grads, state['rule'], params)
+  def update(grads, state, params, *, step):
+    updates, state = rule.update(grads, state['rule'], params, step=step)
     return updates, {'gradient': grads, 'rule': state}
 
-  return optax.GradientTransformation(init, update)
+  return optax.GradientTransformationExtraArgs(init, update)
 
 
 # --- systems ------------------------------------------------------------------

@@ -292,6 +292,12 @@ def losses(
   return frozenset(jax.eval_shape(reported, x_TxD))
 
 
+@functools.cache
+def every_loss() -> frozenset[str]:
+  """What the routers here report between them, with their default options."""
+  return frozenset().union(*(losses(get(name), 8, 8) for name in names()))
+
+
 def logits(x_TxD: jax.Array, w_DxE: jax.Array) -> jax.Array:
   """[T, E] logits, in at least float32 whatever the model computes in."""
   wide = np.promote_types(x_TxD.dtype, jnp.float32)
