@@ -1,14 +1,16 @@
 """Every knob, its default and its meaning; the only importer of ml_collections.
 
 A config file starts from `default()`, changes what its claim is about, and
-returns it. On a command line `--config.model.E=16` changes one value.
+returns it. On a command line `--config.model.E=16` changes one value, and
+`--config.model.router.name=switch` the whole choice.
 """
 
 import difflib
 import inspect
 import json
 import pathlib
-from collections.abc import Callable, Iterable
+import runpy
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, NamedTuple
 
 import ml_collections
@@ -308,6 +310,58 @@ def choice(kind: str, name: str, **options) -> ml_collections.ConfigDict:
         f"{text}; to switch, have config.{kind}('{name}') in the config file"
       )
   return c
+
+
+# Keys that name a choice, and the section that has its options.
+SWITCHES = {
+  'model.name': 'model',
+  'data.source': 'data',
+  **{f'{path}.name': path for path in SECTIONS},
+}
+
+
+def read(file: str) -> ml_collections.ConfigDict:
+  """What get_config() of a file returns.
+
+  Args:
+    file: its path; what stands behind a colon is the argument of get_config.
+  """
+  path, *argument = file.split(':', 1)
+  return runpy.run_path(path)['get_config'](*argument)
+
+
+def switch(c: ml_collections.ConfigDict, chosen: Mapping[str, str]) -> None:
+  """Puts these choices in the place of those that the config has.
+
+  The options of a choice that is replaced fall away: the new one has its
+  defaults. Losses keep their weights.
+
+  Args:
+    chosen: {'model.router.name': 'switch', ...}, keys of SWITCHES.
+
+  Raises:
+    ValueError: there is no such choice; one line with those that there are.
+  """
+  for key in SWITCHES:  # a model before its parts
+    if key in chosen:
+      _switch(c, key, chosen[key])
+
+
+def _switch(c, key, name):
+  *outer, last = SWITCHES[key].split('.')
+  section = c[outer[0]] if outer else c
+  if section[last][key.split('.')[-1]] == name:
+    return
+  if key == 'model.name':
+    new = model(name)
+  elif key == 'data.source':
+    new = source(name)
+  else:
+    losses = section[last].get('losses')
+    options = {} if losses is None else {'losses': losses.to_dict()}
+    new = choice(SECTIONS[SWITCHES[key]], name, **options)
+  del section[last]
+  section[last] = new
 
 
 def _in(table: dict[str, Any], kind: str, name: str) -> Any:

@@ -8,6 +8,7 @@ import ml_collections
 import pytest
 
 from moe_jax import commands, config
+from moe_jax.commands import switched
 
 HEAD = 'import ml_collections\nfrom moe_jax import config\ndef get_config():\n'
 # A config file, and what is said behind its path.
@@ -45,6 +46,54 @@ def test_a_config_file_that_is_not_there_or_is_right(tmp_path):
   argv = ['moe-train', f'--config={tmp_path}/c.py', '--config.model.E=4']
   assert commands._wrong_config(argv) is None
   assert commands._wrong_config(['moe-generate', '--workdir=x']) is None
+
+
+# Of every kind: another choice than the default's, and an option that it has.
+OTHERS = {
+  'model.router.name': ('switch', 'jitter'),
+  'model.attention.name': ('latent', 'rank'),
+  'model.residual.name': ('heavy_ball', 'mu'),
+  'objective.name': ('consistency', 'alpha'),
+  'data.source': ('huggingface', 'revision'),
+  'model.name': ('classifier', 'patch'),
+}
+
+
+def test_every_choice_can_be_switched():
+  """Its options fall away, those of the new one come; losses stay."""
+  assert OTHERS.keys() == config.SWITCHES.keys()
+  for key, (name, option) in OTHERS.items():
+    c = config.default()
+    c.objective.losses.balance = 0.5
+    old = config.flat(c.to_dict())
+    config.switch(c, {key: old[key]})
+    assert config.flat(c.to_dict()) == old
+    config.switch(c, {key: name})
+    new = config.flat(c.to_dict())
+    assert new[key] == name and new['objective.losses.balance'] == 0.5
+    section = config.SWITCHES[key]
+    assert f'{section}.{option}' in new.keys() - old.keys()
+    for other in new.keys() ^ old.keys():
+      assert other.startswith(f'{section}.')
+  c = config.default()
+  config.switch(c, {'model.router.name': 'switch', 'model.name': 'classifier'})
+  assert (c.model.name, c.model.router.capacity) == ('classifier', 1.25)
+  with pytest.raises(ValueError, match="no router 'swich'; there are"):
+    config.switch(c, {'model.router.name': 'swich'})
+
+
+def test_flags_name_choices_in_any_order(monkeypatch):
+  given = ['moe-train', '--config.model.router.capacity=2', '--workdir=w']
+  given += ['--config.model.router.name', 'switch', '--config', 'a.py:x']
+  argv = commands._config_first(given)
+  assert argv[:3] == ['moe-train', '--config', 'a.py:x']
+  assert sorted(argv) == sorted(given)
+  assert switched.chosen(argv) == {'model.router.name': 'switch'}
+  through = commands._switched(argv)
+  assert through[1] == f'--config={switched.__file__}:a.py:x'
+  assert through[2:] == argv[3:]
+  plain = ['moe-train', '--config=a.py', '--config.optimizer.eps=1']
+  assert commands._switched(plain) == commands._config_first(plain) == plain
 
 
 @pytest.mark.parametrize(

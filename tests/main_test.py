@@ -70,6 +70,17 @@ def test_flags_of_processes_that_go_together():
   main._check_processes('[::1]:1234', 2, 1)
 
 
+def test_a_choice_is_switched_with_its_options(tmp_path):
+  run = moe_train(
+    '--config.model.router.capacity=0.0',
+    f'--workdir={tmp_path}/run',
+    '--config.model.router.name=switch',
+  )
+  told = 'model.router.capacity=0.0 is not a float in (0, inf) or None'
+  assert run.stderr == f'moe-train: {told}\n'
+  assert not (tmp_path / 'run').exists()
+
+
 def test_auto_where_jax_knows_no_cluster_is_one_line(tmp_path):
   run = moe_train(f'--workdir={tmp_path}/run', '--coordinator=auto')
   assert run.returncode == 2

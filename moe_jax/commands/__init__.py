@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pathlib
 import re
 import runpy
 import signal
@@ -40,9 +41,10 @@ def run(
 
   def parse(argv):
     try:
-      argv = [_at_home(argument) for argument in argv]
+      argv = _config_first([_at_home(argument) for argument in argv])
+      sys.argv = argv  # where ml_collections looks
       with _quiet():  # of what is told below
-        rest = flags.FLAGS(argv)
+        rest = flags.FLAGS(_switched(argv))
       if len(rest) > 1:
         raise ValueError(
           f'unexpected argument {rest[1]!r}; flags look like --config=FILE'
@@ -169,21 +171,25 @@ def stop(program: str, error: Any, code: int = 2) -> NoReturn:
 def _wrong_config(argv):
   """What is wrong with the config file, or a key that it lacks, in one line."""
   from moe_jax import config  # pylint: disable=g-import-not-at-top
+  from moe_jax.commands import switched  # pylint: disable=g-import-not-at-top
 
-  path, *argument = _config_file(argv).split(':', 1)
+  path = _config_file(argv).partition(':')[0]
   if not path:
     return None
   if not os.path.isfile(path):
     return f'--config={path}: there is no such file'
   try:
-    get_config = runpy.run_path(path).get('get_config')
-    if get_config is None:
+    if 'get_config' not in runpy.run_path(path):
       return f'{path} has no function get_config'
-    c = get_config(*argument)
+    c = config.read(_config_file(argv))
   except Exception as error:  # pylint: disable=broad-exception-caught
     return _located(path, error)
   if not hasattr(c, 'to_dict'):
     return f'{path}: get_config returns {c!r}, no config like config.default()'
+  try:
+    config.switch(c, switched.chosen(argv))
+  except ValueError as error:
+    return error
   known = config.flat(c.to_dict())
   for argument in argv:
     key = argument.split('=', 1)[0].lstrip('-').removeprefix('config.')
@@ -193,13 +199,36 @@ def _wrong_config(argv):
   return None
 
 
+def _config_at(argv):
+  """The place of --config, or len(argv), and of what follows what it says."""
+  for i, argument in enumerate(argv):
+    flag, equals, _ = argument.partition('=')
+    if flag in ('--config', '-config'):
+      return i, i + (1 if equals else 2)
+  return len(argv), len(argv)
+
+
 def _config_file(argv):
   """What --config says, in each of its forms; '' without one."""
-  for argument, following in zip(argv, [*argv[1:], ''], strict=True):
-    flag, equals, path = argument.partition('=')
-    if flag in ('--config', '-config'):
-      return path if equals else following
-  return ''
+  begin, end = _config_at(argv)
+  return argv[begin:end][-1].removeprefix('--config=') if begin < end else ''
+
+
+def _config_first(argv):
+  """The same flags, in an order that ml_collections takes."""
+  begin, end = _config_at(argv)
+  return [*argv[:1], *argv[begin:end], *argv[1:begin], *argv[end:]]
+
+
+def _switched(argv):
+  """--config by way of switched.py, if a flag names a choice."""
+  names = re.compile(r'--?config\.[\w.]+\.(name|source)(=|$)')
+  if not any(names.match(argument) for argument in argv):
+    return argv
+  begin, end = _config_at(argv)
+  reads = pathlib.Path(__file__).with_name('switched.py')
+  through = f'--config={reads}:{_config_file(argv)}'
+  return [*argv[:begin], through, *argv[end:]]
 
 
 def _located(path, error):
