@@ -35,7 +35,7 @@ not to be copied, by fused.py.
 Who may import whom (left imports right only; tests/imports_test.py checks, and
 lists the few imports within a level):
 
-  {main, commands} ->
+  __main__ -> {main, commands} ->
   {compiled, train, routing, convert, upcycle, generate} -> programs -> job ->
   {objective, dataset, data, pairs, images, rows, tokenizer, hub, corpus, cache,
   optimizer, metrics, figures, report, analysis, analysis_report, checkpoint,
@@ -47,3 +47,7 @@ lists the few imports within a level):
 Two words that are never mixed: *memory* lives over depth inside one forward
 pass; *state* lives over training steps.
 """
+
+from importlib import metadata
+
+__version__ = metadata.version('moe_jax')

@@ -520,6 +520,21 @@ def flat(values: dict[str, Any], prefix: str = '') -> dict[str, Any]:
   return out
 
 
+def set_in(c: dict[str, Any]) -> dict[str, Any]:
+  """{'model.E': 16, ...}: in what a resolved config is not as the defaults.
+
+  Those of the choices that it has.
+  """
+  plain, own = default(), flat(c)
+  before = flat(plain.to_dict())
+  switch(plain, {key: own[key] for key in SWITCHES})
+  known = flat(plain.to_dict()) | {key: before[key] for key in SWITCHES}
+  return {k: v for k, v in own.items() if v != known.get(k, _NOTHING)}
+
+
+_NOTHING = object()
+
+
 def unknown(key: str, known: Any, text: str = 'unknown config key') -> str:
   """One line about a key that does not exist, with the nearest that does."""
   last = {k.split('.')[-1]: k for k in known}

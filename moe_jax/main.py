@@ -25,6 +25,12 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Where checkpoints, metrics and the report go.'
 )
+_DRY_RUN = flags.DEFINE_bool(
+  'dry_run', False, 'Check all that can be; compile and write nothing.'
+)
+_PRINT_CONFIG = flags.DEFINE_bool(
+  'print_config', False, 'Print every key, its value and where that is from.'
+)
 _COORDINATOR = flags.DEFINE_string(
   'coordinator',
   None,
@@ -42,6 +48,9 @@ def main(argv: list[str]) -> None:
   from moe_jax import preemption, processes  # pylint: disable=g-import-not-at-top
 
   del argv
+  if _PRINT_CONFIG.value:
+    _print_config()
+    return
   signal.signal(signal.SIGTERM, preemption.leave)
   if not flags.FLAGS['verbosity'].present:
     logging.set_verbosity(logging.WARNING)  # orbax tells of every file
@@ -55,10 +64,26 @@ def main(argv: list[str]) -> None:
     _train()
 
 
+def _print_config():
+  from moe_jax import config  # pylint: disable=g-import-not-at-top
+
+  try:
+    c = config.resolve(_CONFIG.value)
+  except (ValueError, TypeError) as error:
+    commands.stop('moe-train', error)
+  given, own = flags.FLAGS['config'].override_values, config.set_in(c)
+  values = config.flat(c)
+  width = max(map(len, values))
+  for key, value in values.items():
+    origin = 'config file' if key in own else 'default'
+    origin = 'command line' if key in given else origin
+    print(f'{key:{width}}  {value!r:24}  {origin}')
+
+
 def _train():
   import jax  # pylint: disable=g-import-not-at-top
 
-  from moe_jax import job, malloc, processes, programs, train  # pylint: disable=g-import-not-at-top
+  from moe_jax import checkpoint, job, malloc, processes, programs, train  # pylint: disable=g-import-not-at-top
 
   prepared, mistake = None, ''
   try:
@@ -66,7 +91,7 @@ def _train():
       malloc.keep()
     prepared = job.prepare(_CONFIG.value, _WORKDIR.value)
     if prepared is not None:
-      programs.check(prepared)
+      programs.trace(prepared) if _DRY_RUN.value else programs.check(prepared)
   except (ValueError, TypeError, OSError, NotImplementedError) as error:
     mistake = str(error) or repr(error)
   mistake = processes.agree(mistake, prepared.identity if prepared else '')
@@ -75,6 +100,11 @@ def _train():
   if prepared is None:
     if jax.process_index() == 0:
       print(f'finished already: {_WORKDIR.value}')
+  elif _DRY_RUN.value:
+    if jax.process_index() == 0:
+      start = max(checkpoint.steps(prepared.workdir), default=0)
+      print(*train.introduction(prepared, start), sep='\n')
+      print('dry run: all is sound; nothing was compiled or written')
   else:
     try:
       train.run(prepared)
@@ -111,9 +141,15 @@ def _check_processes(coordinator, processes, process):
 
 def console() -> None:
   """The entry point `moe-train`."""
-  required, optional = (_CONFIG, _WORKDIR), (_COORDINATOR, _PROCESSES, _PROCESS)
-  check = lambda: _check_processes(*(flag.value for flag in optional))
-  commands.run('moe-train', main, __doc__, required, optional, check)
+  processes = _COORDINATOR, _PROCESSES, _PROCESS
+  optional = _WORKDIR, _DRY_RUN, _PRINT_CONFIG, *processes
+
+  def check():
+    if _WORKDIR.value is None and not _PRINT_CONFIG.value:
+      raise ValueError('--workdir is missing')
+    _check_processes(*(flag.value for flag in processes))
+
+  commands.run('moe-train', main, __doc__, (_CONFIG,), optional, check)
 
 
 if __name__ == '__main__':

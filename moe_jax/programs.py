@@ -300,8 +300,12 @@ def evaluate(
 
 def check(job: Job) -> None:
   """ValueError, one line, if a step cannot be cut over the mesh."""
-  if job.mesh.size == 1:
-    return
+  if job.mesh.size > 1:
+    trace(job)
+
+
+def trace(job: Job) -> None:
+  """Traces a step, of which nothing is compiled; raises what it raises."""
   size = job.config['batch_size']
   with precision(job):
     state = abstract_state(job)

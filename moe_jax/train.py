@@ -14,6 +14,7 @@ import platform
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
 
@@ -33,6 +34,7 @@ from moe_jax import (
   routers,
   translate,
 )
+from moe_jax import config as configs
 from moe_jax.job import check_place, Job, NOT_FINITE
 
 
@@ -126,7 +128,7 @@ class _Run:
       metrics.Progress(end, self.tokens_per_step, self.start, out) as progress,
     ):
       self.progress = progress
-      for line in (*_introduction(job, self.cost, self.start), *self.told):
+      for line in (*introduction(job, self.start), *self.told):
         progress.note(line)
       if self.record['owed'] and not self._evaluate():
         self._leave()
@@ -414,9 +416,10 @@ def _line(job, step, found):
   return line
 
 
-def _introduction(job, cost, start):
-  """What a run says before it begins."""
+def introduction(job: Job, start: int) -> Iterator[str]:
+  """The lines that a run begins with, which goes on after the step `start`."""
   c = job.config
+  cost = models.get(c['model']['name']).cost(job.model, job.dataset.length)
   device = job.mesh.devices.flat[0]
   yield f'{c["description"] or "moe_jax"}: {job.workdir}'
   yield (
@@ -429,10 +432,16 @@ def _introduction(job, cost, start):
     f'{metrics.si(cost["params_active"])} active,'
     f' {metrics.si(cost["expert_params"])} in experts'
   )
+  own = {k: v for k, v in configs.set_in(c).items() if k not in _SAID}
+  if own:
+    yield 'set: ' + ', '.join(f'{k}={v}' for k, v in own.items())
   if start:
     yield f'continuing after step {start}'
   for text in job.changed:
     yield f'changed: {text}'
+
+
+_SAID = ('description', 'corpus_sha256', 'data.path')  # in other lines
 
 
 def versions() -> dict[str, str]:

@@ -82,6 +82,18 @@ def test_every_choice_can_be_switched():
     config.switch(c, {'model.router.name': 'swich'})
 
 
+def test_what_is_set_is_what_is_not_a_default_of_its_choice():
+  c = config.default()
+  assert config.set_in(config.resolve(c)) == {}
+  c.model.router = config.router('switch', jitter=0.1)
+  c.model.E, c.optimizer.name = 16, 'adamw'
+  assert config.set_in(config.resolve(c)) == {
+    'model.E': 16,
+    'model.router.jitter': 0.1,
+    'model.router.name': 'switch',
+  }
+
+
 def test_flags_name_choices_in_any_order(monkeypatch):
   given = ['moe-train', '--config.model.router.capacity=2', '--workdir=w']
   given += ['--config.model.router.name', 'switch', '--config', 'a.py:x']

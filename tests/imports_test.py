@@ -15,6 +15,7 @@ SOURCES = [
 
 # Left imports right only. A new module has to be given its place here.
 LEVELS = (
+  {'__main__'},
   {'main', 'commands'},
   {'compiled', 'train', 'routing', 'convert', 'upcycle', 'generate'},
   {'programs'},

@@ -3,11 +3,13 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
 import pytest
 
+import moe_jax
 from moe_jax import main
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -93,6 +95,38 @@ def test_a_platform_that_is_not_there_is_one_line(tmp_path):
   assert run.returncode == 2
   assert run.stderr.startswith('moe-train: JAX_PLATFORMS=abacus: ')
   assert run.stderr.count('\n') == 1 and not (tmp_path / 'run').exists()
+
+
+def test_the_version_is_that_of_the_package():
+  run = moe_train('--version')
+  assert run.stdout == f'moe-train {moe_jax.__version__}\n'
+
+
+def test_the_config_is_printed_with_where_it_is_from():
+  run = moe_train(
+    '--print_config',
+    '--config.model.router.name=random',
+    '--config.model.router.per=sequence',
+    '--config.model.E=8',
+  )
+  assert run.returncode == 0, run.stderr
+  found = {}
+  for line in run.stdout.splitlines():
+    key, value, origin = re.fullmatch(r'(\S+) +(.*?) {2,}(\S.*)', line).groups()
+    found[key] = value, origin
+  assert found['model.router.per'] == ("'sequence'", 'command line')
+  assert found['model.router.k'] == ('1', 'default')
+  assert found['model.E'] == ('8', 'command line')
+  assert found['steps'] == ('840', 'config file')
+
+
+def test_a_dry_run_checks_all_and_writes_nothing(tmp_path):
+  arguments = f'--workdir={tmp_path}/run', '--dry_run', '--config.steps=7'
+  run = moe_train(*arguments)
+  assert run.returncode == 0, run.stderr
+  assert 'standard library' in run.stdout and 'steps=7' in run.stdout
+  assert 'dry run: all is sound' in run.stdout
+  assert not (tmp_path / 'run').exists()
 
 
 def test_help_tells_of_the_flags():

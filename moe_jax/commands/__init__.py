@@ -13,7 +13,10 @@ from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
+import moe_jax
 from moe_jax import paths, ranges
+
+_VERSION = flags.DEFINE_bool('version', False, 'Print the version.')
 
 
 def run(
@@ -34,12 +37,15 @@ def run(
   """
   # --help tells of the program that was started: a script that imports this.
   sys.modules['__main__'].__doc__ = about
-  for flag in (*required, *optional):
+  for flag in (*required, *optional, _VERSION):
     flags.FLAGS.register_key_flag_for_module(
       sys.argv[0], flags.FLAGS[flag.name]
     )
 
   def parse(argv):
+    if '--version' in argv[1:]:
+      print(f'{program} {moe_jax.__version__}')
+      sys.exit()
     try:
       argv = _config_first([_at_home(argument) for argument in argv])
       sys.argv = argv  # where ml_collections looks
