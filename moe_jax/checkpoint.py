@@ -21,6 +21,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from moe_jax import preemption, processes
 
+ASIDE = 'published'  # there: small files beside published weights
 DAMAGED = 'damaged'  # where damaged checkpoints go, in the work directory
 DIGESTS = 'digests.json'  # in a checkpoint
 # What is written after them: at what time the checkpoint was begun and ended.

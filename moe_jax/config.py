@@ -10,7 +10,7 @@ import inspect
 import json
 import pathlib
 import runpy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Annotated, Any, NamedTuple
 
 import ml_collections
@@ -440,7 +440,6 @@ def resolve(c: ml_collections.ConfigDict) -> dict[str, Any]:
     outer = known['model'] if path.startswith('model.') else known
     outer[last] = choice(kind, name).to_dict()
   _check(values, flat(known))
-  _check_losses(values)
   return values
 
 
@@ -484,28 +483,29 @@ def _check(values, known):
       option.check(key, value)
 
 
-def _check_losses(c):
-  """ValueError for the weight of a loss that this model's router lacks.
+def check_losses(c: dict[str, Any], reported: Collection[str]) -> None:
+  """ValueError for the weight of a loss that this model's routers lack.
 
   But for those of LOSSES, which a config has whatever its router is.
+
+  Args:
+    c: a resolved config.
+    reported: the losses that the routers report.
   """
   weights = c['objective'].get('losses', {})
-  written = {k: weight for k, weight in weights.items() if k not in LOSSES}
-  if not written:
-    return
-  m, options = c['model'], dict(c['model']['router'])
-  name, E = options.pop('name'), m['E'] * m['layers_per_pool']
-  here = routers.losses(routers.get(name), m['D'], E, **options)
-  known = sorted(here.union(LOSSES, routers.every_loss()))
-  for loss, weight in written.items():
+  name = c['model']['router']['name']
+  for loss, weight in weights.items():
+    if loss in LOSSES or loss in reported:
+      continue
+    known = sorted({*LOSSES, *reported, *routers.every_loss()})
     if loss not in known:
       text = 'objective.losses: no router reports a loss'
       raise ValueError(unknown(loss, known, text))
-    if weight and loss not in here:
-      reports = ', '.join(sorted(here)) or 'none'
+    if weight:
       raise ValueError(
         f'objective.losses.{loss}={weight}: the router {name!r} with its'
-        f' options reports no such loss; it reports {reports}'
+        ' options reports no such loss; reported are'
+        f' {", ".join(sorted(reported)) or "none"}'
       )
 
 

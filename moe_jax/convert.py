@@ -65,13 +65,13 @@ def take(
   check_vacant(target)
   family, keys, values = read_config(folder)
   with aside(target) as part:
-    _carry(folder, part / routing.ASIDE)
+    _carry(folder, part / checkpoint.ASIDE)
     c, told = _run_config(folder, part, target, keys, values)
     mesh = (
       parallel.mesh(dict.fromkeys(parallel.AXES, 1)) if mesh is None else mesh
     )
     state, skipped = load(folder, family, c, mesh)
-    _write(part / routing.ASIDE / DTYPES, _dtypes(folder, family, c))
+    _write(part / checkpoint.ASIDE / DTYPES, _dtypes(folder, family, c))
     if skipped:
       told.append(f'left out {len(skipped)} tensors, of them {skipped[0]}')
     text = json.dumps(c, indent=1) + '\n'
@@ -111,15 +111,14 @@ def _filed(files, keys, values):
   """Our keys that the tensors decide, as they do for transformers.
 
   A head that is there and is not the embedding is not tied. Where no dtype is
-  said, it is what all tensors have, or float32.
+  said, it is that of the first tensor.
   """
-  found, dtypes = {}, {name: files.dtype(name) for name in files.names()}
+  found, names = {}, files.names()
   ends = 'lm_head.weight', 'model.embed_tokens.weight'
-  if keys['tied'] and all(dtypes.get(name) for name in ends):
+  if keys['tied'] and names.issuperset(ends) and all(map(files.dtype, ends)):
     found['tied'] = files.equal(*ends)
   if values.get('dtype') is None and values.get('torch_dtype') is None:
-    same = set(dtypes.values()) == {'bfloat16'}
-    found['dtype'] = 'bfloat16' if same else 'float32'
+    found['dtype'] = files.first_dtype()
   return found
 
 
@@ -362,7 +361,7 @@ def give(workdir: str, target: str, shard: int = shards.SHARD) -> list[str]:
       raise ValueError(
         f'{family.model_type} has no tensor for {".".join(path)}'
       )
-  own_dtypes, path = {}, job.workdir / routing.ASIDE / DTYPES
+  own_dtypes, path = {}, job.workdir / checkpoint.ASIDE / DTYPES
   if path.exists():
     own_dtypes = json.loads(path.read_text(encoding='utf-8'))
   usual = lambda piece: _usual(piece, values['torch_dtype'])
@@ -377,7 +376,7 @@ def give(workdir: str, target: str, shard: int = shards.SHARD) -> list[str]:
 
 def _beside(job, part):
   """Writes what stands beside weights; returns other fields of config.json."""
-  old = job.workdir / routing.ASIDE
+  old = job.workdir / checkpoint.ASIDE
   if old.exists():
     _carry(old, part)
     return json.loads((old / 'config.json').read_text(encoding='utf-8'))

@@ -35,7 +35,8 @@ STDLIB_EVAL_BYTES = 1_000_000
 
 # What cannot be read, by the bytes that stand at a place of such a file.
 OTHER_ARCHIVES = {
-  'tar': (257, b'ustar'),
+  'tar': (257, b'ustar\0'),
+  'GNU tar': (257, b'ustar  \0'),
   'zip': (0, b'PK\x03\x04'),
   'bz2': (4, b'1AY&SY'),
   'zst': (0, b'\x28\xb5\x2f\xfd'),

@@ -272,7 +272,7 @@ def eval_batches(
   row_B = of_batch(batch_size, row_B)
   _check_sizes('held-out', eval_N, batch_size, seq_len)
   rows = -(-(len(eval_N) - 1) // seq_len)
-  row_n = spread(rows, exact.ceil(share, rows), batch_size)
+  row_n = spread(rows, exact.nearest(share, rows), batch_size)
   if streams:  # a track of consecutive rows for each row of the batch
     batches = -(-len(row_n) // batch_size)
     tracks = np.arange(batch_size)[None] * -(-rows // batch_size)

@@ -4,12 +4,13 @@
 """
 
 import fractions
-import math
+import functools
 
 
 def ceil(factor: float | fractions.Fraction, n: int, of: int = 1) -> int:
   """The least integer that is not below factor * n / of."""
-  return math.ceil(_decimal(factor) * n / of)
+  exact = _decimal(factor)
+  return -(-exact.numerator * n // (exact.denominator * of))
 
 
 def product(a: float, b: float) -> fractions.Fraction:
@@ -22,6 +23,7 @@ def nearest(factor: float, n: int) -> int:
   return round(_decimal(factor) * n)
 
 
+@functools.lru_cache
 def _decimal(number):
   if isinstance(number, fractions.Fraction):
     return number

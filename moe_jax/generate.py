@@ -18,7 +18,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import models, parallel, paths, programs, routers, routing
+from moe_jax import (
+  checkpoint,
+  models,
+  parallel,
+  paths,
+  programs,
+  routers,
+  routing,
+)
 from moe_jax.job import Job
 
 
@@ -178,7 +186,12 @@ def _routes(job, weights, B, M):
     batch = dict.fromkeys(('ids_BxL', 'pos_BxL', 'segment_BxL'), zero_Bx1)
     batch['row_B'] = zero_Bx1[:, 0]
     ctx = routers.context(
-      batch, jax.random.key(0), weights.step, train=False, writes=True
+      batch,
+      jax.random.key(0),
+      weights.step,
+      train=False,
+      steps=job.config['steps'],
+      writes=True,
     )
     _, aux, _ = model.write(batch, ctx, model.room(B, M))
     return [found['route'] for found in aux]
@@ -316,15 +329,16 @@ def prompt_ids(job: Job, text: str) -> list[int]:
 def ends(job: Job) -> frozenset[int]:
   """The ids that end a text.
 
-  Those that generation_config.json names for published weights, else those of
-  their config.json, else the tokenizer's separator.
+  Those that generation_config.json names for published weights, from which a
+  run may have begun, else those of their config.json, else the tokenizer's
+  separator.
 
   Raises:
     ValueError: one of these files is damaged.
   """
   tok, found = job.dataset.tokenizer, frozenset()
-  if routing.published(job.config):
-    found = frozenset(routing.ends(job.workdir / routing.ASIDE))
+  if (job.workdir / checkpoint.ASIDE).exists():
+    found = frozenset(routing.ends(job.workdir / checkpoint.ASIDE))
   return found or frozenset([] if tok is None else [tok.separator])
 
 

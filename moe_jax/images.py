@@ -216,7 +216,7 @@ class Images:
       label_B = self._held.label_n[image_B]
       return self._batch(pixels, label_B, image_B >= 0, row_B)
 
-    chosen = spread(n, exact.ceil(share, n), batch_size)
+    chosen = spread(n, exact.nearest(share, n), batch_size)
     return Batches(batch, chosen, batch_size, row_B)
 
   def save(self, workdir: str | os.PathLike) -> None:
@@ -392,6 +392,10 @@ def _check_one(arrays: np.lib.npyio.NpzFile, path: pathlib.Path) -> None:
       f'cannot read {path}: {first} bytes stand before its archive;'
       ' files are not joined by cat, but by a glob'
     )
+  end = arrays.zip.fp
+  end.seek(-len(arrays.zip.comment) - 22, os.SEEK_END)
+  if end.read(4) != b'PK\5\6':
+    raise DataError(f'cannot read {path}: bytes stand behind its archive')
   if len({member.filename for member in members}) < len(members):
     raise DataError(f'cannot read {path}: it holds arrays of the same name')
 

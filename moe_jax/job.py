@@ -132,7 +132,7 @@ def prepare(config: Any, workdir: str) -> Job | None:
     )
   _check_groups(c, model)
   _check_writing(c, model)
-  _check_router(c)
+  _check_router(c, model)
   if c['init_from'] and not checkpoint.steps(workdir):
     _check_beginning(c, model, found)
   job = Job(
@@ -184,11 +184,25 @@ def _check_groups(c, model):
       )
 
 
-def _check_router(c):
-  """ValueError, one line, for what a router refuses when it is called."""
-  m, options = c['model'], dict(c['model']['router'])
-  router, E = routers.get(options.pop('name')), m['E'] * m['layers_per_pool']
-  routers.losses(router, m['D'], E, c['steps'], **options)
+def _check_router(c, model):
+  """ValueError, one line, for what the router refuses when it is called.
+
+  And for the weight of a loss that it does not report.
+  """
+  reported = frozenset()
+  if _routers(model):
+    m, options = c['model'], dict(c['model']['router'])
+    reported = routers.losses(
+      routers.get(options.pop('name')),
+      m['D'],
+      m['E'] * m['layers_per_pool'],
+      options,
+      steps=c['steps'],
+      rows=c['batch_size'] // c['optimizer']['accumulate'],
+      L=getattr(model.c, 'tokens', c['seq_len']),
+      dtype='bfloat16' if m['dtype'] == 'bfloat16' else 'float32',
+    )
+  configs.check_losses(c, reported)
 
 
 def _check_beginning(c, model, found):
@@ -309,12 +323,12 @@ def _jump(old, c, workdir):
   settings = optimizer.Config(**c['optimizer'])
   done = max(steps)
   before, after = (
-    float(optimizer.schedule(settings, n)(step))
-    for n, step in ((old['steps'], done - 1), (c['steps'], done))
+    float(optimizer.schedule(settings, n)(done))
+    for n in (old['steps'], c['steps'])
   )
   if math.isclose(before, after, rel_tol=1e-3):
     return []
   return [
-    f'learning rate: {before:.3g} in step {done} -> {after:.3g} in step'
-    f' {done + 1}, as the schedule is now of {c["steps"]} steps'
+    f'learning rate of step {done + 1}: {before:.3g} -> {after:.3g}, as the'
+    f' schedule is now of {c["steps"]} steps'
   ]

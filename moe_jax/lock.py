@@ -1,8 +1,12 @@
 """One run at a time in a work directory.
 
-A run holds a lock of the system's on an empty file there. It ends with the
-process, however that ends: what a killed run leaves is no lock. Processes that
-read a work directory need none.
+A run holds a lock of the system's on a file there, which says who it is. It
+ends with the process, however that ends: what a killed run leaves is no lock.
+Processes that read a work directory need none.
+
+On a network's file system the lock of a machine that vanished may stay for a
+while; where locks are known to one host alone (gcsfuse, Lustre's localflock) a
+run on another host is not refused.
 """
 
 import contextlib
@@ -11,6 +15,7 @@ import fcntl
 import logging
 import os
 import pathlib
+import socket
 import time
 from collections.abc import Iterator
 
@@ -37,6 +42,8 @@ def held(workdir: pathlib.Path) -> Iterator[None]:
   _held.add(file)
   try:
     _take(workdir, file, fcntl.LOCK_EX)
+    os.ftruncate(file, 0)
+    os.write(file, f'process {os.getpid()} on {socket.gethostname()}'.encode())
     yield
   finally:
     if file in _held:  # not in a child
@@ -69,8 +76,9 @@ def _take(workdir, file, kind):
       if error.errno not in _BUSY:
         raise
     if time.monotonic() > end:
+      who = os.pread(file, 1000, 0).decode(errors='replace')
       raise OSError(
-        f'{workdir}: another run is at work there; wait for it, or choose'
+        f'{workdir}: another run is at work there, {who}; wait, or choose'
         ' another work directory'
       )
     time.sleep(0.05)

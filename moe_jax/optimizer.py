@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 from typing import Annotated, NamedTuple
 
@@ -200,17 +201,19 @@ def role(name: str) -> str:
 
   Vectors alone do not decay, matrices alone are turned by Muon. The axes of a
   name decide where its first word does not: a matrix has two besides E. So
-  routers, D x E, are tables.
+  routers, D x E, are tables, as is what has no axes in its name.
   """
   word, axes = name.partition('_')[0], _axes(name)
-  if word in VECTORS or len(axes) < 2:
+  if word in VECTORS or len(axes) == 1:
     return 'vector'
   within = [a for a in axes if a != 'E']
   return 'table' if word in TABLES or len(within) < 2 else 'matrix'
 
 
 def _axes(name):
-  return name.rpartition('_')[2].split('x')
+  """['D', 'E'] of 'w_DxE'; none of a name that has no such end."""
+  end = re.search(r'_([A-Z](x[A-Z])*)$', name)
+  return end[1].split('x') if end else []
 
 
 def _matrices(params):

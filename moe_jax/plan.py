@@ -213,9 +213,12 @@ def _sort_by_expert(plan, limit):
   expert_P = by_row(jnp.where(used_NxExC, expert_1xEx1, E))
   M = min(E * N * C, limit or E * N * C)
   # Places without a token go last, so that they are no rows.
-  order_P = jnp.argsort(expert_P, stable=True).astype(jnp.int32)
-  order_P = checkpoint_name(order_P, 'plan')
-  home_P = checkpoint_name(_inverse(order_P), 'plan')
+  used_P = expert_P < E
+  before_P = jnp.cumsum(used_P, dtype=jnp.int32) - used_P.astype(jnp.int32)
+  place_P = jnp.arange(E * N * C, dtype=jnp.int32)
+  empty_P = jnp.sum(used_P, dtype=jnp.int32) + place_P - before_P
+  home_P = checkpoint_name(jnp.where(used_P, before_P, empty_P), 'plan')
+  order_P = checkpoint_name(_inverse(home_P), 'plan')
   group_E = checkpoint_name(_within(count(expert_P, E), M), 'plan')
   rows = jnp.sum(group_E, dtype=jnp.int32)
   row_M = jnp.arange(M, dtype=jnp.int32)

@@ -30,8 +30,8 @@ def later() -> Iterator[None]:
     return
   heard, handlers = [], {}
   remember = lambda number, frame: heard.append(number)
-  for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-    if callable(signal.getsignal(number)):  # not jax's, which is not Python's
+  for number in _deferred():
+    if callable(signal.getsignal(number)):
       handlers[number] = signal.signal(number, remember)
   try:
     yield
@@ -40,6 +40,14 @@ def later() -> Iterator[None]:
       signal.signal(number, handler)
     for number in heard:
       signal.raise_signal(number)
+
+
+def _deferred():
+  """Not SIGTERM of several processes: that is jax's own, which Python, asked
+  for the handler, does not know of, and could not put back."""
+  if jax.distributed.is_initialized():
+    return signal.SIGINT, signal.SIGHUP
+  return signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
 
 class Notice:

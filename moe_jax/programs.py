@@ -144,7 +144,9 @@ def make_step(job: Job) -> Callable[[TrainState, Any], tuple]:
     join = lambda a: a.swapaxes(0, 1).reshape(-1, *a.shape[2:])
     cache = join(kept['cache']) if kept else None
     bad, judged = guard.judge(rule, state.guard, found['loss'], norm)
-    old = state._replace(step=state.step + 1, guard=judged)
+    # The next blocks do not follow those before this one.
+    blank = jax.tree.map(jnp.zeros_like, state.cache_BxNxCxD)
+    old = state._replace(step=state.step + 1, guard=judged, cache_BxNxCxD=blank)
     new = old._replace(
       params=params,
       router_state=router_state,
@@ -222,6 +224,15 @@ def _with_cache(batch, cache_BxNxCxD):
   begins = batch['begins_B'][:, None, None, None]
   cache = jnp.where(begins, 0, cache_BxNxCxD)
   return {**batch, 'cache_BxNxCxD': cache}
+
+
+def without_cache(state: TrainState) -> TrainState:
+  """The state, whose streams begin anew: the next blocks follow no others."""
+  cache = state.cache_BxNxCxD
+  if cache is None:
+    return state
+  blank = jax.jit(jnp.zeros_like, out_shardings=cache.sharding)
+  return state._replace(cache_BxNxCxD=blank(cache))
 
 
 def first_bad_number(job: Job, state: TrainState, batch: Any) -> str:

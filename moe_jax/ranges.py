@@ -130,17 +130,22 @@ def options(part: Callable[..., Any]) -> dict[str, Option]:
   `name.*` stands for the values of a dict. An argument without an annotation
   is what its default is.
   """
-  hints = typing.get_type_hints(part, include_extras=True)
+  try:
+    hints = typing.get_type_hints(part, include_extras=True)
+  except NameError:  # of what is imported for type checkers alone
+    hints = {}
+  optional = set()
   if not isinstance(part, type):
     for name, parameter in inspect.signature(part).parameters.items():
       hints.setdefault(name, type(parameter.default))
+      optional |= {name} if parameter.default is None else set()
   found = {}
   for name, hint in hints.items():
     if typing.get_origin(hint) is dict:
       name, hint = f'{name}.*', typing.get_args(hint)[1]
     said = option(hint)
     if said is not None:
-      found[name] = said
+      found[name] = said._replace(none=said.none or name in optional)
   return found
 
 

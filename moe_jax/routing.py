@@ -41,7 +41,6 @@ from moe_jax.job import Job
 
 HELD_OUT = 'held out'  # the name of the run's own text
 MODEL = 'decoder'  # what reads text
-ASIDE = 'published'  # of a work directory: small files beside published weights
 
 
 def load(workdir: str, sizes: dict[str, int] | None = None) -> Job:
@@ -227,10 +226,13 @@ def _packed(job, name, documents):
 
 def _parsed(argument):
   """(name, glob, field); what exists as it is written is a path alone."""
+  first, slash, _ = paths.text(argument).partition('/')
   if os.path.isfile(paths.text(argument)):
     return argument, argument, ''
   parts = re.fullmatch(r'(?s)(?:([\w .-]+)=)?(.*)', argument)
   name, glob = parts.groups()
+  if slash and os.path.isdir(first):  # a folder of that name, k=1/a.txt
+    name, glob = None, argument
   fielded = re.fullmatch(r'(?s)(.+?\.jsonl(?:\.gz|\.xz)?)#(.+)', glob)
   path, field = fielded.groups() if fielded else (glob, '')
   return name or argument, path, field

@@ -67,6 +67,12 @@ class Shards:
     """One of those in DTYPES, None if the tensor has another."""
     return DTYPES.get(self._slice(name).get_dtype())
 
+  def first_dtype(self) -> str:
+    """That of the first tensor of floats in the first file, else float32."""
+    file = self._files[min(self._files)]
+    kinds = (self.dtype(name) for name in file.keys() if name in self._of)
+    return next((kind for kind in kinds if kind), 'float32')
+
   def equal(self, one: str, other: str) -> bool:
     """Whether two tensors hold the same numbers; some rows are read at once."""
     shape = self.shape(one)

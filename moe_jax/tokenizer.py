@@ -115,7 +115,7 @@ class Bytes(Tokenizer):
     ]
 
   def decode(self, ids: Iterable[int]) -> str:
-    return bytes(i for i in ids if i != self.separator).decode(errors='replace')
+    return bytes(i for i in ids if i < self.separator).decode(errors='replace')
 
   def save(self, path: str | os.PathLike) -> None:
     content = {
@@ -172,7 +172,8 @@ class BPE(Tokenizer):
     return _as_prompt(self._library, text)
 
   def decode(self, ids: Iterable[int]) -> str:
-    return b''.join(self._bytes[i] for i in ids).decode(errors='replace')
+    known = (i for i in ids if i < len(self._bytes))
+    return b''.join(self._bytes[i] for i in known).decode(errors='replace')
 
   def save(self, path: str | os.PathLike) -> None:
     content = self._library.to_str(pretty=True)

@@ -28,6 +28,7 @@ from moe_jax import (
   metrics,
   models,
   pairs,
+  paths,
   preemption,
   programs,
   report,
@@ -284,7 +285,8 @@ class _Run:
     # A run that owes an evaluation makes it before its first step.
     self.record |= {'rollbacks': rollbacks + 1, 'owed': False}
     guard = self.state.guard._replace(skipped=skipped)
-    self.state = self.state._replace(guard=guard)
+    state = self.state._replace(guard=guard)
+    self.state = programs.without_cache(state)  # of data that are left out
     self.step = int(self.state.step)
     self.saved.forget(after=self.step)
     self._look_back()
@@ -314,6 +316,10 @@ class _Run:
       shutil.rmtree(part) if part.is_dir() else part.unlink()
     (workdir / 'summary.json').unlink(missing_ok=True)  # of fewer steps
     _write_json(workdir / 'config.json', self.c)
+    beside = paths.absolute(self.c['init_from'] or '.') / checkpoint.ASIDE
+    if self.c['init_from'] and beside.is_dir():
+      own = workdir / checkpoint.ASIDE
+      shutil.copytree(beside, own, dirs_exist_ok=True)
     with tempfile.TemporaryDirectory('.part', dir=workdir) as folder:
       self.job.dataset.save(pathlib.Path(folder))
       for path in pathlib.Path(folder).iterdir():
@@ -330,7 +336,9 @@ def bleu(job, state):
     batch['row_B'] += index * batch['row_B'].shape[0]
     model = models.bind(job.model, state.params, state.router_state)
     seed_key = jax.random.key(state.seed)
-    ctx = routers.context(batch, seed_key, state.step, train=False)
+    ctx = routers.context(
+      batch, seed_key, state.step, train=False, steps=job.config['steps']
+    )
     return search(model, batch, ctx)
 
   def of(batch, index):

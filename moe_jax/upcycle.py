@@ -125,7 +125,7 @@ def grow(
   with convert.aside(target) as part:
     text = json.dumps(c, indent=1) + '\n'
     (part / 'config.json').write_text(text, encoding='utf-8')
-    for name in ('tokenizer.json', routing.ASIDE):
+    for name in ('tokenizer.json', checkpoint.ASIDE):
       old = job.workdir / name
       if old.is_dir():
         shutil.copytree(old, part / name)

@@ -275,10 +275,17 @@ def test_rows_are_whole_spread_and_within_the_limit(run):
     ('x.jsonl', ('x.jsonl', 'x.jsonl', '')),
     ('a#b.txt', ('a#b.txt', 'a#b.txt', '')),
     ('/k=v/x.txt', ('/k=v/x.txt', '/k=v/x.txt', '')),
+    ('k=v/*.txt', ('k', 'v/*.txt', '')),
   ],
 )
 def test_how_a_text_is_named(argument, parsed):
   assert recorded._parsed(argument) == parsed
+
+
+def test_a_folder_that_is_named_like_a_text(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'k=1').mkdir()
+  assert recorded._parsed('k=1/*.txt') == ('k=1/*.txt', 'k=1/*.txt', '')
 
 
 def test_a_text_is_read_whole_and_in_order(unread, tmp_path):

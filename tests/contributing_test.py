@@ -37,6 +37,12 @@ def test_its_router_is_found_trains_and_is_noisy(corpus, tmp_path, monkeypatch):
     ctx = routers.context(batch, jax.random.key(seed), 0, train=True)
     return router(x_TxD, ctx, ())[1]['route']
 
+  segment_BxL = np.where(np.arange(16) < 11, 0, -1)[None].repeat(2, 0)
+  ctx = routers.context(
+    {**batch, 'segment_BxL': segment_BxL}, jax.random.key(0), 0, train=True
+  )
+  plan, aux, _ = routers.get('noisy')(8, 4, rngs=nnx.Rngs(0))(x_TxD, ctx, ())
+  assert int(plan.rows()) == int(aux['load_E'].sum()) == 2 * 11 * 2
   assert not np.array_equal(route(0, x_TxD), route(1, x_TxD))
   assert np.array_equal(route(0, x_TxD), route(0, x_TxD))
 

@@ -891,6 +891,9 @@ def test_without_a_dtype_the_files_tell(tmp_path):
   tensors = drawn(theirs)
   tensors['model.norm.weight'] = np.ones(8, np.float32)
   publish(source, theirs, tensors)
+  assert convert.read_config(source)[1]['dtype'] == 'bfloat16'
+  first = min(tensors)
+  publish(source, theirs, tensors | {first: np.float32(tensors[first])})
   assert convert.read_config(source)[1]['dtype'] == 'float32'
   publish(source, {**theirs, 'torch_dtype': 'bfloat16'}, tensors)
   assert convert.read_config(source)[1]['dtype'] == 'bfloat16'
@@ -1146,7 +1149,7 @@ def test_how_a_published_model_begins_and_ends_a_text(tmp_path):
   job = routing.load(str(run))
   assert job.dataset.tokenizer.separator == V - 1
   assert generate.ends(job) == {V - 1, 3}
-  named = run / routing.ASIDE / 'generation_config.json'
+  named = run / checkpoint.ASIDE / 'generation_config.json'
   named.write_text('{"eos_token_id": 2}')
   assert generate.ends(job) == {2}
   named.write_text('{"eos_token_id": "</s>"}')

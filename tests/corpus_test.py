@@ -6,6 +6,7 @@ import json
 import lzma
 import pathlib
 import shutil
+import tarfile
 
 import pytest
 
@@ -366,15 +367,24 @@ def test_all_streams_of_an_archive_are_read(tmp_path, suffix):
     assert f'{path} is broken' in _refusal(path)
 
 
-@pytest.mark.parametrize('form', ['tar', 'zip', 'bz2'])
+@pytest.mark.parametrize('form', ['GNU tar', 'tar', 'zip', 'bz2'])
 @pytest.mark.parametrize('suffix', ['', '.gz'])
 def test_refuses_archives_of_other_forms(tmp_path, form, suffix):
   (tmp_path / 'files').mkdir()
   _write(tmp_path / 'files' / 'a.txt', _lines(0, 9))
-  kind = {'bz2': 'bztar'}.get(form, form)
+  kind = {'bz2': 'bztar', 'GNU tar': 'tar'}.get(form, form)
   made = shutil.make_archive(str(tmp_path / 'a'), kind, tmp_path / 'files')
+  if form == 'GNU tar':
+    with tarfile.open(made, 'w', format=tarfile.GNU_FORMAT) as file:
+      file.add(tmp_path / 'files')
   path = _write(tmp_path / f'b.txt{suffix}', pathlib.Path(made).read_bytes())
   assert f'{path} is a {form} archive' in _refusal(path)
+
+
+def test_a_text_about_archives_is_no_archive(tmp_path):
+  path = _write(tmp_path / 'a.txt', 'a line\n' * 36 + 'what ustar is\n' * 99)
+  assert path.read_bytes()[257:].startswith(b'ustar')
+  assert _load(path).train_bytes
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from small import small_config
 from tokenizers import models, normalizers, pre_tokenizers
 
-from moe_jax import config, data, dataset, job, tokenizer, train
+from moe_jax import config, data, dataset, exact, job, tokenizer, train
 
 DTYPES = {
   'ids_BxL': np.int32,
@@ -133,7 +133,7 @@ def test_eval_share_spreads_full_batches(rows, share, batch_size, seq_len):
   mask = np.concatenate([b['mask_BxL'][:, 0] for b in batches])
   starts = first[mask == 1]
   assert (np.diff(starts) > 0).all()  # no row twice
-  wanted = min(rows, share * rows)
+  wanted = min(rows, exact.nearest(share, rows))
   assert len(batches) == max(1, math.ceil(wanted / batch_size))
   if len(starts) < rows:
     assert (mask == 1).all()

@@ -9,7 +9,7 @@ import pytest
 from small import lines_of, small_config, without_clocks
 
 from experiments.faults import child
-from moe_jax import guard, programs, train
+from moe_jax import config, guard, programs, train
 from moe_jax import job as jobs
 
 
@@ -110,6 +110,21 @@ def test_after_skipped_steps_the_rate_is_the_one_that_is_logged(
     rates.append(lost.mean() / 0.5)
   expected = [0 if i in (1, 2, 3) else job.schedule(i) for i in range(6)]
   np.testing.assert_allclose(rates, expected, 1e-3, 1e-6)
+
+
+def test_streams_begin_anew_after_a_skipped_step(corpus, tmp_path):
+  """What follows the skipped blocks does not follow those before them."""
+  c = small_config(corpus, steps=8, data__order='stream', model__tied=False)
+  c.model.block, c.model.pattern = 'authors_lm', 'm'
+  c.model.attention = config.attend('span', span=4)
+  job = poisoned(c, tmp_path, {2})
+  batches, step = job.train_batches(), programs.make_step(job)
+  state, kept = programs.initial_state(job), []
+  for _ in range(3):
+    state, _ = step(state, job.put(next(batches)))
+    kept.append(bool(jnp.any(state.cache_BxNxCxD)))
+  assert kept == [True, False, True]
+  assert not jnp.any(programs.without_cache(state).cache_BxNxCxD)
 
 
 def test_the_first_loss_is_of_the_first_step_that_counts(corpus, tmp_path):

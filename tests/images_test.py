@@ -13,7 +13,7 @@ import parts
 import pytest
 from hypothesis import strategies as st
 
-from moe_jax import images
+from moe_jax import exact, images
 from moe_jax.images import DataError, ImagesConfig
 
 DTYPES = {
@@ -354,7 +354,7 @@ def test_eval_share_spreads_full_batches(
   batches = found.eval_batches(batch_size, share=share)
   first = _numbers(found, batches)
   assert first == _numbers(found, batches)  # it can be read again
-  wanted = min(held, share * held)
+  wanted = min(held, exact.nearest(share, held))
   assert len(batches) == max(1, math.ceil(wanted / batch_size))
   assert len(list(batches)) == len(batches)
   place = [number - 100 for number, _ in first]
@@ -368,6 +368,15 @@ def test_eval_share_spreads_full_batches(
     assert np.isin(batch['mask_BxL'], [0, 1]).all()
     np.testing.assert_array_equal(batch['segment_BxL'], batch['mask_BxL'] - 1)
     assert (np.diff(batch['mask_BxL'][:, 0]) <= 0).all()  # padding is last
+
+
+def test_no_more_images_are_evaluated_than_are_asked_for(tmp_path):
+  """128 of 360 is a float that is a little more."""
+  draw = np.random.default_rng(0)
+  images = draw.integers(0, 256, (720, 2, 2), np.uint8)
+  path = _write(tmp_path / 'a.npz', images=images, labels=np.arange(720) % 2)
+  found = _load(path, eval_fraction=0.5, eval_images=128)
+  assert len(found.eval_batches(64, found.eval_share)) == 2
 
 
 @pytest.mark.parametrize('eval_images, share', [(0, 1), (2, 2 / 7), (99, 1)])
@@ -497,7 +506,7 @@ def test_refuses_arrays(tmp_path, arrays, said):
 
 
 @pytest.mark.parametrize(
-  'harm', ['text', 'empty', 'cut', 'npy', 'joined', 'twice']
+  'harm', ['text', 'empty', 'cut', 'npy', 'joined', 'behind', 'twice']
 )
 @pytest.mark.filterwarnings('ignore:Duplicate name')
 def test_refuses_broken_files(tmp_path, harm):
@@ -513,6 +522,9 @@ def test_refuses_broken_files(tmp_path, harm):
   elif harm == 'joined':
     path.write_bytes(raw * 2)
     said += f'{len(raw)} bytes stand before'
+  elif harm == 'behind':
+    path.write_bytes(raw + b'\0' * 512)
+    said += 'bytes stand behind its archive'
   elif harm == 'twice':
     with zipfile.ZipFile(path, 'a') as file:
       file.writestr('images.npy', file.read('images.npy'))

@@ -20,6 +20,7 @@ from moe_jax import (
   objective,
   programs,
   routers,
+  routing,
   train,
 )
 from moe_jax import job as jobs
@@ -101,6 +102,16 @@ def test_the_first_loss_is_that_of_the_imported_model(imported, text, tmp_path):
   assert again['eval_loss'] == summary['eval_loss']
   assert lines_of(tmp_path / 'run') == lines
   assert int(generate.newest(str(tmp_path / 'run'))[1].step) == 2
+  # Its texts end, and it is exported, as the published model.
+  kept = lambda folder: {
+    path.name: path.read_bytes()
+    for path in (folder / checkpoint.ASIDE).iterdir()
+  }
+  assert kept(tmp_path / 'run') == kept(imported)
+  (tmp_path / 'run' / checkpoint.ASIDE / 'generation_config.json').write_text(
+    '{"eos_token_id": [1, 2]}'
+  )
+  assert generate.ends(routing.load(str(tmp_path / 'run'))) == {1, 2}
 
 
 def test_weights_go_straight_to_the_mesh(imported, text, tmp_path):

@@ -6,6 +6,7 @@ from small import small_config
 
 from moe_jax import config
 from moe_jax import job as jobs
+from moe_jax.routers import topk
 
 WRONG = {
   'model.router.group': (
@@ -98,6 +99,39 @@ def test_translations_need_a_router_that_writes(tmp_path):
     jobs.prepare(c, str(tmp_path / 'run'))
   c.data.bleu_lines = 0
   assert jobs.prepare(c, str(tmp_path / 'run'))
+
+
+def test_a_dense_model_needs_no_router_that_could_be(corpus, tmp_path):
+  c = small_config(corpus, model__pattern='d', model__E=1)
+  assert jobs.prepare(c, str(tmp_path / 'run'))
+
+
+def test_a_router_of_the_users_that_looks_ahead_does_not_write():
+  class Ahead(topk.Router):
+    causal = False
+
+  class Sure(topk.Router):
+    causal, writes = False, True
+
+  assert not Ahead.writes and Sure.writes and topk.Router.writes
+
+
+def test_a_router_is_tried_on_the_rows_that_it_will_see(corpus, tmp_path):
+  """With options that are lists, and tokens in pieces of 64."""
+  c = small_config(corpus)
+  c.model.router = config.router('job_test.Pieces', k=1, sizes=[4, 2])
+  assert jobs.prepare(c, str(tmp_path / 'run'))
+
+
+class Pieces(topk.Router):
+  """Looks at pieces of 64 tokens."""
+
+  def __init__(self, D, E, *, k=1, sizes=(), rngs):
+    super().__init__(D, E, k=k, rngs=rngs)
+
+  def __call__(self, x_TxD, ctx, memory):
+    x_TxD.reshape(-1, 64, x_TxD.shape[1])
+    return super().__call__(x_TxD, ctx, memory)
 
 
 def test_a_patch_is_tried_on_the_images_that_are_read(tmp_path):

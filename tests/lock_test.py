@@ -38,7 +38,8 @@ def test_a_killed_process_leaves_no_lock_nor_do_its_children(tmp_path):
   with holder:
     try:
       child = int(holder.stdout.readline())
-      with pytest.raises(OSError, match='another run is at work there'):
+      told = f'another run is at work there, process {holder.pid} on '
+      with pytest.raises(OSError, match=told):
         lock.check(tmp_path)
     finally:
       holder.kill()

@@ -174,6 +174,13 @@ def test_every_parameter_has_the_role_of_its_name():
     assert (name in turned) == (role == 'matrix'), name
 
 
+def test_a_parameter_without_axes_in_its_name_decays_and_is_not_turned():
+  for name in ('kernel', 'w1', 'log_temperature', 'gate_w'):
+    assert optimizer.role(name) == 'table'
+  assert optimizer.role('any_DxF') == 'matrix'
+  assert optimizer.role('any_D') == optimizer.role('bias') == 'vector'
+
+
 def _first_moment(clip, grads):
   rule = optimizer.make(_config(clip=clip), 10)
 

@@ -245,7 +245,8 @@ def test_sigterm_to_one_makes_both_save_and_leave(corpus, tmp_path):
   with Together(corpus, whole, 2) as run:
     assert [code for code, *_ in run.end()] == [0, 0]
   with Together(corpus, workdir, 2, pause=1) as run:
-    while not (workdir / 'metrics.jsonl').exists():
+    # A save has been made by then, in which signals wait.
+    while not (workdir / 'checkpoints' / '2').is_dir():
       assert run.running[0].poll() is None, run.end()
       time.sleep(0.1)
     run.running[1].terminate()

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from moe_jax import config, ranges
+from moe_jax import config, ranges, routers
 from moe_jax.commands import options as listing
 
 EVERY = config.every()
@@ -20,6 +20,19 @@ def test_an_interval_has_its_square_ends_and_no_round_one():
   assert 2**31 not in ranges.Within('[1, 2^31)')
   for bad in (math.nan, math.inf, -math.inf):
     assert bad not in ranges.Within('(-inf, inf)')
+
+
+def test_what_only_type_checkers_import_says_nothing():
+  def part(k: int = 2, temp: 'jaxtyping.Float' = 0.5): ...  # noqa: F821
+
+  said = ranges.options(part)
+  assert str(said['k']) == 'int' and str(said['temp']) == 'float'
+
+  def plain(scale: float = None): ...  # noqa: RUF013
+
+  ranges.options(plain)['scale'].check('scale', None)
+  with pytest.raises(ValueError, match='scale=nan is not a float'):
+    ranges.options(plain)['scale'].check('scale', math.nan)
 
 
 def test_an_annotation_says_it_all():
@@ -151,7 +164,11 @@ def weighted(router, **losses):
   c = config.default()
   c.model.router = router
   c.objective.losses.update(losses)
-  return config.resolve(c)
+  c = config.resolve(c)
+  options = dict(c['model']['router'])
+  kind = routers.get(options.pop('name'))
+  config.check_losses(c, routers.losses(kind, 8, 8, options, steps=1000))
+  return c
 
 
 def test_a_loss_that_no_router_reports_names_the_nearest():
@@ -166,11 +183,16 @@ def test_a_loss_of_another_router_is_refused_unless_it_weighs_nothing():
   vmoe = config.router('vmoe')
   assert weighted(vmoe, importance=0.1)['objective']['losses']['importance']
   assert weighted(config.router('topk'), importance=0.0)
-  told = r"importance=0.1: the router 'topk' .* it reports balance, seq"
+  told = r"importance=0.1: the router 'topk' .* reported are balance, seq"
   with pytest.raises(ValueError, match=told):
     weighted(config.router('topk'), importance=0.1)
   with pytest.raises(ValueError, match=r'smooth_load=0.1: .*its options'):
     weighted(config.router('vmoe', noise=0.0), smooth_load=0.1)
+
+
+def test_a_loss_of_a_schedule_that_takes_many_steps():
+  growing = config.router('rexmoe', first=4, start=100.0, end=0.63)
+  assert weighted(growing, balance_kept=0.01)
 
 
 def test_the_losses_of_every_config_suit_every_router():

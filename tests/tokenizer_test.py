@@ -63,6 +63,13 @@ def test_bytes_are_utf8():
   assert tokenizer.Bytes().vocab_size == 257
 
 
+def test_ids_beyond_the_vocabulary_are_no_text():
+  """A model may have more than its tokenizer."""
+  assert tokenizer.Bytes().decode([97, 256, 300, 98]) == 'ab'
+  text = BPE.encode(['a b'])[0].tolist()
+  assert BPE.decode([*text, BPE.vocab_size + 3]) == 'a b'
+
+
 def test_bpe_learns_from_code():
   (ids,) = BPE.encode([CODE])
   assert len(ids) < len(CODE.encode()) / 1.8

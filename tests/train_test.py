@@ -278,8 +278,8 @@ def test_a_rate_that_more_steps_make_jump_is_told(corpus, tmp_path):
   assert steps == 'steps: 6 -> 12'
   # Of 12 steps the seventh is past the middle of a cosine from 3e-3 to 3e-4.
   assert rate == (
-    'learning rate: 0.0003 in step 6 -> 0.00146 in step 7, as the schedule is'
-    ' now of 12 steps'
+    'learning rate of step 7: 0.0003 -> 0.00146, as the schedule is now of 12'
+    ' steps'
   )
 
 

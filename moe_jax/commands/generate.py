@@ -73,14 +73,14 @@ def _run(generate):
     stop=stop,
   )
   found = write(weights, prompts, _SEED.value, routes)
-  if _RECORD.value:
-    generate.save_routes(_RECORD.value, found.routes)
   for prompt, ids in zip(prompts, found.ids, strict=True):
     text = generate.continued(job, prompt, ids, stop)
     if _JSON.value:
       print(json.dumps({'prompt_ids': prompt, 'ids': ids, 'text': text}))
     else:
       print(','.join(map(str, ids)) if text is None else text)
+  if _RECORD.value:
+    generate.save_routes(_RECORD.value, found.routes)
 
 
 def _ids(text):

@@ -176,7 +176,7 @@ class Router(nnx.Module):
     coupled: out of training too a token's routing depends on other tokens of
       its group, by a capacity or a choice over tokens.
     writes: without its capacity it depends on none, so that a text can be
-      written one token after another.
+      written one token after another; by default where it is causal.
     equivariant: permuting the tokens of a sequence permutes their routing.
     group: how many tokens share a capacity or a choice; None: those of a row.
   """
@@ -190,6 +190,8 @@ class Router(nnx.Module):
 
   def __init_subclass__(cls, **kwargs):
     super().__init_subclass__(**kwargs)
+    if 'causal' in vars(cls) and 'writes' not in vars(cls):
+      cls.writes = cls.causal
     if '__init__' in vars(cls):
       cls.__init__ = ranges.checked(cls.__init__)
 
@@ -263,24 +265,31 @@ def _elsewhere(name):
   return found
 
 
-@functools.cache
 def losses(
-  router: type[Router], D: int, E: int, steps: int = 1, **options: Any
+  router: type[Router],
+  D: int,
+  E: int,
+  options: dict[str, Any],
+  *,
+  steps: int = 1,
+  rows: int = 1,
+  L: int = 8,
+  dtype: Any = jnp.float32,
 ) -> frozenset[str]:
   """The names of the losses that it reports in training; nothing is compiled.
 
   Args:
     steps: of the run.
-    options: plain values.
+    rows, L, dtype: of the batches that it will see.
 
   Raises:
     ValueError: there is no step in which it could follow these options.
   """
-  place_1xL = np.zeros((1, 8), np.int32)
+  place_BxL = np.zeros((rows, L), np.int32)
   batch = {
-    'ids_BxL': place_1xL,
-    'pos_BxL': place_1xL,
-    'row_B': place_1xL[0, :1],
+    'ids_BxL': place_BxL,
+    'pos_BxL': place_BxL,
+    'row_B': place_BxL[:, 0],
   }
 
   def reported(x_TxD):
@@ -288,14 +297,14 @@ def losses(
     ctx = context(batch, jax.random.key(0), 0, train=True, steps=steps)
     return made(x_TxD, ctx, made.memory(x_TxD))[1]['losses']
 
-  x_TxD = jax.ShapeDtypeStruct((place_1xL.size, D), jnp.float32)
+  x_TxD = jax.ShapeDtypeStruct((rows * L, D), dtype)
   return frozenset(jax.eval_shape(reported, x_TxD))
 
 
 @functools.cache
 def every_loss() -> frozenset[str]:
   """What the routers here report between them, with their default options."""
-  return frozenset().union(*(losses(get(name), 8, 8) for name in names()))
+  return frozenset().union(*(losses(get(name), 8, 8, {}) for name in names()))
 
 
 def logits(x_TxD: jax.Array, w_DxE: jax.Array) -> jax.Array:
