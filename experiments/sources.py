@@ -12,7 +12,8 @@ import pathlib
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from moe_jax import cache, metrics
+from moe_jax import metrics
+from moe_jax.data import cache
 
 LANGUAGES = ('de', 'es', 'fr', 'it', 'nl', 'vi')
 

@@ -11,7 +11,7 @@ import lzma
 from absl import app
 from ml_collections import config_flags
 
-from moe_jax import data
+from moe_jax.data import packing
 
 _CONFIG = config_flags.DEFINE_config_file('config', 'configs/tiny.py')
 
@@ -24,7 +24,7 @@ def bits_per_byte(documents: list[str]) -> float:
 
 def main(argv: list[str]) -> None:
   del argv
-  corpus = data.load(data.DataConfig(**_CONFIG.value.data))
+  corpus = packing.load(packing.DataConfig(**_CONFIG.value.data))
   print(f'{corpus.description}; sha256 {corpus.sha256}')
   print(f'xz -9: {bits_per_byte(corpus.eval):.3f} bits per byte')
 

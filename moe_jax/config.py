@@ -18,7 +18,6 @@ from ml_collections import config_dict
 
 from moe_jax import (
   attention,
-  dataset,
   guard,
   models,
   objective,
@@ -29,6 +28,7 @@ from moe_jax import (
   residual,
   routers,
 )
+from moe_jax.data import dataset
 
 # May differ when a run is continued: they do not change the mathematics.
 FREE = (

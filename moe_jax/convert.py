@@ -30,8 +30,8 @@ from moe_jax import (
   pieces,
   routing,
   shards,
-  tokenizer,
 )
+from moe_jax.data import tokenizer
 from moe_jax.programs import Weights
 
 DTYPES = 'dtypes.json'  # aside: of tensors that have not that of config.json

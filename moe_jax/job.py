@@ -15,7 +15,6 @@ from flax import nnx
 
 from moe_jax import (
   checkpoint,
-  dataset,
   guard,
   lock,
   models,
@@ -25,9 +24,9 @@ from moe_jax import (
   parallel,
   paths,
   routers,
-  tokenizer,
 )
 from moe_jax import config as configs
+from moe_jax.data import dataset, tokenizer
 
 NOT_FINITE = 'the run ended, but its held-out loss is not finite'
 

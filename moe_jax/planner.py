@@ -132,7 +132,7 @@ def optimizer(c: dict[str, Any]) -> Any:
 
 
 def batch(c: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
-  """The shapes of a batch of text, as moe_jax/data.py states them."""
+  """The shapes of a batch of text, as moe_jax/data/packing.py states them."""
   B, L = c['batch_size'], c['seq_len']
   ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
   names = ('ids_BxL', 'segment_BxL', 'pos_BxL', 'target_BxL')

@@ -22,9 +22,6 @@ from moe_jax import (
   analysis_report,
   checkpoint,
   config,
-  corpus,
-  data,
-  dataset,
   metrics,
   models,
   objective,
@@ -35,8 +32,8 @@ from moe_jax import (
   plan,
   programs,
   routers,
-  tokenizer,
 )
+from moe_jax.data import corpus, dataset, packing, tokenizer
 from moe_jax.job import Job
 
 HELD_OUT = 'held out'  # the name of the run's own text
@@ -221,7 +218,7 @@ def _packed(job, name, documents):
         ' documents begin'
       )
   more = np.array(more, np.int32)
-  return data.pack([np.concatenate([more, ids]) for ids in documents], first)
+  return packing.pack([np.concatenate([more, ids]) for ids in documents], first)
 
 
 def _parsed(argument):
@@ -281,7 +278,7 @@ def read(
   for n, (name, ids) in enumerate(streams.items()):
     have, want = (number // B * B for number in (rows[name], limit // L))
     share = min(1.0, (want - 0.5) / have)  # whole batches: rounded up
-    found = [*data.eval_batches(ids[: have * L + 1], B, L, share=share)]
+    found = [*packing.eval_batches(ids[: have * L + 1], B, L, share=share)]
     batches += found
     text_T.append(np.full(len(found) * B * L, n, np.int32))
   of = lambda name: np.concatenate([b[name].reshape(-1) for b in batches])

@@ -27,7 +27,6 @@ from moe_jax import (
   lock,
   metrics,
   models,
-  pairs,
   paths,
   preemption,
   programs,
@@ -36,6 +35,7 @@ from moe_jax import (
   translate,
 )
 from moe_jax import config as configs
+from moe_jax.data import pairs
 from moe_jax.job import check_place, Job, NOT_FINITE
 
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe_jax import beam, pairs, routers
+from moe_jax import beam, routers
+from moe_jax.data import pairs
 
 Batch = dict[str, jax.Array]
 

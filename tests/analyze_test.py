@@ -21,7 +21,6 @@ from moe_jax import (
   analysis_report,
   checkpoint,
   config,
-  data,
   models,
   plan,
   programs,
@@ -29,6 +28,7 @@ from moe_jax import (
 )
 from moe_jax import job as jobs
 from moe_jax import routing as recorded
+from moe_jax.data import packing
 
 L = 16
 
@@ -176,7 +176,9 @@ def test_what_is_recorded_is_what_the_model_does(run, recorder, corpus):
 
 def test_no_plan_is_carried_through_training(run, corpus):
   job = recorded.load(str(run))
-  batch = next(iter(data.eval_batches(np.arange(9 * L, dtype=np.int32), 8, L)))
+  batch = next(
+    iter(packing.eval_batches(np.arange(9 * L, dtype=np.int32), 8, L))
+  )
 
   def aux(train):
     model = models.bind(job.model, *models.split(job.init(0)))
@@ -309,7 +311,7 @@ def test_a_text_is_read_whole_and_in_order(unread, tmp_path):
   arguments.append(f'two={arguments[0]},{arguments[2]}')
   found = recorded.streams(job, arguments)
   for (name, stream), texts in zip(found.items(), documents, strict=True):
-    assert [tok.decode(ids) for ids in data.unpack(stream)] == texts, name
+    assert [tok.decode(ids) for ids in packing.unpack(stream)] == texts, name
     assert stream[0] == stream[-1] == tok.separator
 
 

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from moe_jax import cache
+from moe_jax.data import cache
 
 
 def _read(path):

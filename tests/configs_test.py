@@ -11,19 +11,8 @@ import runpy
 
 import pytest
 
-from moe_jax import (
-  config,
-  corpus,
-  dataset,
-  hub,
-  images,
-  job,
-  models,
-  objective,
-  optimizer,
-  pairs,
-  parallel,
-)
+from moe_jax import config, job, models, objective, optimizer, parallel
+from moe_jax.data import corpus, dataset, huggingface, images, pairs
 from moe_jax.models import classifier, decoder, translator
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -215,7 +204,7 @@ def _read(node):
   'cls',
   [
     *(decoder.Config, translator.Config, classifier.Config),
-    *(optimizer.Config, corpus.DataConfig, hub.HubConfig),
+    *(optimizer.Config, corpus.DataConfig, huggingface.HubConfig),
     *(pairs.PairsConfig, images.ImagesConfig),
   ],
 )

@@ -10,8 +10,8 @@ import tarfile
 
 import pytest
 
-from moe_jax import corpus
-from moe_jax.corpus import DataConfig, DataError
+from moe_jax.data import corpus
+from moe_jax.data.corpus import DataConfig, DataError
 
 
 def _write(path, content):

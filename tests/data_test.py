@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from small import small_config
 from tokenizers import models, normalizers, pre_tokenizers
 
-from moe_jax import config, data, dataset, exact, job, tokenizer, train
+from moe_jax import config, exact, job, train
+from moe_jax.data import dataset, packing, tokenizer
 
 DTYPES = {
   'ids_BxL': np.int32,
@@ -37,7 +38,7 @@ def _documents(*lengths):
 
 
 def _stream(*lengths):
-  return data.pack(_documents(*lengths), 0)
+  return packing.pack(_documents(*lengths), 0)
 
 
 def _take(iterator, count):
@@ -86,13 +87,13 @@ def cases(draw):
 
 
 def test_pack():
-  stream = data.pack([np.array([5, 6]), np.array([7])], 9)
+  stream = packing.pack([np.array([5, 6]), np.array([7])], 9)
   assert stream.tolist() == [9, 5, 6, 9, 7, 9]
   assert stream.dtype == np.int32
 
 
 def test_batch_by_hand():
-  (batch,) = data.eval_batches(_stream(2, 3), batch_size=1, seq_len=7)
+  (batch,) = packing.eval_batches(_stream(2, 3), batch_size=1, seq_len=7)
   assert batch['ids_BxL'].tolist() == [[0, 1, 2, 0, 3, 4, 5]]
   assert batch['target_BxL'].tolist() == [[1, 2, 0, 3, 4, 5, 0]]
   assert batch['segment_BxL'].tolist() == [[0, 0, 0, 1, 1, 1, 1]]
@@ -107,7 +108,7 @@ def test_batch_by_hand():
 def test_eval_targets_each_token_once(case):
   lengths, batch_size, seq_len = case
   stream = _stream(*lengths)
-  batches = data.eval_batches(stream, batch_size, seq_len)
+  batches = packing.eval_batches(stream, batch_size, seq_len)
   targets = []
   for batch in batches:
     assert batch['ids_BxL'].shape == (batch_size, seq_len)
@@ -128,7 +129,7 @@ def test_eval_targets_each_token_once(case):
 @hypothesis.example(rows=8, share=0.5, batch_size=2, seq_len=3)
 def test_eval_share_spreads_full_batches(rows, share, batch_size, seq_len):
   stream = _stream(rows * seq_len - 1)
-  batches = list(data.eval_batches(stream, batch_size, seq_len, share=share))
+  batches = list(packing.eval_batches(stream, batch_size, seq_len, share=share))
   first = np.concatenate([b['ids_BxL'][:, 0] for b in batches])
   mask = np.concatenate([b['mask_BxL'][:, 0] for b in batches])
   starts = first[mask == 1]
@@ -150,7 +151,7 @@ def test_train_targets_each_token_once(case, seed):
   lengths, batch_size, seq_len = case
   stream = _stream(*lengths)
   rows = (len(stream) - 1) // seq_len
-  iterator = data.train_iterator(stream, batch_size, seq_len, seed)
+  iterator = packing.train_iterator(stream, batch_size, seq_len, seed)
   batches = _take(iterator, -(-2 * rows // batch_size))
   for batch in batches:
     assert (batch['mask_BxL'] == 1).all()
@@ -166,7 +167,7 @@ def test_train_targets_each_token_once(case, seed):
 
 def test_train_shuffles_and_cuts_anew_each_epoch():
   stream, rows = _stream(1001), 100  # ring of 1002 tokens: 2 are skipped
-  iterator = data.train_iterator(stream, batch_size=10, seq_len=10, seed=0)
+  iterator = packing.train_iterator(stream, batch_size=10, seq_len=10, seed=0)
   starts = [
     np.concatenate([b['ids_BxL'][:, 0] for b in _take(iterator, rows // 10)])
     for _ in range(3)
@@ -183,7 +184,7 @@ def test_train_depends_on_the_seed_alone():
   stream = _stream(300)
 
   def ids(seed):
-    batches = _take(data.train_iterator(stream, 4, 8, seed), 12)
+    batches = _take(packing.train_iterator(stream, 4, 8, seed), 12)
     return np.concatenate([b['ids_BxL'] for b in batches])
 
   one, two = ids(1), ids(2)
@@ -199,7 +200,7 @@ PINNED = [191, 91, 171, 81, 51, 141, 21, 11]
 
 def test_train_order_is_pinned():
   """Fails if grain or numpy change what a seed means: resumed runs would."""
-  batch = next(data.train_iterator(_stream(199), 8, 10, seed=0))
+  batch = next(packing.train_iterator(_stream(199), 8, 10, seed=0))
   assert batch['ids_BxL'][:, 0].tolist() == PINNED
 
 
@@ -210,18 +211,20 @@ def test_train_order_is_pinned():
 def test_parts_together_are_the_global_batch(split):
   stream = _stream(5, 400, 7)  # 103 rows: an epoch is 13 batches
   for make in (
-    lambda row_B: _take(data.train_iterator(stream, 8, 4, 0, row_B), 15),
-    lambda row_B: _take(data.stream_iterator(stream, 8, 4, 0, row_B), 15),
-    lambda row_B: list(data.eval_batches(stream, 8, 4, row_B=row_B)),
+    lambda row_B: _take(packing.train_iterator(stream, 8, 4, 0, row_B), 15),
+    lambda row_B: _take(packing.stream_iterator(stream, 8, 4, 0, row_B), 15),
+    lambda row_B: list(packing.eval_batches(stream, 8, 4, row_B=row_B)),
     lambda row_B: list(
-      data.eval_batches(stream, 8, 4, row_B=row_B, share=0.6, streams=True)
+      packing.eval_batches(stream, 8, 4, row_B=row_B, share=0.6, streams=True)
     ),
   ):
     parts.check(make, split)
 
 
 @parts.every_split
-@pytest.mark.parametrize('make', [data.train_iterator, data.stream_iterator])
+@pytest.mark.parametrize(
+  'make', [packing.train_iterator, packing.stream_iterator]
+)
 def test_resume_is_exact(make, split):
   stream = _stream(5, 600, 7)  # 153 rows: 40 batches are 2 epochs
   first = make(stream, 8, 4, 3)
@@ -247,7 +250,7 @@ def test_resume_is_exact(make, split):
 
 @pytest.mark.parametrize('order', ['shuffled', 'stream'])
 def test_a_dataset_reads_the_rows_that_it_is_told(tmp_path, order):
-  config = data.DataConfig(
+  config = packing.DataConfig(
     source='text', path=_files(tmp_path), tokenizer='bytes', order=order,
     cache_dir=str(tmp_path),
   )  # fmt: skip
@@ -264,7 +267,7 @@ def test_a_dataset_reads_the_rows_that_it_is_told(tmp_path, order):
 
 
 def test_reading_leaves_the_state_of_the_batch_read():
-  iterator = data.train_iterator(_stream(200), 4, 8, 0)
+  iterator = packing.train_iterator(_stream(200), 4, 8, 0)
   states = []
   for _ in range(5):
     states.append(iterator.get_state())
@@ -277,12 +280,16 @@ def test_reading_leaves_the_state_of_the_batch_read():
 
 def test_refuses_a_stream_shorter_than_a_batch():
   stream = _stream(30)  # 32 tokens
-  data.train_iterator(stream, 1, 31, 0)
-  data.eval_batches(stream, 1, 31)
-  with pytest.raises(data.DataError, match=r'training .* 33 tokens, it has 32'):
-    data.train_iterator(stream, 4, 8, 0)
-  with pytest.raises(data.DataError, match=r'held-out .* 33 tokens, it has 32'):
-    data.eval_batches(stream, 4, 8)
+  packing.train_iterator(stream, 1, 31, 0)
+  packing.eval_batches(stream, 1, 31)
+  with pytest.raises(
+    packing.DataError, match=r'training .* 33 tokens, it has 32'
+  ):
+    packing.train_iterator(stream, 4, 8, 0)
+  with pytest.raises(
+    packing.DataError, match=r'held-out .* 33 tokens, it has 32'
+  ):
+    packing.eval_batches(stream, 4, 8)
 
 
 @pytest.mark.parametrize(
@@ -295,11 +302,11 @@ def test_refuses_a_stream_shorter_than_a_batch():
 def test_refuses_rows_that_a_batch_does_not_have(row_B):
   row_B, stream = np.asarray(row_B), _stream(100)
   for make in (
-    lambda: data.train_iterator(stream, 4, 8, 0, row_B),
-    lambda: data.stream_iterator(stream, 4, 8, 0, row_B),
-    lambda: data.eval_batches(stream, 4, 8, row_B=row_B),
+    lambda: packing.train_iterator(stream, 4, 8, 0, row_B),
+    lambda: packing.stream_iterator(stream, 4, 8, 0, row_B),
+    lambda: packing.eval_batches(stream, 4, 8, row_B=row_B),
   ):
-    with pytest.raises(data.DataError) as error:
+    with pytest.raises(packing.DataError) as error:
       make()
     said = f'row_B is {row_B.tolist()}; the rows'
     assert str(error.value).startswith(said)
@@ -318,14 +325,14 @@ def _files(tmp_path):
 
 @pytest.mark.parametrize('kind', ['bytes', 'bpe'])
 def test_streams_stand_for_every_byte(tmp_path, kind):
-  config = data.DataConfig(
+  config = packing.DataConfig(
     source='text', path=_files(tmp_path), tokenizer=kind, vocab_size=300,
     cache_dir=str(tmp_path / 'cache'),
   )  # fmt: skip
-  corpus = data.load(config)
+  corpus = packing.load(config)
   tok = tokenizer.get(config, corpus)
   for _ in range(2):  # made, then read from the cache
-    train_N, eval_N = data.streams(config, corpus, tok)
+    train_N, eval_N = packing.streams(config, corpus, tok)
     for stream, texts in ((train_N, corpus.train), (eval_N, corpus.eval)):
       assert stream.dtype == np.int32
       cuts = np.flatnonzero(stream == tok.separator)
@@ -334,20 +341,20 @@ def test_streams_stand_for_every_byte(tmp_path, kind):
       assert [tok.decode(stream[a + 1 : b]) for a, b in spans] == texts
     counted = sum(
       (tok.token_bytes[batch['target_BxL']] * batch['mask_BxL']).sum()
-      for batch in data.eval_batches(eval_N, 4, 16)
+      for batch in packing.eval_batches(eval_N, 4, 16)
     )
     assert counted == corpus.eval_bytes
 
 
 @pytest.mark.parametrize('harm', ['cut', 'pickle', 'dtype', 'id', 'token'])
 def test_damaged_streams_are_rebuilt(tmp_path, caplog, harm):
-  config = data.DataConfig(
+  config = packing.DataConfig(
     source='text', path=_files(tmp_path), vocab_size=300,
     cache_dir=str(tmp_path / 'cache'),
   )  # fmt: skip
-  corpus = data.load(config)
+  corpus = packing.load(config)
   tok = tokenizer.get(config, corpus)
-  expected = data.streams(config, corpus, tok)[0].copy()
+  expected = packing.streams(config, corpus, tok)[0].copy()
   (path,) = (tmp_path / 'cache').glob('*-train.npy')
   broken = expected.copy()
   if harm == 'cut':
@@ -365,7 +372,7 @@ def test_damaged_streams_are_rebuilt(tmp_path, caplog, harm):
     broken[5] = long
     np.save(path, broken)
   caplog.clear()
-  train_N, _ = data.streams(config, corpus, tok)
+  train_N, _ = packing.streams(config, corpus, tok)
   np.testing.assert_array_equal(train_N, expected)
   assert len(caplog.records) == 1 and str(path) in caplog.text
 
@@ -380,7 +387,7 @@ def test_a_stream_goes_on_where_its_rows_ended(case, seed):
   stream = _stream(*lengths)
   blocks = (len(stream) - 1) // batch_size // seq_len
   batches = _take(
-    data.stream_iterator(stream, batch_size, seq_len, seed), 2 * blocks + 1
+    packing.stream_iterator(stream, batch_size, seq_len, seed), 2 * blocks + 1
   )
   for k, (old, new) in enumerate(itertools.pairwise(batches)):
     begins = (k + 1) % blocks == 0
@@ -401,7 +408,9 @@ def test_a_stream_goes_on_where_its_rows_ended(case, seed):
 def test_evaluated_streams_target_each_token_once_and_go_on(case):
   lengths, batch_size, seq_len = case
   stream = _stream(*lengths)
-  batches = list(data.eval_batches(stream, batch_size, seq_len, streams=True))
+  batches = list(
+    packing.eval_batches(stream, batch_size, seq_len, streams=True)
+  )
   targets = np.concatenate(
     [
       np.concatenate([b['target_BxL'][row] for b in batches])
@@ -460,7 +469,7 @@ def test_a_saved_set_with_a_tokenizer_of_others_trains(tmp_path):
   c = _hub_config(tmp_path)
   ready = job.prepare(c, str(tmp_path / 'run'))
   text = ready.dataset
-  assert [len(ids) for ids in data.unpack(text.eval_N)] == [
+  assert [len(ids) for ids in packing.unpack(text.eval_N)] == [
     1 + len(held_out) for held_out in text.corpus.eval
   ]
   counted = text.token_bytes[text.eval_N[1:]].sum()  # of all targets
@@ -490,7 +499,7 @@ def test_a_tokenizer_that_loses_text_tells_no_bits_per_byte(tmp_path):
   library.add_special_tokens(['[SEP]'])
   library.save(str(tmp_path / 'words.json'))
   found = dataset.source('text').load(
-    data.DataConfig(
+    packing.DataConfig(
       source='text', path=_files(tmp_path), vocab_size=3,
       tokenizer=str(tmp_path / 'words.json'), cache_dir=str(tmp_path / 'new'),
     ),
@@ -501,8 +510,8 @@ def test_a_tokenizer_that_loses_text_tells_no_bits_per_byte(tmp_path):
 
 
 def test_a_bad_tokenizer_is_told_before_the_text_is_read(tmp_path):
-  missing = data.DataConfig(
+  missing = packing.DataConfig(
     source='text', path='no such file', tokenizer=str(tmp_path / 'none.json')
   )
-  with pytest.raises(data.DataError, match='holds no tokenizer'):
+  with pytest.raises(packing.DataError, match='holds no tokenizer'):
     dataset.source('text').load(missing, 16)

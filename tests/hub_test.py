@@ -8,9 +8,9 @@ import datasets
 import huggingface_hub
 import pytest
 
-from moe_jax import corpus, dataset, hub
-from moe_jax.corpus import DataError
-from moe_jax.hub import HubConfig
+from moe_jax.data import corpus, dataset, huggingface
+from moe_jax.data.corpus import DataError
+from moe_jax.data.huggingface import HubConfig
 
 TRAIN = [f'document {i}: {"so it goes " * (i % 5)}\n' for i in range(40)]
 HELD_OUT = [f'held out {i}' for i in range(7)]
@@ -45,7 +45,7 @@ def folders(tmp_path_factory):
 
 
 def _load(path, **options):
-  return hub.load(HubConfig(path=str(path), **options))
+  return huggingface.load(HubConfig(path=str(path), **options))
 
 
 def _refusal(path, **options):

@@ -13,8 +13,9 @@ import parts
 import pytest
 from hypothesis import strategies as st
 
-from moe_jax import exact, images
-from moe_jax.images import DataError, ImagesConfig
+from moe_jax import exact
+from moe_jax.data import images
+from moe_jax.data.images import DataError, ImagesConfig
 
 DTYPES = {
   'image_BxYxXxC': np.float32,

@@ -15,9 +15,9 @@ import pytest
 import tokenizers
 from hypothesis import strategies as st
 
-from moe_jax import pairs, tokenizer
-from moe_jax.corpus import DataError
-from moe_jax.pairs import PairsConfig
+from moe_jax.data import pairs, tokenizer
+from moe_jax.data.corpus import DataError
+from moe_jax.data.pairs import PairsConfig
 
 DTYPES = {
   'source_BxS': np.int32,

@@ -18,8 +18,8 @@ from tokenizers import (
   trainers,
 )
 
-from moe_jax import corpus, tokenizer
-from moe_jax.corpus import DataConfig, DataError
+from moe_jax.data import corpus, tokenizer
+from moe_jax.data.corpus import DataConfig, DataError
 
 CODE = pathlib.Path(argparse.__file__).read_text(encoding='utf-8')
 BPE = tokenizer.train([CODE], 400)

@@ -24,8 +24,8 @@ from moe_jax import (
   init,
   parallel,
   routing,
-  tokenizer,
 )
+from moe_jax.data import tokenizer
 
 missing = "torch and transformers are not installed: pip install -e '.[torch]'"
 torch = pytest.importorskip('torch', reason=missing)

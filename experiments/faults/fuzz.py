@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import checkpoint, config, corpus, dataset, parallel, plan
+from moe_jax import checkpoint, config, parallel, plan
+from moe_jax.data import corpus, dataset
 
 Case = Callable[[np.random.Generator, pathlib.Path], None]
 

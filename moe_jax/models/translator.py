@@ -76,7 +76,7 @@ class Translator(nnx.Module):
     aux is the encoder's and then the decoder's, see trunk.Trunk.
 
     Args:
-      batch: as moe_jax/pairs.py makes it.
+      batch: as moe_jax/data/pairs.py makes it.
       ctx: from routers.context.
     """
     pools = len(self.encoder.c.segments)

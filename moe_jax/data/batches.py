@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import grain
 import numpy as np
 
-from moe_jax.corpus import DataError
+from moe_jax.data.corpus import DataError
 
 Batch = dict[str, np.ndarray]
 

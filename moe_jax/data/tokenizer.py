@@ -21,8 +21,9 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from moe_jax import cache, paths
-from moe_jax.corpus import Corpus, DataError, TextConfig
+from moe_jax import paths
+from moe_jax.data import cache
+from moe_jax.data.corpus import Corpus, DataError, TextConfig
 
 logger = logging.getLogger(__name__)
 

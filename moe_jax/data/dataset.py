@@ -11,8 +11,14 @@ from typing import Any, NamedTuple, Protocol
 import grain
 import numpy as np
 
-from moe_jax import data, hub, images, pairs, tokenizer
-from moe_jax.corpus import Corpus, DataConfig, DataError, TextConfig, TOKENIZERS
+from moe_jax.data import huggingface, images, packing, pairs, tokenizer
+from moe_jax.data.corpus import (
+  Corpus,
+  DataConfig,
+  DataError,
+  TextConfig,
+  TOKENIZERS,
+)
 
 
 class Dataset(Protocol):
@@ -80,7 +86,7 @@ class Text:
   def train_batches(
     self, batch_size: int, seed: int, row_B: np.ndarray | None = None
   ) -> grain.DatasetIterator:
-    make = data.stream_iterator if self.streams else data.train_iterator
+    make = packing.stream_iterator if self.streams else packing.train_iterator
     return make(self.train_N, batch_size, self.length, seed, row_B)
 
   def eval_batches(
@@ -88,8 +94,8 @@ class Text:
     batch_size: int,
     share: float = 1.0,
     row_B: np.ndarray | None = None,
-  ) -> data.EvalBatches:
-    return data.eval_batches(
+  ) -> packing.EvalBatches:
+    return packing.eval_batches(
       self.eval_N,
       batch_size,
       self.length,
@@ -113,7 +119,7 @@ def _text(
       f'data.padded_size is {config.padded_size}, less than the'
       f' {tok.vocab_size} ids of the tokenizer'
     )
-  train_N, eval_N = data.streams(config, corpus, tok)
+  train_N, eval_N = packing.streams(config, corpus, tok)
   sha256 = corpus.sha256
   if config.tokenizer not in TOKENIZERS:  # a file's name is not its content
     both = bytes.fromhex(sha256) + tok.fingerprint()
@@ -125,7 +131,7 @@ def _text(
     train_N=train_N,
     eval_N=eval_N,
     sha256=sha256,
-    token_bytes=tok.measure(corpus.eval, data.unpack(eval_N)),
+    token_bytes=tok.measure(corpus.eval, packing.unpack(eval_N)),
     length=length,
     eval_share=corpus.eval_share(config.eval_bytes),
     streams=config.order == 'stream',
@@ -154,8 +160,10 @@ class Source(NamedTuple):
   model: str
 
 
-TEXT = Source(DataConfig, functools.partial(_text, data.load), 'decoder')
-HUB = Source(hub.HubConfig, functools.partial(_text, hub.load), 'decoder')
+TEXT = Source(DataConfig, functools.partial(_text, packing.load), 'decoder')
+HUB = Source(
+  huggingface.HubConfig, functools.partial(_text, huggingface.load), 'decoder'
+)
 PAIRS = Source(pairs.PairsConfig, _pairs, 'translator')
 IMAGES = Source(images.ImagesConfig, _images, 'classifier')
 SOURCES = {

@@ -35,10 +35,11 @@ from collections.abc import Iterator
 import grain
 import numpy as np
 
-from moe_jax import cache, exact
-from moe_jax.corpus import Corpus, DataConfig, DataError, load, TextConfig
-from moe_jax.rows import Batch, of_batch, READ, spread
-from moe_jax.tokenizer import Tokenizer
+from moe_jax import exact
+from moe_jax.data import cache
+from moe_jax.data.batches import Batch, of_batch, READ, spread
+from moe_jax.data.corpus import Corpus, DataConfig, DataError, load, TextConfig
+from moe_jax.data.tokenizer import Tokenizer
 
 __all__ = (
   'Corpus', 'DataConfig', 'DataError', 'EvalBatches', 'eval_batches', 'load',

@@ -29,9 +29,10 @@ from typing import Annotated, NamedTuple
 import grain
 import numpy as np
 
-from moe_jax import corpus, exact, ranges
-from moe_jax.corpus import DataError, in_range
-from moe_jax.rows import Batch, Batches, of_batch, READ, spread
+from moe_jax import exact, ranges
+from moe_jax.data import corpus
+from moe_jax.data.batches import Batch, Batches, of_batch, READ, spread
+from moe_jax.data.corpus import DataError, in_range
 
 logger = logging.getLogger(__name__)
 

@@ -5,8 +5,9 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from moe_jax import corpus, paths, ranges
-from moe_jax.corpus import Corpus, DataError, Document
+from moe_jax import paths, ranges
+from moe_jax.data import corpus
+from moe_jax.data.corpus import Corpus, DataError, Document
 
 ROWS_AT_ONCE = 1000
 SAVED = ('dataset_dict.json', 'state.json')  # what save_to_disk leaves
