@@ -18,8 +18,9 @@ import ml_collections
 import experiments
 from experiments import sources
 from moe_jax import config as configs
-from moe_jax import metrics, train
+from moe_jax import train
 from moe_jax.data import cache
+from moe_jax.report import metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
 FILE, COSTS, MEASURE = 'results.jsonl', 'cost.jsonl', 'measure.py'

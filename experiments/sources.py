@@ -12,8 +12,8 @@ import pathlib
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from moe_jax import metrics
 from moe_jax.data import cache
+from moe_jax.report import metrics
 
 LANGUAGES = ('de', 'es', 'fr', 'it', 'nl', 'vi')
 

@@ -17,8 +17,9 @@ import jax
 from absl import logging
 
 from experiments import results
-from moe_jax import checkpoint, malloc, metrics, programs, train
+from moe_jax import checkpoint, malloc, programs, train
 from moe_jax import job as jobs
+from moe_jax.report import metrics
 
 ROW = 'row.json'
 KEPT = (

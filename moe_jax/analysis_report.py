@@ -6,9 +6,9 @@ import re
 
 import numpy as np
 
-from moe_jax import figures, report
 from moe_jax.analysis import Change, Routing, Step, Tokens
-from moe_jax.report import esc
+from moe_jax.report import document, figures
+from moe_jax.report.document import esc
 
 SHOWN = 12  # maps of pairs of experts; the others are folded away
 PAIRS = 6  # pairs of texts that are curves of their own
@@ -37,7 +37,7 @@ def page(
     _changed(changes, names, unit),
     _numbers(steps),
   ]
-  return report.document(f'Routing of {name}', sections)
+  return document.page(f'Routing of {name}', sections)
 
 
 def _short(name):
@@ -85,7 +85,7 @@ def _header(name, tokens, routing, steps, changes):
   ]
   return (
     f'<header><p class="kicker">moe_jax routing · {esc(name)}</p>'
-    f'<h1>Who goes where in {esc(name)}</h1>{report.pairs("tiles", tiles)}'
+    f'<h1>Who goes where in {esc(name)}</h1>{document.pairs("tiles", tiles)}'
     f'<p>{esc(" ".join(_told(steps, changes)))}</p></header>{STYLE}'
   )
 
@@ -135,7 +135,7 @@ def _load(steps, names, unit):
   axis = _over(names, unit)
   peaks = [_ratio(step).max() for step in steps]
   least = [_ratio(step).min() for step in steps]
-  return report.section(
+  return document.section(
     'Load: red is busy, blue is hardly used',
     [
       _by_layer(
@@ -188,7 +188,7 @@ def _sure(steps, names, unit):
   ]
   axis = _over(names, unit)
   gates = [_curve('', [s.first_gate for s in steps])]
-  return report.section(
+  return document.section(
     'Division of labour: even load from routers that are sure',
     [
       figures.chart(
@@ -237,7 +237,7 @@ def _known(steps, names, unit):
       ),
     ]
     out.append(figures.chart(title, 'bits', shown, axis, zero=True))
-  return report.section(
+  return document.section(
     'What experts are for: bits above chance',
     out,
     'grid many' if len(out) == 4 else 'grid',
@@ -278,7 +278,7 @@ def _texts(tokens, steps, names, unit):
       zero=True,
     )
   )
-  return report.section(
+  return document.section(
     'Texts: experts that one of them uses more than the others',
     out,
     before=figures.heat_key('the mean', 'the mean of all texts'),
@@ -322,9 +322,9 @@ def _together(steps):
   ]
   if not maps:
     note = '<p class="note">A token has one expert.</p>'
-    return report.section(title, [note])
+    return document.section(title, [note])
   key = figures.heat_key('by load', 'what load alone would make')
-  return report.section(title, [_pair_maps(maps)], 'whole', key)
+  return document.section(title, [_pair_maps(maps)], 'whole', key)
 
 
 def _paths(steps, names, unit):
@@ -335,7 +335,7 @@ def _paths(steps, names, unit):
   if not maps:
     return ''
   key = figures.heat_key('any path', 'if paths were independent')
-  return report.section(
+  return document.section(
     'Paths: from an expert (a row) to those of the next step',
     [_pair_maps(maps)],
     'whole',
@@ -347,7 +347,7 @@ def _dropped(steps):
   title = 'Drops: choices without room, by place in the row'
   if not any(step.dropped for step in steps):
     note = '<p class="note">No choice was dropped.</p>'
-    return report.section(title, [note])
+    return document.section(title, [note])
   curves = [_smooth(step.dropped_L) for step in steps]
   L = max(len(step.dropped_L) for step in steps)
   chart = figures.layers(
@@ -359,7 +359,7 @@ def _dropped(steps):
     zero=True,
     wide=True,
   )
-  return report.section(title, [chart])
+  return document.section(title, [chart])
 
 
 def _smooth(drop_L, most=64):
@@ -375,11 +375,11 @@ def _changed(changes, names, unit):
   title = 'Training: how many tokens still change their experts'
   if not changes:
     note = '<p class="note">There is one checkpoint.</p>'
-    return report.section(title, [note])
+    return document.section(title, [note])
   labels = [f'{x.first:,} to {x.second:,}' for x in changes]
   axis = _over(names, unit)
   curves = lambda key: [_curve('', getattr(x, key)).points for x in changes]
-  return report.section(
+  return document.section(
     title,
     [
       figures.layers(
@@ -427,7 +427,7 @@ def _numbers(steps):
     for s in steps
   )
   open_ = ' open' if len(steps) <= SHOWN else ''
-  return report.section(
+  return document.section(
     'All numbers',
     [
       f'<details{open_}><summary>{len(steps)} routed steps</summary>'

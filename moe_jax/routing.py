@@ -22,7 +22,6 @@ from moe_jax import (
   analysis_report,
   checkpoint,
   config,
-  metrics,
   models,
   objective,
   ops,
@@ -35,6 +34,7 @@ from moe_jax import (
 )
 from moe_jax.data import corpus, dataset, packing, tokenizer
 from moe_jax.job import Job
+from moe_jax.report import metrics
 
 HELD_OUT = 'held out'  # the name of the run's own text
 MODEL = 'decoder'  # what reads text

@@ -25,18 +25,17 @@ from moe_jax import (
   checkpoint,
   health,
   lock,
-  metrics,
   models,
   paths,
   preemption,
   programs,
-  report,
   routers,
   translate,
 )
 from moe_jax import config as configs
 from moe_jax.data import pairs
 from moe_jax.job import check_place, Job, NOT_FINITE
+from moe_jax.report import metrics, page
 
 
 class Stopped(Exception):
@@ -143,8 +142,8 @@ class _Run:
     summary = _summary(job, self.cost, self.record, seconds)
     if self.first:
       _write_json(job.workdir / 'summary.json', summary)
-      report.write(job.workdir)
-      print(f'report: {job.workdir / report.FILE}')
+      page.write(job.workdir)
+      print(f'report: {job.workdir / page.FILE}')
     if summary['eval_loss'] is None:
       raise Stopped(f'{job.workdir}: {NOT_FINITE}')
     return summary

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import metrics
+from moe_jax.report import metrics
 
 
 def lines_of(workdir):

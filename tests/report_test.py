@@ -10,7 +10,7 @@ import zlib
 import numpy as np
 import pytest
 
-from moe_jax import figures, metrics, report
+from moe_jax.report import figures, metrics, page
 
 VOID = {'meta', 'img', 'br', 'hr', 'link', 'input', 'source'}
 SUMMARY = {
@@ -102,7 +102,7 @@ def make(workdir, lines, config=CONFIG, summary=SUMMARY):
 
 
 def written(workdir):
-  with open(report.write(workdir), encoding='utf-8') as f:
+  with open(page.write(workdir), encoding='utf-8') as f:
     return f.read()
 
 
@@ -130,9 +130,9 @@ def figure(text, title):
 def test_nothing_comes_from_outside_and_nothing_runs(tmp_path):
   make(tmp_path, full_run())
   text = written(tmp_path)
-  page = Page(text)
-  assert not {'script', 'link', 'iframe', 'object', 'base'} & set(page.tags)
-  for name, value in page.attributes:
+  read = Page(text)
+  assert not {'script', 'link', 'iframe', 'object', 'base'} & set(read.tags)
+  for name, value in read.attributes:
     assert not name.startswith('on')
     assert name not in ('href', 'xlink:href', 'srcset', 'action')
     assert name != 'src' or value.startswith('data:image/png;base64,')
@@ -142,7 +142,7 @@ def test_nothing_comes_from_outside_and_nothing_runs(tmp_path):
 def test_config_and_summary_are_shown_escaped_and_whole(tmp_path):
   make(tmp_path, full_run(3))
   text = written(tmp_path)
-  page = Page(text)
+  read = Page(text)
   assert '<b>"' not in text and '<i>topk' not in text
   for shown in (
     'Sixteen experts & one <b>',
@@ -157,9 +157,9 @@ def test_config_and_summary_are_shown_escaped_and_whole(tmp_path):
     '2 \u00d7 cpu',
     'gmm ragged_dot',
   ):
-    assert shown in page.texts, shown
+    assert shown in read.texts, shown
   # Of the config a table of the run's own values, and one of each group.
-  texts = [t for t in page.texts if t.strip()]
+  texts = [t for t in read.texts if t.strip()]
   at = texts.index('run')
   assert texts[at : at + 6] == ['run', 'steps', '300', 'model', 'E', '4']
 
@@ -180,8 +180,8 @@ def test_headline_numbers(tmp_path):
 
 def test_headline_numbers_of_images_and_translations():
   summary = {'eval_accuracy': 0.8333, 'eval_bleu': 9.82, 'eval_chrf': 29.56}
-  page = report.page([], {}, summary, 'run')
-  tiles = dict(re.findall('<dt>([^<]*)</dt><dd>([^<]*)</dd>', page))
+  made = page.page([], {}, summary, 'run')
+  tiles = dict(re.findall('<dt>([^<]*)</dt><dd>([^<]*)</dd>', made))
   assert tiles['held-out accuracy'] == '83.3%'
   assert (tiles['held-out BLEU'], tiles['held-out chrF']) == ('9.8', '29.6')
 
@@ -406,7 +406,7 @@ def test_thinning_keeps_the_spikes_and_the_order():
 
 def test_smoothing_keeps_a_straight_line_straight():
   points = [(x, 3.0 - 0.01 * x) for x in range(1, 201)]
-  smooth = report._smooth(points)
+  smooth = page._smooth(points)
   assert [x for x, _ in smooth] == [x for x, _ in points]
   np.testing.assert_allclose(
     [y for _, y in smooth][:190], [y for _, y in points][:190]

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from moe_jax import metrics
+from moe_jax.report import metrics
 
 
 def measure(job, state):

@@ -1,6 +1,5 @@
 """report.html: one self-contained file that shows what a run did."""
 
-import html
 import itertools
 import json
 import math
@@ -9,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax import figures, metrics
+from moe_jax.report import document, figures, metrics
 
 FILE = 'report.html'
 HEAT_CELLS = 500_000  # of all heat maps together: bounds the file's size
@@ -43,20 +42,7 @@ def page(
     _config(config),
     _summary(summary),
   ]
-  return document(title, sections)
-
-
-def document(title: str, sections: list[str]) -> str:
-  """A whole page, without anything from outside."""
-  return (
-    '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-    '<meta name="viewport" content="width=device-width,initial-scale=1">'
-    '<meta name="color-scheme" content="light dark">'
-    f'<title>{esc(title)}</title><style>{figures.CSS}{CSS}</style></head>\n'
-    '<body><main>'
-    + '\n'.join(x for x in sections if x)
-    + '\n</main></body></html>\n'
-  )
+  return document.page(title, sections)
 
 
 def _load(workdir, name):
@@ -91,8 +77,8 @@ TILES = (  # key of the summary, label, format
 
 def _header(title, name, summary):
   out = [
-    f'<header><p class="kicker">moe_jax run · {esc(name)}</p>',
-    f'<h1>{esc(title)}</h1>',
+    f'<header><p class="kicker">moe_jax run · {document.esc(name)}</p>',
+    f'<h1>{document.esc(title)}</h1>',
   ]
   if not summary:
     out.append(
@@ -104,14 +90,14 @@ def _header(title, name, summary):
     if k in summary
   ]
   if tiles:
-    out.append(pairs('tiles', tiles))
+    out.append(document.pairs('tiles', tiles))
   facts = [
     (k, _brief(summary[k]))
     for k in ('implementation', 'devices', 'versions')
     if summary.get(k)
   ]
   if facts:
-    out.append(pairs('facts', facts))
+    out.append(document.pairs('facts', facts))
   return '\n'.join(out) + '</header>'
 
 
@@ -129,7 +115,7 @@ def _training(lines):
     figures.Series('held-out', evals, 'var(--b)', dots=few),
   ]
   one = lambda key: [figures.Series('', _points(lines, key))]
-  return section(
+  return document.section(
     'Training',
     [
       figures.chart(
@@ -168,7 +154,7 @@ def _load_maps(lines, config):
     'The share of the assignments that each expert (a row) got, relative '
     'to an even share, before any is dropped.'
   )
-  return section(
+  return document.section(
     'Load of each expert',
     maps,
     'grid maps many' if len(maps) > 9 else 'grid maps',
@@ -230,7 +216,7 @@ def _router(lines, config):
       )
     )
   before = f'<p class="hint">{" ".join(notes)}</p>' if notes else ''
-  return section('Router', out, before=before) if any(out) else ''
+  return document.section('Router', out, before=before) if any(out) else ''
 
 
 def _config(config):
@@ -239,41 +225,24 @@ def _config(config):
   nested = {k: v for k, v in config.items() if isinstance(v, dict) and v}
   plain = {k: v for k, v in config.items() if k not in nested}
   groups = [('run', plain), *nested.items()] if plain else nested.items()
-  return section('Config', [_table(k, v) for k, v in groups], 'columns')
+  return document.section(
+    'Config', [_table(k, v) for k, v in groups], 'columns'
+  )
 
 
 def _summary(summary):
   if not summary:
     return ''
-  return section('All numbers', [_table('summary.json', summary)])
-
-
-def pairs(kind: str, values: list[tuple[str, str]]) -> str:
-  """Names and values; as 'tiles', or as 'facts', one a line."""
-  rows = ''.join(
-    f'<div><dt>{esc(a)}</dt><dd>{esc(b)}</dd></div>' for a, b in values
-  )
-  return f'<dl class="{kind}">{rows}</dl>'
-
-
-def section(
-  title: str, parts: list[str], kind: str = 'grid', before: str = ''
-) -> str:
-  """A heading, what stands before its parts, and those that are not empty."""
-  return (
-    f'<section><h2>{title}</h2>{before}<div class="{kind}">'
-    + '\n'.join(x for x in parts if x)
-    + '</div></section>'
-  )
+  return document.section('All numbers', [_table('summary.json', summary)])
 
 
 def _table(title, values):
   rows = ''.join(
-    f'<tr><th scope="row">{esc(k)}</th><td>{esc(v)}</td></tr>'
+    f'<tr><th scope="row">{document.esc(k)}</th><td>{document.esc(v)}</td></tr>'
     for k, v in _leaves(values)
   )
   return (
-    f'<details open><summary>{esc(title)}</summary>'
+    f'<details open><summary>{document.esc(title)}</summary>'
     f'<table>{rows}</table></details>'
   )
 
@@ -367,49 +336,3 @@ def _number(x):
 
 def _finite(x):
   return _number(x) if isinstance(x, float) else x
-
-
-def esc(x: Any) -> str:
-  """A text that HTML shows as it is."""
-  return html.escape(str(x))
-
-
-CSS = """
-:root{--page:#f6f6f4}
-@media screen and (prefers-color-scheme:dark){:root{--page:#121315}}
-*{box-sizing:border-box}
-body{margin:0;background:var(--page);color:var(--ink);
-font:15px/1.5 system-ui,sans-serif;font-variant-numeric:tabular-nums}
-main{max-width:1180px;margin:auto;padding:28px 16px 48px}
-h1{font-size:26px;line-height:1.25;margin:0 0 20px;text-wrap:balance;
-overflow-wrap:anywhere}
-h2{font-size:18px;margin:36px 0 10px}
-.kicker,.hint,.note,dt{color:var(--dim)}
-.kicker{margin:0 0 4px;font-size:13px}.hint{margin:-6px 0 12px}
-.note{margin:0}dl,dd{margin:0}
-.tiles{display:grid;background:var(--card);border:1px solid var(--rule);
-border-radius:8px;overflow:hidden;
-grid-template-columns:repeat(auto-fill,minmax(152px,1fr))}
-.tiles div{padding:11px 14px;box-shadow:1px 1px 0 var(--rule)}
-.tiles dt{font-size:13px}.tiles dd{font-size:23px;font-weight:600}
-.facts{margin-top:14px;font-size:13px}.facts div{display:flex;gap:10px}
-.facts dt{flex:0 0 112px}.facts dd{overflow-wrap:anywhere}
-.grid{display:grid;gap:14px;align-items:stretch;
-grid-template-columns:repeat(auto-fill,minmax(min(340px,100%),1fr))}
-.many{grid-template-columns:repeat(auto-fill,minmax(min(258px,100%),1fr))}
-@media(min-width:740px){.wide{grid-column:span 2}}
-.columns{columns:340px;column-gap:14px}
-details{background:var(--card);border:1px solid var(--rule);border-radius:8px;
-padding:8px 14px;margin:0 0 14px;break-inside:avoid}
-.grid details{grid-column:1/-1;margin:0}
-summary{font-weight:600;cursor:pointer}
-table{border-collapse:collapse;width:100%;font-size:13px;margin-top:4px}
-th,td{text-align:left;vertical-align:top;padding:3px 0;
-border-top:1px solid var(--rule)}
-th{font-weight:400;color:var(--dim);padding-right:14px}
-td{text-align:right;overflow-wrap:anywhere;
-font-family:ui-monospace,monospace;font-size:12.5px}
-@media print{:root{--page:#fff}body{font-size:12px;print-color-adjust:exact;
--webkit-print-color-adjust:exact}main{padding:0}h2{break-after:avoid}
-.tiles,tr{break-inside:avoid}}
-"""

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax import metrics
+from moe_jax.report import metrics
 
 HEAT_RANGE = 4.0  # colours end at a quarter and at four times an even load
 LEVELS = 33  # shades of a heat map, the middle one is an even load
