@@ -10,8 +10,9 @@ import jax
 import ml_collections
 import numpy as np
 
-from moe_jax import compiled, programs
-from moe_jax import job as jobs
+from moe_jax.sizing import aot
+from moe_jax.training import job as jobs
+from moe_jax.training import train_step
 
 ROUNDS = 7
 SAMPLE = 0.3  # seconds that the steps of a round take at least, or it is one
@@ -47,10 +48,10 @@ def _compiled(c) -> tuple[Callable[[int], float], int]:
   """(steps -> the seconds of one of so many, bytes), after a first step."""
   with tempfile.TemporaryDirectory() as workdir:
     job = jobs.prepare(c, workdir)
-  with programs.precision(job):
+  with train_step.precision(job):
     batches = itertools.cycle(itertools.islice(job.train_batches(), 10))
-    state, batch = programs.initial_state(job), job.put(next(batches))
-    step = programs.make_step(job).lower(state, batch).compile()
+    state, batch = train_step.initial_state(job), job.put(next(batches))
+    step = train_step.make_step(job).lower(state, batch).compile()
 
   def turn(steps):
     nonlocal state
@@ -61,4 +62,4 @@ def _compiled(c) -> tuple[Callable[[int], float], int]:
     return (time.perf_counter() - began) / steps
 
   turn(1)
-  return turn, compiled.taken(step.memory_analysis())
+  return turn, aot.taken(step.memory_analysis())

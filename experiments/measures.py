@@ -5,8 +5,8 @@ from typing import Any
 
 import ml_collections
 
-from moe_jax import job as jobs
-from moe_jax import programs
+from moe_jax.training import job as jobs
+from moe_jax.training import train_step
 
 
 def changed(job: jobs.Job, **changes: Any) -> jobs.Job:
@@ -24,6 +24,6 @@ def changed(job: jobs.Job, **changes: Any) -> jobs.Job:
     return jobs.prepare(c, folder)
 
 
-def evaluated(job: jobs.Job, state: programs.TrainState) -> dict[str, float]:
+def evaluated(job: jobs.Job, state: train_step.TrainState) -> dict[str, float]:
   """All that an evaluation of the whole held-out data finds."""
-  return programs.evaluate(job, programs.make_eval(job), state, share=1.0)
+  return train_step.evaluate(job, train_step.make_eval(job), state, share=1.0)

@@ -18,9 +18,9 @@ import ml_collections
 import experiments
 from experiments import sources
 from moe_jax import config as configs
-from moe_jax import train
 from moe_jax.data import cache
 from moe_jax.report import metrics
+from moe_jax.training import loop
 
 ROOT = pathlib.Path(__file__).parents[1]
 FILE, COSTS, MEASURE = 'results.jsonl', 'cost.jsonl', 'measure.py'
@@ -70,7 +70,7 @@ def made_with(
   device: str,
 ) -> dict[str, dict[str, Any]]:
   """{arm: what a line of it has to have been made with}"""
-  read, versions = sources.digests(data, study.DATA), train.versions()
+  read, versions = sources.digests(data, study.DATA), loop.versions()
   found = {}
   for arm, c in arms.items():
     values = configs.resolve(c)

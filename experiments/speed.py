@@ -213,7 +213,8 @@ def qwen_config(size, experts, **more):
 
 
 def jax_job(size, dtype):
-  from moe_jax import config, job
+  from moe_jax import config
+  from moe_jax.training import job
 
   c = config.default()
   c.batch_size, c.seq_len = size.B, size.L
@@ -238,14 +239,14 @@ def jax_step(size, batches, dtype):
   """Each call is the next step and returns its loss, in nats per token."""
   import jax
 
-  from moe_jax import programs
   from moe_jax.models import decoder
+  from moe_jax.training import train_step
 
   job = jax_job(size, dtype)
-  step = programs.make_step(job)
+  step = train_step.make_step(job)
 
   def steps():
-    state = programs.initial_state(job)
+    state = train_step.initial_state(job)
     for batch in itertools.cycle(batches):
       state, found = step(state, job.put(batch))
       jax.block_until_ready(state)
@@ -338,7 +339,7 @@ class Worker:
 
 
 def _obey(pipe):
-  from moe_jax import malloc
+  from moe_jax.training import malloc
 
   malloc.keep()
   calls = {}

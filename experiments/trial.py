@@ -17,9 +17,9 @@ import jax
 from absl import logging
 
 from experiments import results
-from moe_jax import checkpoint, malloc, programs, train
-from moe_jax import job as jobs
 from moe_jax.report import metrics
+from moe_jax.training import checkpoint, loop, malloc, train_step
+from moe_jax.training import job as jobs
 
 ROW = 'row.json'
 KEPT = (
@@ -44,7 +44,7 @@ def run(
   # A run that ended without a line is to be measured still.
   (workdir / 'summary.json').unlink(missing_ok=True)
   job = jobs.prepare(c, str(workdir))
-  summary = train.run(job)
+  summary = loop.run(job)
   row = {
     'arm': arm,
     'seed': seed,
@@ -54,14 +54,14 @@ def run(
   }
   measure = results.measure(study)
   if measure:
-    with programs.precision(job):
+    with train_step.precision(job):
       row |= measure(job, _trained(job))
   return {**metrics.jsonable(row, digits=9), **made_with}
 
 
 def _trained(job):
   with checkpoint.Checkpoints(job.workdir, keep=1) as saved:
-    return saved.restore(programs.abstract_state(job)).state
+    return saved.restore(train_step.abstract_state(job)).state
 
 
 def _curve(workdir):

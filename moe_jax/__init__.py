@@ -32,17 +32,21 @@ A strategy in parallel.py stands in the place of the last two lines: where
 experts are on other devices, of which nothing else knows, and where rows are
 not to be copied, by fused.py.
 
-Who may import whom (left imports right only; tests/imports_test.py checks, and
-lists the few imports within a level):
+Who may import whom: each line what stands below it, never a part beside it
+(tests/imports_test.py checks).
 
-  __main__ -> {main, commands} ->
-  {compiled, train, routing, convert, upcycle, generate} -> programs -> job ->
-  {objective, dataset, data, pairs, images, rows, tokenizer, hub, corpus, cache,
-  optimizer, metrics, figures, report, analysis, analysis_report, checkpoint,
-  models, config, malloc, beam, translate, planner, processes, guard, nonfinite,
-  health, preemption, lock, families, pieces, shards} -> trunk -> {block,
-  routers, experts, fused, residual, attention, parallel} -> {plan, balance,
-  ops, norm, init, exact, paths, ranges} -> pallas_kernels -> jax
+  __main__; main; commands
+  decode, weights, sizing
+  analysis
+  training
+  config
+  models, optim, objective, evaluators, report
+  trunk, data
+  block
+  routers, attention, experts, residual, parallel
+  fused, balance, norm, init
+  ops, which alone knows pallas_kernels
+  plan, exact, paths, ranges
 
 Two words that are never mixed: *memory* lives over depth inside one forward
 pass; *state* lives over training steps.

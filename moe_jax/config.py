@@ -18,10 +18,8 @@ from ml_collections import config_dict
 
 from moe_jax import (
   attention,
-  guard,
   models,
   objective,
-  optimizer,
   parallel,
   paths,
   ranges,
@@ -29,6 +27,7 @@ from moe_jax import (
   routers,
 )
 from moe_jax.data import dataset
+from moe_jax.optim import guard, optimizer
 
 # May differ when a run is continued: they do not change the mathematics.
 FREE = (
@@ -108,7 +107,7 @@ def default() -> ml_collections.ConfigDict:
     moments='params',  # dtype of the moments: of the parameters, or bfloat16
     accumulate=1,  # microbatches that a batch is cut into
   )
-  # Steps with bad numbers, see moe_jax/guard.py.
+  # Steps with bad numbers, see moe_jax/optim/guard.py.
   c.guard = dict(
     spike=0.0,  # a loss so many deviations above the mean is bad; 0: none is
     skips=5,  # so many in a row, and the run goes back to a checkpoint

@@ -45,7 +45,7 @@ commands.within(_PROCESS, ranges.Natural)
 
 def main(argv: list[str]) -> None:
   # Imported here, so that a mistyped flag is reported at once.
-  from moe_jax import preemption, processes  # pylint: disable=g-import-not-at-top
+  from moe_jax.training import distributed, preemption  # pylint: disable=g-import-not-at-top
 
   del argv
   if _PRINT_CONFIG.value:
@@ -56,11 +56,11 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # orbax tells of every file
   try:
     if _COORDINATOR.value:
-      processes.meet(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+      distributed.meet(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
   except (ValueError, OSError) as error:
     commands.stop('moe-train', error)
   commands.check_devices('moe-train')
-  with processes.together():
+  with distributed.together():
     _train()
 
 
@@ -83,7 +83,14 @@ def _print_config():
 def _train():
   import jax  # pylint: disable=g-import-not-at-top
 
-  from moe_jax import checkpoint, job, malloc, processes, programs, train  # pylint: disable=g-import-not-at-top
+  from moe_jax.training import (  # pylint: disable=g-import-not-at-top
+    checkpoint,
+    distributed,
+    job,
+    loop,
+    malloc,
+    train_step,
+  )
 
   prepared, mistake = None, ''
   try:
@@ -91,10 +98,11 @@ def _train():
       malloc.keep()
     prepared = job.prepare(_CONFIG.value, _WORKDIR.value)
     if prepared is not None:
-      programs.trace(prepared) if _DRY_RUN.value else programs.check(prepared)
+      judge = train_step.trace if _DRY_RUN.value else train_step.check
+      judge(prepared)
   except (ValueError, TypeError, OSError, NotImplementedError) as error:
     mistake = str(error) or repr(error)
-  mistake = processes.agree(mistake, prepared.identity if prepared else '')
+  mistake = distributed.agree(mistake, prepared.identity if prepared else '')
   if mistake:
     commands.stop('moe-train', mistake)
   if prepared is None:
@@ -103,12 +111,12 @@ def _train():
   elif _DRY_RUN.value:
     if jax.process_index() == 0:
       start = max(checkpoint.steps(prepared.workdir), default=0)
-      print(*train.introduction(prepared, start), sep='\n')
+      print(*loop.introduction(prepared, start), sep='\n')
       print('dry run: all is sound; nothing was compiled or written')
   else:
     try:
-      train.run(prepared)
-    except train.Stopped as error:
+      loop.run(prepared)
+    except loop.Stopped as error:
       if jax.process_count() > 1:
         raise  # which ends the others, too
       commands.stop('moe-train', error, 1)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from moe_jax import analysis
+from moe_jax.analysis import measures
 
 T, E, K = 600, 5, 3
 
@@ -34,7 +34,7 @@ def in_pairs(weight_E, T, seed=0):
 def test_load_counts_choices_and_not_what_is_none():
   expert_TxK = np.array([[0, 2], [0, -1], [3, -1]])
   np.testing.assert_allclose(
-    analysis.load(expert_TxK, 5), [0.5, 0, 0.25, 0.25, 0]
+    measures.load(expert_TxK, 5), [0.5, 0, 0.25, 0.25, 0]
   )
 
 
@@ -48,12 +48,12 @@ def test_load_counts_choices_and_not_what_is_none():
   ],
 )
 def test_entropy(p, value):
-  assert analysis.entropy(np.array(p)) == pytest.approx(value)
+  assert measures.entropy(np.array(p)) == pytest.approx(value)
 
 
 def test_coactivation_counts_tokens():
   expert_TxK = choices(0)
-  found_ExE, _ = analysis.coactivation(expert_TxK, E + 1)  # one is never chosen
+  found_ExE, _ = measures.coactivation(expert_TxK, E + 1)  # one is never chosen
   for i, j in np.ndindex(E, E + 1):
     here = [x for x in sets(expert_TxK) if i in x]
     assert found_ExE[i, j] == pytest.approx(np.mean([j in x for x in here]))
@@ -62,7 +62,7 @@ def test_coactivation_counts_tokens():
 
 def test_company_by_load_alone_is_no_lift():
   weight_E = np.array([1, 2, 3, 4, 8.0])
-  _, lift_ExE = analysis.coactivation(in_pairs(weight_E, 200_000), 5)
+  _, lift_ExE = measures.coactivation(in_pairs(weight_E, 200_000), 5)
   apart = ~np.eye(5, dtype=bool)
   np.testing.assert_allclose(lift_ExE[apart], 1, atol=0.05)
   assert np.isnan(np.diag(lift_ExE)).all()
@@ -71,14 +71,14 @@ def test_company_by_load_alone_is_no_lift():
 def test_company_that_is_sought_is_lift():
   expert_TxK = in_pairs(np.ones(12), 4000)
   expert_TxK[:200] = [1, 4]
-  _, lift_ExE = analysis.coactivation(expert_TxK, 12)
+  _, lift_ExE = measures.coactivation(expert_TxK, 12)
   assert np.nanargmax(lift_ExE) == 1 * 12 + 4
   assert lift_ExE[1, 4] == lift_ExE[4, 1] > 2
 
 
 def test_affinity_counts_tokens():
   a_TxK, b_TxK = choices(0), choices(1, E=4)
-  found_ExF, lift_ExF = analysis.affinity(a_TxK, b_TxK, E, 4)
+  found_ExF, lift_ExF = measures.affinity(a_TxK, b_TxK, E, 4)
   both = [*zip(sets(a_TxK), sets(b_TxK), strict=True)]
   for i, j in np.ndindex(E, 4):
     there = [j in b for a, b in both if i in a]
@@ -90,8 +90,8 @@ def test_affinity_counts_tokens():
 def test_counts_of_many_tokens_are_those_of_parts():
   a_TxK, b_TxK = choices(0, T=70_000), choices(1, T=70_000)
   parts = [slice(0, 100), slice(100, None)]
-  whole_ExE = analysis._joint(a_TxK, b_TxK, E, E)
-  in_parts = [analysis._joint(a_TxK[p], b_TxK[p], E, E) for p in parts]
+  whole_ExE = measures._joint(a_TxK, b_TxK, E, E)
+  in_parts = [measures._joint(a_TxK[p], b_TxK[p], E, E) for p in parts]
   np.testing.assert_array_equal(whole_ExE, sum(in_parts))
 
 
@@ -103,13 +103,13 @@ def test_information_of_a_table():
     if p_AxB[a, b]:
       alone = sum(p_AxB[a, :]) * sum(p_AxB[:, b])
       total += p_AxB[a, b] * math.log2(p_AxB[a, b] / alone)
-  assert analysis.table_information(count_AxB) == pytest.approx(total)
+  assert measures.table_information(count_AxB) == pytest.approx(total)
 
 
 def test_what_decides_the_expert_is_told_whole():
   id_T = np.random.default_rng(0).permutation(np.repeat(np.arange(8), 1000))
   expert_Tx1 = id_T[:, None] // 2
-  found = analysis.information(expert_Tx1, id_T, 4)
+  found = measures.information(expert_Tx1, id_T, 4)
   assert found.bits == pytest.approx(2.0)  # log2 of 4 experts
   assert found.above == pytest.approx(2.0, abs=0.01)
 
@@ -118,7 +118,7 @@ def test_what_has_nothing_to_do_with_it_is_chance():
   """Of many rare tokens much seems known."""
   draw = np.random.default_rng(0)
   id_T = draw.integers(0, 1000, 4000)
-  found = analysis.information(choices(0, T=4000), id_T, E)
+  found = measures.information(choices(0, T=4000), id_T, E)
   assert found.bits > 0.2
   assert found.chance == pytest.approx(found.bits, rel=0.05)
   assert found.above < 0.02
@@ -130,8 +130,8 @@ def test_shuffles_leave_a_token_s_choices_together():
   one_T = draw.integers(0, 4, 3000)
   id_T = draw.integers(0, 500, 3000)
   pair_Tx2 = np.stack([one_T, one_T + 4], axis=1)
-  one = analysis.information(one_T[:, None], id_T, 4)
-  pair = analysis.information(pair_Tx2, id_T, 8)
+  one = measures.information(one_T[:, None], id_T, 4)
+  pair = measures.information(pair_Tx2, id_T, 8)
   assert pair.bits == pytest.approx(one.bits)
   assert pair.chance == pytest.approx(one.chance)
 
@@ -139,15 +139,15 @@ def test_shuffles_leave_a_token_s_choices_together():
 def test_a_path_that_is_fixed_is_told_whole():
   a_Tx1 = np.random.default_rng(0).permutation(np.repeat(np.arange(4), 500))
   a_Tx1 = a_Tx1[:, None]
-  found = analysis.affinity_information(a_Tx1, (a_Tx1 + 1) % 4, 4, 4)
+  found = measures.affinity_information(a_Tx1, (a_Tx1 + 1) % 4, 4, 4)
   assert found.bits == pytest.approx(2.0)
-  free = analysis.affinity_information(choices(0), choices(1), E, E)
+  free = measures.affinity_information(choices(0), choices(1), E, E)
   assert free.bits == pytest.approx(free.chance, abs=0.01)
 
 
 def test_divergences():
   p_NxE = np.array([[0.5, 0.5, 0], [0.5, 0.5, 0], [0, 0, 1], [0.5, 0, 0.5]])
-  found_NxN = analysis.divergences(p_NxE)
+  found_NxN = measures.divergences(p_NxE)
   middle = np.array([0.5, 0.25, 0.25])
   kl = lambda p: sum(
     x * math.log2(x / m) for x, m in zip(p, middle, strict=True) if x
@@ -162,14 +162,14 @@ def test_drops_by_place():
   kept_TxK = np.array([[1, 1], [1, 0], [1, 0], [0, 0], [0, 0], [0, 0]], bool)
   place_T = np.array([0, 1, 0, 1, 0, 2])
   np.testing.assert_allclose(
-    analysis.drops_by_place(expert_TxK, kept_TxK, place_T), [3 / 6, 1 / 2, 0]
+    measures.drops_by_place(expert_TxK, kept_TxK, place_T), [3 / 6, 1 / 2, 0]
   )
 
 
 def routing(step, expert_SxTxK, kept_SxTxK=None, E=E):
   S, T, _ = expert_SxTxK.shape
   there = expert_SxTxK >= 0
-  return analysis.Routing(
+  return measures.Routing(
     step=step,
     names=[f'MoE layer {s}' for s in range(S)],
     experts=[E] * S,
@@ -183,7 +183,7 @@ def routing(step, expert_SxTxK, kept_SxTxK=None, E=E):
 
 def tokens(T=T, texts=('a', 'b')):
   draw = np.random.default_rng(7)
-  return analysis.Tokens(
+  return measures.Tokens(
     id_T=draw.integers(0, 10, T) * 50,
     position_T=np.arange(T) % 20,
     place_T=np.arange(T) % 20,
@@ -195,7 +195,7 @@ def tokens(T=T, texts=('a', 'b')):
 def test_change_of_sets():
   old = routing(3, np.array([[[0, 1], [2, 3], [4, -1], [-1, -1]]]))
   new = routing(6, np.array([[[1, 0], [2, 4], [0, 1], [-1, -1]]]))
-  found = analysis.change(old, new)
+  found = measures.change(old, new)
   assert (found.first, found.second) == (3, 6)
   np.testing.assert_allclose(found.moved_S, [2 / 4])
   np.testing.assert_allclose(found.shared_S, [(1 + 1 / 3 + 0 + 1) / 4])
@@ -210,7 +210,7 @@ def test_a_study_says_of_each_step_what_is_planted_there():
   kept_SxTxK = np.ones_like(expert_SxTxK, bool)
   kept_SxTxK[1, seen.place_T == 19] = False
   made = routing(9, expert_SxTxK, kept_SxTxK)
-  steps = analysis.study(seen, made)
+  steps = measures.study(seen, made)
   first, second, third = steps
   assert first.token.above > 2.2 > 0.1 > second.token.above
   assert second.text.above == pytest.approx(1, abs=0.01)
@@ -231,7 +231,7 @@ def test_a_study_says_of_each_step_what_is_planted_there():
 
 def test_numbers_are_json_and_without_matrices_of_experts():
   made = routing(9, np.stack([choices(0), choices(1)]))
-  values = [analysis.numbers(s) for s in analysis.study(tokens(), made)]
+  values = [measures.numbers(s) for s in measures.study(tokens(), made)]
   again = json.loads(json.dumps(values, allow_nan=False))
   assert again[0]['token'].keys() == {'bits', 'chance'}
   assert len(again[0]['load_E']) == E and 'following' not in again[1]

@@ -16,19 +16,11 @@ from convert_test import described
 from report_test import headings, Page
 from small import command, small_config
 
-from moe_jax import (
-  analysis,
-  analysis_report,
-  checkpoint,
-  config,
-  models,
-  plan,
-  programs,
-  routers,
-)
-from moe_jax import job as jobs
-from moe_jax import routing as recorded
+from moe_jax import config, models, plan, routers
+from moe_jax.analysis import measures, page, record
 from moe_jax.data import packing
+from moe_jax.training import checkpoint, train_step
+from moe_jax.training import job as jobs
 
 L = 16
 
@@ -60,7 +52,7 @@ def run(corpus, tmp_path_factory):
   whole = jax.NamedSharding(job.mesh, jax.P())
   with checkpoint.Checkpoints(workdir, keep=2) as saved:
     for step in (2, 4):
-      state = drawn(programs.abstract_state(job), step)
+      state = drawn(train_step.abstract_state(job), step)
       saved.save(step, jax.device_put(state, whole), {})
   return workdir
 
@@ -68,12 +60,12 @@ def run(corpus, tmp_path_factory):
 @pytest.fixture(scope='module')
 def recorder(run):
   """That of the run, which need not compile again."""
-  return recorded.recorder(recorded.load(str(run)))
+  return record.recorder(record.load(str(run)))
 
 
 @pytest.fixture
 def _compiled(recorder, monkeypatch):
-  monkeypatch.setattr(recorded, 'recorder', lambda job: recorder)
+  monkeypatch.setattr(record, 'recorder', lambda job: recorder)
 
 
 @pytest.fixture
@@ -108,14 +100,14 @@ def test_the_report_of_a_run(run, corpus, tmp_path, capsys):
   lines = tmp_path / 'lines.jsonl'
   lines.write_text('{"q": "What is a ring?", "a": "no"}\n' * 40)
   given = [f'sums={corpus}', f'{lines}#q']
-  page = recorded.write(str(run), given, 500, str(tmp_path / 'out'))
+  out = record.write(str(run), given, 500, str(tmp_path / 'out'))
   shutil.rmtree(half_saved.parent)
   assert content(run) == {k: v for k, v in before.items() if '-tmp' not in k}
   said = capsys.readouterr().out
   assert 'step 2:' in said and f'{given[1]}: 384 of 640 tokens' in said
-  names = sorted(p.name for p in page.parent.iterdir())
+  names = sorted(p.name for p in out.parent.iterdir())
   assert names == ['routing.html', 'routing.json', 'routing.npz']
-  values = json.loads((page.parent / 'routing.json').read_text())
+  values = json.loads((out.parent / 'routing.json').read_text())
   assert values['checkpoint'] == 4 and values['texts'] == ['sums', given[1]]
   assert [s['name'] for s in values['steps']] == [
     f'MoE layer {n}, iteration {i}' for n, i in np.ndindex(2, 2)
@@ -123,7 +115,7 @@ def test_the_report_of_a_run(run, corpus, tmp_path, capsys):
   (change,) = values['changes']
   assert (change['first'], change['second']) == (2, 4)
   assert 0 < max(change['moved_S']) < 1
-  with np.load(page.parent / 'routing.npz', allow_pickle=False) as arrays:
+  with np.load(out.parent / 'routing.npz', allow_pickle=False) as arrays:
     B = 8
     assert arrays['expert_SxTxK'].shape == (4, 2 * 3 * B * L, 2)
     np.testing.assert_array_equal(
@@ -132,19 +124,19 @@ def test_the_report_of_a_run(run, corpus, tmp_path, capsys):
     drops = ~arrays['kept_SxTxK'] & (arrays['expert_SxTxK'] >= 0)
     found = [s['dropped'] for s in values['steps']]
     assert drops.mean(axis=(1, 2)) == pytest.approx(found) and min(found) > 0
-  text = page.read_text()
+  text = out.read_text()
   assert 'MoE layer 1, iteration 1' in text and 'lines.jsonl#q' in text
 
 
 def test_what_is_recorded_is_what_the_model_does(run, recorder, corpus):
   """Against the job of a training run, on the same rows."""
-  job = recorded.load(str(run))
-  read, batches = recorded.read(job, recorded.streams(job, []), 10**6)
-  found = recorded.record(recorder, recorded.restore(job, 4), batches)
+  job = record.load(str(run))
+  read, batches = record.read(job, record.streams(job, []), 10**6)
+  found = record.record(recorder, record.restore(job, 4), batches)
   same = jobs.prepare(run_config(corpus), str(run.parent / 'none'))
   with checkpoint.Checkpoints(run, keep=9) as saved:
-    state = saved.restore(programs.abstract_state(same)).state
-  evaluate = programs.make_eval(same)
+    state = saved.restore(train_step.abstract_state(same)).state
+  evaluate = train_step.make_eval(same)
 
   @jax.jit
   def both(state, batch, n):
@@ -175,7 +167,7 @@ def test_what_is_recorded_is_what_the_model_does(run, recorder, corpus):
 
 
 def test_no_plan_is_carried_through_training(run, corpus):
-  job = recorded.load(str(run))
+  job = record.load(str(run))
   batch = next(
     iter(packing.eval_batches(np.arange(9 * L, dtype=np.int32), 8, L))
   )
@@ -194,9 +186,7 @@ def test_experts_that_choose_are_the_choices_of_tokens():
   N, E, C, group = 3, 4, 2, 5
   place_NxExC = np.argsort(draw.random((N, E, group)), axis=2)[..., :C]
   gate_NxExC = draw.random((N, E, C))
-  found = recorded._by_expert(
-    plan.ByExpert(place_NxExC, gate_NxExC, group), None
-  )
+  found = record._by_expert(plan.ByExpert(place_NxExC, gate_NxExC, group), None)
   for t in range(N * group):
     mine = [
       (gate_NxExC[n, e, c], e)
@@ -218,7 +208,7 @@ def test_layers_are_counted_over_pools_and_segments():
     made = plan.ByToken(route, np.ones(route.shape), 3)
     return {'entropy': np.zeros((G, R, 1)), 'route': route, 'plan': made}
 
-  steps = recorded._steps([segment(2, 2), segment(1, 1)])
+  steps = record._steps([segment(2, 2), segment(1, 1)])
   assert [step['name'] for step in steps] == [
     f'MoE layer {n}' for n in range(5)
   ]
@@ -227,12 +217,12 @@ def test_layers_are_counted_over_pools_and_segments():
 def test_a_model_whose_experts_choose(unread):
   router = {'name': 'expert_choice', 'k': 2, 'group': None}
   folder = unread(router=router, N=1, iterations=1)
-  job = recorded.load(str(folder))
+  job = record.load(str(folder))
   ids = np.random.default_rng(0).integers(0, 256, 40 * L + 1, np.int32)
-  read, batches = recorded.read(job, {'noise': ids}, 20 * L)
+  read, batches = record.read(job, {'noise': ids}, 20 * L)
   assert len(batches) == 2 and len(read.id_T) == 16 * L
-  weights = drawn(programs.abstract_weights(job), 0)
-  found = recorded.record(recorded.recorder(job), weights, batches)
+  weights = drawn(train_step.abstract_weights(job), 0)
+  found = record.record(record.recorder(job), weights, batches)
   for expert_TxK in found.expert_SxTxK:
     for row_LxK in expert_TxK.reshape(16, L, -1):
       np.testing.assert_array_equal(np.bincount(row_LxK[row_LxK >= 0]), [8] * 4)
@@ -241,22 +231,22 @@ def test_a_model_whose_experts_choose(unread):
 @pytest.mark.parametrize('per', ['batch', 'sequence'])
 def test_draws_are_of_their_batch_and_row(unread, per):
   router = {'name': 'random', 'k': 1, 'per': per, 'eval_per': None, 'fixed': 0}
-  job = recorded.load(str(unread(router=router, N=1, iterations=1)))
+  job = record.load(str(unread(router=router, N=1, iterations=1)))
   ids = np.zeros(64 * L + 1, np.int32)
-  _, batches = recorded.read(job, {'zeros': ids}, 64 * L)
-  weights = drawn(programs.abstract_weights(job), 0)
-  found = recorded.record(recorded.recorder(job), weights, batches)
+  _, batches = record.read(job, {'zeros': ids}, 64 * L)
+  weights = drawn(train_step.abstract_weights(job), 0)
+  found = record.record(record.recorder(job), weights, batches)
   expert_BxT = found.expert_SxTxK.reshape(len(batches), -1)
   assert (expert_BxT != expert_BxT[:1]).any()
 
 
 def test_rows_are_whole_spread_and_within_the_limit(run):
-  job = recorded.load(str(run))
+  job = record.load(str(run))
   streams = {
     'long': np.arange(1 + 100 * L + 3, dtype=np.int32),
     'short': np.arange(5000, 5001 + 5 * L, dtype=np.int32),
   }
-  read, batches = recorded.read(job, streams, 12 * L)
+  read, batches = record.read(job, streams, 12 * L)
   assert all(b['mask_BxL'].all() for b in batches)
   assert {b['ids_BxL'].shape for b in batches} == {(5, L)}  # the shorter text
   assert np.bincount(read.text_T).tolist() == [10 * L, 5 * L]
@@ -281,17 +271,17 @@ def test_rows_are_whole_spread_and_within_the_limit(run):
   ],
 )
 def test_how_a_text_is_named(argument, parsed):
-  assert recorded._parsed(argument) == parsed
+  assert record._parsed(argument) == parsed
 
 
 def test_a_folder_that_is_named_like_a_text(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   (tmp_path / 'k=1').mkdir()
-  assert recorded._parsed('k=1/*.txt') == ('k=1/*.txt', 'k=1/*.txt', '')
+  assert record._parsed('k=1/*.txt') == ('k=1/*.txt', 'k=1/*.txt', '')
 
 
 def test_a_text_is_read_whole_and_in_order(unread, tmp_path):
-  job = recorded.load(str(unread()))
+  job = record.load(str(unread()))
   tok = job.dataset.tokenizer
   given = {
     'one.txt': 'a line\n' * 400,
@@ -309,7 +299,7 @@ def test_a_text_is_read_whole_and_in_order(unread, tmp_path):
   arguments = [str(tmp_path / name) for name in given]
   arguments[3] += '#q'
   arguments.append(f'two={arguments[0]},{arguments[2]}')
-  found = recorded.streams(job, arguments)
+  found = record.streams(job, arguments)
   for (name, stream), texts in zip(found.items(), documents, strict=True):
     assert [tok.decode(ids) for ids in packing.unpack(stream)] == texts, name
     assert stream[0] == stream[-1] == tok.separator
@@ -337,8 +327,8 @@ def test_a_published_model_reads_the_marks_that_it_knows(unread, tmp_path):
   ):
     c['corpus_sha256'] = sha256
     (folder / 'config.json').write_text(json.dumps(c))
-    job = recorded.load(str(folder))
-    (found,) = recorded.streams(job, [f'{lines}#q']).values()
+    job = record.load(str(folder))
+    (found,) = record.streams(job, [f'{lines}#q']).values()
     assert found.tolist() == stream and found.dtype == np.int32
 
 
@@ -346,7 +336,7 @@ def test_what_cannot_be_analyzed_is_one_line(run, unread, tmp_path, corpus):
   def refused(match, folder, given=(str(corpus),), limit=500):
     out = tmp_path / 'out'
     with pytest.raises((ValueError, OSError), match=match) as told:
-      recorded.write(str(folder), list(given), limit, str(out))
+      record.write(str(folder), list(given), limit, str(out))
     assert '\n' not in str(told.value) and not out.exists()
 
   refused('none has no config.json', tmp_path / 'none')
@@ -377,23 +367,23 @@ def test_a_damaged_checkpoint_is_told(run, corpus, tmp_path):
   raw = bytearray(largest.read_bytes())
   raw[len(raw) // 2] ^= 1
   largest.write_bytes(raw)
-  job = recorded.load(str(damaged))
-  recorded.restore(job, 2)
+  job = record.load(str(damaged))
+  record.restore(job, 2)
   with pytest.raises(OSError, match=rf'{damaged}.* no whole .*step 4:'):
-    recorded.restore(job, 4)
+    record.restore(job, 4)
   shutil.rmtree(damaged / 'checkpoints' / '2')
   with pytest.raises(OSError, match='2 is gone'):
-    recorded.restore(job, 2)
+    record.restore(job, 2)
 
 
 def test_a_corpus_that_has_changed_is_not_taken_for_the_held_out(
   run, corpus, tmp_path
 ):
-  job = recorded.load(str(run))
-  assert list(recorded.streams(job, [])) == [recorded.HELD_OUT]
+  job = record.load(str(run))
+  assert list(record.streams(job, [])) == [record.HELD_OUT]
   job.config['corpus_sha256'] = '0' * 64
   with pytest.raises(ValueError, match=r'its corpus has changed.*--data'):
-    recorded.streams(job, [])
+    record.streams(job, [])
 
 
 @pytest.mark.usefixtures('_compiled')
@@ -402,12 +392,12 @@ def test_only_what_is_its_own_is_overwritten(run, corpus, tmp_path):
   foreign.write_text('mine')
   arguments = (str(run), [str(corpus)], 128, str(tmp_path))
   with pytest.raises(ValueError, match=r'routing\.html is not of moe-analyze'):
-    recorded.write(*arguments)
+    record.write(*arguments)
   assert foreign.read_text() == 'mine' and len(list(tmp_path.iterdir())) == 1
   foreign.unlink()
   (tmp_path / 'notes.txt').write_text('mine, too')
-  first = recorded.write(*arguments).read_text()
-  assert recorded.write(*arguments).read_text() == first
+  first = record.write(*arguments).read_text()
+  assert record.write(*arguments).read_text() == first
   assert (tmp_path / 'notes.txt').read_text() == 'mine, too'
   assert len(list(tmp_path.iterdir())) == 4
 
@@ -427,7 +417,7 @@ def test_the_command(run, corpus):
 # --- the page ---------------------------------------------------------------
 
 
-def page(layers=3, texts=('a <b>', 'c'), checkpoints=3, K=2, dropped=True):
+def written(layers=3, texts=('a <b>', 'c'), checkpoints=3, K=2, dropped=True):
   seen = tokens(texts=texts)
   expert_SxTxK = np.stack([choices(s, K=K) for s in range(layers)])
   kept_SxTxK = expert_SxTxK >= 0
@@ -435,13 +425,13 @@ def page(layers=3, texts=('a <b>', 'c'), checkpoints=3, K=2, dropped=True):
     kept_SxTxK[0, ::7] = False
   made = routing(9, expert_SxTxK, kept_SxTxK)
   olds = [routing(s, expert_SxTxK[:, ::-1]) for s in range(1, checkpoints)]
-  changes = [analysis.change(old, made) for old in olds]
-  steps = analysis.study(seen, made)
-  return analysis_report.page('run & <i>', seen, made, steps, changes)
+  changes = [measures.change(old, made) for old in olds]
+  steps = measures.study(seen, made)
+  return page.page('run & <i>', seen, made, steps, changes)
 
 
 def test_the_page_is_whole_escaped_and_comes_from_nowhere():
-  text = page()
+  text = written()
   found = Page(text)
   assert not {'script', 'link', 'iframe', 'object', 'base'} & set(found.tags)
   for name, value in found.attributes:
@@ -452,12 +442,12 @@ def test_the_page_is_whole_escaped_and_comes_from_nowhere():
     '<b></b>', ''
   )
   assert 'nan' not in ' '.join(found.texts).split()
-  assert page() == text
+  assert written() == text
   assert len(headings(text)) == 9
 
 
 def test_the_page_says_what_there_is_not():
-  text = page(layers=1, texts=('one',), checkpoints=1, K=1, dropped=False)
+  text = written(layers=1, texts=('one',), checkpoints=1, K=1, dropped=False)
   Page(text)
   for note in ('has one expert', 'No choice was dropped', 'one checkpoint'):
     assert note in text
@@ -466,7 +456,7 @@ def test_the_page_says_what_there_is_not():
 
 
 def test_many_layers_are_folded_away():
-  text = page(layers=30)
+  text = written(layers=30)
   shown, hidden = text.split('<summary>the other 18</summary>', 1)
   caption = '<figcaption>MoE layer {} '
   assert caption.format(11) in shown and caption.format(12) not in shown

@@ -24,16 +24,10 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import topologies
 
-from moe_jax import compiled as chips
-from moe_jax import (
-  config,
-  job,
-  models,
-  objective,
-  optimizer,
-  parallel,
-  programs,
-)
+from moe_jax import config, models, objective, parallel
+from moe_jax.optim import optimizer
+from moe_jax.sizing import aot as chips
+from moe_jax.training import job, train_step
 
 pytestmark = pytest.mark.skipif(
   not all(map(importlib.util.find_spec, ('libtpu', 'jax_cuda13_plugin'))),
@@ -63,12 +57,12 @@ def compiled(name, chip, gmm, sizes):
   c = config.resolve(runpy.run_path(str(path))['get_config']())
   c['batch_size'] = ROWS.get(name, 8) * mesh.size
   abstract = abstract_job(c, gmm, mesh)
-  state = programs.abstract_state(abstract)
+  state = train_step.abstract_state(abstract)
   rows = jax.NamedSharding(mesh, parallel.ROWS)
   place = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=rows)
   batch = {k: place(a) for k, a in batch_of(c).items()}
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-    program = programs.make_step(abstract).lower(state, batch).compile()
+    program = train_step.make_step(abstract).lower(state, batch).compile()
   memory, text = program.memory_analysis(), program.as_text()
   calls = re.findall(r'%(\w+)\S* = .*"tpu_custom_call"', text)
   found = {

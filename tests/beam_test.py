@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from moe_jax import beam
+from moe_jax.evaluators import beam
 
 B, BEGIN, END, PAD = 2, 2, 1, -1
 

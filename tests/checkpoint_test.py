@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import checkpoint, parallel
+from moe_jax import parallel
+from moe_jax.training import checkpoint
 
 # When a read fails, orbax forgets others that it has begun.
 pytestmark = pytest.mark.filterwarnings(

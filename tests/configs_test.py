@@ -11,9 +11,11 @@ import runpy
 
 import pytest
 
-from moe_jax import config, job, models, objective, optimizer, parallel
+from moe_jax import config, models, objective, parallel
 from moe_jax.data import corpus, dataset, huggingface, images, pairs
 from moe_jax.models import classifier, decoder, translator
+from moe_jax.optim import optimizer
+from moe_jax.training import job
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / 'configs').rglob('*.py'))
@@ -216,7 +218,7 @@ def test_every_field_of_a_section_is_read(cls):
 
 def test_every_other_key_is_read():
   source = ''.join(
-    (ROOT / 'moe_jax' / f).read_text() for f in ('train.py', 'job.py')
+    (ROOT / 'moe_jax/training' / f).read_text() for f in ('loop.py', 'job.py')
   )
   sections = {'data', 'model', 'optimizer', 'objective', 'mesh', 'parallel'}
   for key in config.default():

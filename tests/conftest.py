@@ -25,7 +25,7 @@ if tuple(map(int, metadata.version('jaxlib').split('.')[:2])) < (0, 11):
 import jax
 import pytest
 
-from moe_jax import programs
+from moe_jax.training import train_step
 
 # Tracing makes objects that stay: to search them for cycles as often as Python
 # does takes a tenth of a test's time.
@@ -96,8 +96,8 @@ def traced_once(monkeypatch):
 
     return made
 
-  for make in programs.make_step, programs.make_eval:
-    monkeypatch.setattr(programs, make.__name__, once(make))
+  for make in train_step.make_step, train_step.make_eval:
+    monkeypatch.setattr(train_step, make.__name__, once(make))
 
 
 @pytest.fixture(autouse=True)

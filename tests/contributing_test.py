@@ -8,8 +8,9 @@ import numpy as np
 from flax import nnx
 from small import small_config
 
-from moe_jax import config, routers, train
-from moe_jax import job as jobs
+from moe_jax import config, routers
+from moe_jax.training import job as jobs
+from moe_jax.training import loop
 
 TEXT = (pathlib.Path(__file__).parents[1] / 'CONTRIBUTING.md').read_text()
 ROUTER, CONFIG = re.findall(r'```python\n(.*?)```', TEXT, re.DOTALL)
@@ -21,7 +22,7 @@ def test_its_router_is_found_trains_and_is_noisy(corpus, tmp_path, monkeypatch):
   assert 'noisy' in routers.names()
   c = small_config(corpus)
   c.model.router = config.router('noisy', k=2)
-  summary = train.run(jobs.prepare(c, str(tmp_path / 'run')))
+  summary = loop.run(jobs.prepare(c, str(tmp_path / 'run')))
   assert summary['eval_loss'] < summary['initial_loss'] - 0.2
 
   x_TxD = np.float32(np.random.default_rng(1).normal(size=(32, 8)))

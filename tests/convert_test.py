@@ -18,21 +18,12 @@ import tokenizers
 from safetensors.numpy import load_file, save_file
 from small import command, small_config
 
-from moe_jax import (
-  checkpoint,
-  commands,
-  config,
-  convert,
-  families,
-  generate,
-  models,
-  parallel,
-  pieces,
-  programs,
-  routing,
-  shards,
-)
-from moe_jax import job as jobs
+from moe_jax import commands, config, models, parallel
+from moe_jax.analysis import record
+from moe_jax.decode import generate
+from moe_jax.training import checkpoint, train_step
+from moe_jax.training import job as jobs
+from moe_jax.weights import convert, families, safetensors, tensors
 
 ROOT = pathlib.Path(__file__).parents[1]
 LATENT = dict(
@@ -110,22 +101,22 @@ def _drawn(theirs):
   )
   return {
     piece.name: value(piece).astype(wide(piece))
-    for piece in pieces.find(family.layouts[0], model.c, tree)
+    for piece in tensors.find(family.layouts[0], model.c, tree)
   }
 
 
-def publish(folder, theirs, tensors=None, files=2):
+def publish(folder, theirs, arrays=None, files=2):
   """A folder as the Hub has it."""
-  tensors = drawn(theirs) if tensors is None else tensors
+  arrays = drawn(theirs) if arrays is None else arrays
   folder.mkdir(parents=True, exist_ok=True)
   (folder / 'config.json').write_text(json.dumps(theirs))
   listed = {}
   for i in range(files):
-    some = dict(list(tensors.items())[i::files])
+    some = dict(list(arrays.items())[i::files])
     save_file(some, folder / f'model-{i}.safetensors', {'format': 'pt'})
     listed |= dict.fromkeys(some, f'model-{i}.safetensors')
   index = {'metadata': {}, 'weight_map': listed}
-  (folder / shards.INDEX).write_text(json.dumps(index))
+  (folder / safetensors.INDEX).write_text(json.dumps(index))
   return folder
 
 
@@ -182,7 +173,7 @@ def filled(folder, params, router_state):
     return value.astype(a.dtype)
 
   trees = jax.tree_util.tree_map_with_path(fill, (params, router_state))
-  weights = programs.Weights(np.int32(0), *trees)
+  weights = train_step.Weights(np.int32(0), *trees)
   mesh = parallel.mesh(dict.fromkeys(parallel.AXES, 1))
   with checkpoint.Checkpoints(folder, keep=1) as saved:
     saved.save(0, jax.device_put(weights, jax.NamedSharding(mesh, jax.P())), {})
@@ -209,9 +200,9 @@ def begun(c, folder):
 
 def test_every_tensor_lies_where_it_belongs(taken):
   """By hand, a few of each form."""
-  tensors = drawn(values('deepseek_v2'))
+  arrays = drawn(values('deepseek_v2'))
   found = taken('deepseek_v2')[2]
-  of = lambda name: np.float32(tensors[name])
+  of = lambda name: np.float32(arrays[name])
   moe = 'trunk.body.moe.attention.'
   layer = 'model.layers.2.self_attn.'  # the second MoE layer
   kv_b = of(layer + 'kv_b_proj.weight')  # head by head its key, its value
@@ -257,10 +248,10 @@ def test_both_layouts_on_any_mesh_and_back_are_the_same_bits(
   convert.give(str(run), str(tmp_path / 'again'), shard=1000)
   files = sorted((tmp_path / 'again').glob('*.safetensors'))
   assert len(files) > 2
-  tensors = drawn(theirs)
+  arrays = drawn(theirs)
   again = {k: a for path in files for k, a in load_file(path).items()}
-  assert again.keys() == tensors.keys()
-  for name, a in tensors.items():
+  assert again.keys() == arrays.keys()
+  for name, a in arrays.items():
     assert again[name].dtype == a.dtype
     assert again[name].tobytes() == a.tobytes(), name
   # Fused by hand.
@@ -268,7 +259,7 @@ def test_both_layouts_on_any_mesh_and_back_are_the_same_bits(
   rename = lambda name: name.replace('block_sparse_moe', 'mlp')
   of = {'w1': 'gate_proj', 'w2': 'down_proj', 'w3': 'up_proj'}
   experts = {}
-  for name, a in tensors.items():
+  for name, a in arrays.items():
     found = re.fullmatch(r'(.*\.experts)\.(\d+)\.(\w+)\.weight', rename(name))
     if found:
       kind = of.get(found[3], found[3])
@@ -281,7 +272,7 @@ def test_both_layouts_on_any_mesh_and_back_are_the_same_bits(
     fused[f'{name}.gate_up_proj'] = np.concatenate(both, axis=1)
     fused[f'{name}.down_proj'] = np.stack(own['down_proj'])
   own, model, tree = abstract(theirs)
-  known = pieces.find(own.layouts[-1], model.c, tree)
+  known = tensors.find(own.layouts[-1], model.c, tree)
   shapes = {name: a.shape for name, a in fused.items()}
   assert {piece.name: piece.shape for piece in known} == shapes
   if family in CUT:
@@ -535,7 +526,7 @@ def test_published_models_have_their_published_size(name):
   """As shapes: tensors and leaves; the config goes there and back."""
   count, theirs = PUBLISHED[name]
   family, model, tree = abstract(theirs)
-  own = pieces.find(family.layouts[0], model.c, tree)
+  own = tensors.find(family.layouts[0], model.c, tree)
   assert sum(math.prod(piece.shape) for piece in own) == count
   assert sum(math.prod(a.shape) for a in tree.values()) == count
   c, size = convert.model_config(families.ours(theirs)[1])
@@ -707,45 +698,45 @@ def _truncate(folder):
 
 
 def _other_shape(folder):
-  tensors = drawn(values())
-  tensors['model.norm.weight'] = tensors['model.norm.weight'][:5]
-  publish(folder, values(), tensors)
+  arrays = drawn(values())
+  arrays['model.norm.weight'] = arrays['model.norm.weight'][:5]
+  publish(folder, values(), arrays)
 
 
 def _missing_tensor(folder):
-  tensors = drawn(values())
-  del tensors['model.layers.1.block_sparse_moe.experts.2.w3.weight']
-  publish(folder, values(), tensors)
+  arrays = drawn(values())
+  del arrays['model.layers.1.block_sparse_moe.experts.2.w3.weight']
+  publish(folder, values(), arrays)
 
 
 def _more(folder):
-  tensors = drawn(values())
-  tensors['model.layers.1.extra.weight'] = tensors['model.norm.weight']
-  publish(folder, values(), tensors)
+  arrays = drawn(values())
+  arrays['model.layers.1.extra.weight'] = arrays['model.norm.weight']
+  publish(folder, values(), arrays)
 
 
 def _integers(folder):
-  tensors = drawn(values())
-  tensors['model.norm.weight'] = np.zeros(8, np.int8)
-  publish(folder, values(), tensors)
+  arrays = drawn(values())
+  arrays['model.norm.weight'] = np.zeros(8, np.int8)
+  publish(folder, values(), arrays)
 
 
 def _eight_bits(folder):
-  tensors = drawn(values())
-  tensors['model.norm.weight'] = np.zeros(8, ml_dtypes.float8_e4m3fn)
-  publish(folder, values(), tensors)
+  arrays = drawn(values())
+  arrays['model.norm.weight'] = np.zeros(8, ml_dtypes.float8_e4m3fn)
+  publish(folder, values(), arrays)
 
 
 def _outside(folder):
-  index = json.loads((folder / shards.INDEX).read_text())
+  index = json.loads((folder / safetensors.INDEX).read_text())
   index['weight_map']['model.norm.weight'] = '../model-1.safetensors'
-  (folder / shards.INDEX).write_text(json.dumps(index))
+  (folder / safetensors.INDEX).write_text(json.dumps(index))
 
 
 def _wrong_index(folder):
-  index = json.loads((folder / shards.INDEX).read_text())
+  index = json.loads((folder / safetensors.INDEX).read_text())
   index['weight_map']['other'] = 'model-1.safetensors'
-  (folder / shards.INDEX).write_text(json.dumps(index))
+  (folder / safetensors.INDEX).write_text(json.dumps(index))
 
 
 def _adapter(folder):
@@ -753,7 +744,7 @@ def _adapter(folder):
 
 
 def _no_index(folder):
-  (folder / shards.INDEX).unlink()
+  (folder / safetensors.INDEX).unlink()
 
 
 def _large_tokenizer(folder):
@@ -793,15 +784,15 @@ def test_damage_is_one_line_and_leaves_nothing(damage, message, tmp_path):
 def test_what_is_known_to_be_of_no_use_is_left_out(tmp_path):
   """Layers of multi-token prediction, a tied head that was saved twice."""
   theirs = values('deepseek_v3', tie_word_embeddings=True)
-  tensors = drawn(theirs)
-  tensors['lm_head.weight'] = tensors['model.embed_tokens.weight']
-  tensors['model.layers.3.enorm.weight'] = tensors['model.norm.weight']
-  tensors['model.layers.0.self_attn.rotary_emb.inv_freq'] = np.zeros(4, 'f')
-  source = publish(tmp_path / 'source', theirs, tensors)
+  arrays = drawn(theirs)
+  arrays['lm_head.weight'] = arrays['model.embed_tokens.weight']
+  arrays['model.layers.3.enorm.weight'] = arrays['model.norm.weight']
+  arrays['model.layers.0.self_attn.rotary_emb.inv_freq'] = np.zeros(4, 'f')
+  source = publish(tmp_path / 'source', theirs, arrays)
   told = convert.take(str(source), str(tmp_path / 'run'))
   assert any('left out 3 tensors' in line for line in told)
-  tensors['model.layers.2.enorm.weight'] = tensors['model.norm.weight']
-  publish(source, theirs, tensors)
+  arrays['model.layers.2.enorm.weight'] = arrays['model.norm.weight']
+  publish(source, theirs, arrays)
   with pytest.raises(
     ValueError, match=r'layers\.2\.enorm\.weight is of no use'
   ):
@@ -811,19 +802,19 @@ def test_what_is_known_to_be_of_no_use_is_left_out(tmp_path):
 def test_a_head_of_its_own_is_not_tied(tmp_path):
   """Whatever config.json says; and back it is not either."""
   theirs = values('llama', tie_word_embeddings=True, num_hidden_layers=1)
-  tensors = drawn(theirs)
-  assert 'lm_head.weight' not in tensors
-  tensors['lm_head.weight'] = tensors['model.embed_tokens.weight'].copy()
-  source = publish(tmp_path / 'source', theirs, tensors)
+  arrays = drawn(theirs)
+  assert 'lm_head.weight' not in arrays
+  arrays['lm_head.weight'] = arrays['model.embed_tokens.weight'].copy()
+  source = publish(tmp_path / 'source', theirs, arrays)
   assert convert.read_config(source)[1]['tied']
-  tensors['lm_head.weight'][-1, -1] = 7
-  publish(source, theirs, tensors)
+  arrays['lm_head.weight'][-1, -1] = 7
+  publish(source, theirs, arrays)
   told = convert.take(str(source), str(tmp_path / 'run'))
   assert not any('left out' in line for line in told)
   convert.give(str(tmp_path / 'run'), str(tmp_path / 'again'))
   again = load_file(tmp_path / 'again' / 'model.safetensors')
   head = again['lm_head.weight']
-  assert head.tobytes() == tensors['lm_head.weight'].tobytes()
+  assert head.tobytes() == arrays['lm_head.weight'].tobytes()
   written = json.loads((tmp_path / 'again' / 'config.json').read_text())
   assert not written['tie_word_embeddings']
 
@@ -832,8 +823,8 @@ def test_a_single_file_stands_before_an_index(tmp_path):
   theirs = values('llama')
   source = publish(tmp_path / 'source', theirs)
   (source / 'model-1.safetensors').unlink()  # an old index
-  save_file(drawn(theirs), source / shards.WHOLE)
-  assert shards.Shards(source).names() == set(drawn(theirs))
+  save_file(drawn(theirs), source / safetensors.WHOLE)
+  assert safetensors.Shards(source).names() == set(drawn(theirs))
 
 
 def _mixed(theirs):
@@ -849,31 +840,31 @@ def _mixed(theirs):
 
 def test_every_tensor_keeps_its_dtype(tmp_path):
   theirs = values(num_hidden_layers=1)
-  tensors = _mixed(theirs)
-  source = publish(tmp_path / 'source', theirs, tensors)
+  arrays = _mixed(theirs)
+  source = publish(tmp_path / 'source', theirs, arrays)
   convert.take(str(source), str(tmp_path / 'run'))
   convert.give(str(tmp_path / 'run'), str(tmp_path / 'again'))
   again = load_file(tmp_path / 'again' / 'model.safetensors')
-  assert again.keys() == tensors.keys()
-  assert sum(a.dtype == np.float32 for a in tensors.values()) == 5
-  for name, a in tensors.items():
+  assert again.keys() == arrays.keys()
+  assert sum(a.dtype == np.float32 for a in arrays.values()) == 5
+  for name, a in arrays.items():
     assert again[name].dtype == a.dtype, name
     assert again[name].tobytes() == a.tobytes(), name
 
 
 def test_tensors_that_an_export_splits_keep_their_dtype(tmp_path):
   theirs = values('deepseek_v3', num_hidden_layers=2)
-  tensors, experts = _mixed(theirs), 'model.layers.1.mlp.experts.'
+  arrays, experts = _mixed(theirs), 'model.layers.1.mlp.experts.'
   of = lambda kind: np.stack(
-    [tensors.pop(f'{experts}{e}.{kind}_proj.weight') for e in range(4)]
+    [arrays.pop(f'{experts}{e}.{kind}_proj.weight') for e in range(4)]
   )
   both = np.concatenate([of('gate'), of('up')], axis=1)
-  tensors[f'{experts}gate_up_proj'] = both.astype(np.float32)
-  tensors[f'{experts}down_proj'] = of('down')
-  source = publish(tmp_path / 'source', theirs, tensors)
+  arrays[f'{experts}gate_up_proj'] = both.astype(np.float32)
+  arrays[f'{experts}down_proj'] = of('down')
+  source = publish(tmp_path / 'source', theirs, arrays)
   family, keys, _ = convert.read_config(source)
   found = convert._dtypes(source, family, convert.model_config(keys)[0])
-  wide = {n for n, a in tensors.items() if a.dtype == np.float32}
+  wide = {n for n, a in arrays.items() if a.dtype == np.float32}
   wide.remove(f'{experts}gate_up_proj')
   wide |= {
     f'{experts}{e}.{k}_proj.weight' for e in range(4) for k in ('gate', 'up')
@@ -888,31 +879,31 @@ def test_without_a_dtype_the_files_tell(tmp_path):
     source = publish(tmp_path / 'source', theirs)
     assert convert.read_config(source)[1]['dtype'] == 'bfloat16'
   del theirs['torch_dtype'], theirs['dtype']
-  tensors = drawn(theirs)
-  tensors['model.norm.weight'] = np.ones(8, np.float32)
-  publish(source, theirs, tensors)
+  arrays = drawn(theirs)
+  arrays['model.norm.weight'] = np.ones(8, np.float32)
+  publish(source, theirs, arrays)
   assert convert.read_config(source)[1]['dtype'] == 'bfloat16'
-  first = min(tensors)
-  publish(source, theirs, tensors | {first: np.float32(tensors[first])})
+  first = min(arrays)
+  publish(source, theirs, arrays | {first: np.float32(arrays[first])})
   assert convert.read_config(source)[1]['dtype'] == 'float32'
-  publish(source, {**theirs, 'torch_dtype': 'bfloat16'}, tensors)
+  publish(source, {**theirs, 'torch_dtype': 'bfloat16'}, arrays)
   assert convert.read_config(source)[1]['dtype'] == 'bfloat16'
 
 
 def test_float16_is_read_into_float32(tmp_path):
   """Every number of it, the smallest and the largest too."""
   theirs = values(torch_dtype='float16')
-  tensors = {k: a.astype(np.float16) for k, a in drawn(theirs).items()}
+  arrays = {k: a.astype(np.float16) for k, a in drawn(theirs).items()}
   ends = np.float16([65504, -65504, 6e-8, 0, 1, -1, 0.1, 3])
-  tensors['model.norm.weight'] = ends
-  source = publish(tmp_path / 'source', theirs, tensors)
+  arrays['model.norm.weight'] = ends
+  source = publish(tmp_path / 'source', theirs, arrays)
   convert.take(str(source), str(tmp_path / 'run'))
   convert.give(str(tmp_path / 'run'), str(tmp_path / 'again'))
   again = load_file(tmp_path / 'again' / 'model.safetensors')
   written = json.loads((tmp_path / 'again' / 'config.json').read_text())
   assert written['torch_dtype'] == 'float32'
-  assert again.keys() == tensors.keys()
-  for name, a in tensors.items():
+  assert again.keys() == arrays.keys()
+  for name, a in arrays.items():
     assert again[name].dtype == np.float32
     np.testing.assert_array_equal(again[name], np.float32(a), err_msg=name)
 
@@ -1079,10 +1070,10 @@ def test_a_run_goes_out_and_comes_back(corpus, tmp_path):
   c.data.update(tokenizer='bpe', vocab_size=300)
   begun(c, tmp_path / 'run')
   convert.give(str(tmp_path / 'run'), str(tmp_path / 'out'))
-  tensors = load_file(tmp_path / 'out' / 'model.safetensors')
+  arrays = load_file(tmp_path / 'out' / 'model.safetensors')
   _, weights = generate.newest(str(tmp_path / 'run'))
   np.testing.assert_array_equal(
-    tensors['model.layers.1.block_sparse_moe.experts.3.w1.weight'],
+    arrays['model.layers.1.block_sparse_moe.experts.3.w1.weight'],
     jax.device_get(weights.params)['trunk']['body']['pools']['gate_ExDxF'][
       1, 3
     ].T,
@@ -1091,10 +1082,8 @@ def test_a_run_goes_out_and_comes_back(corpus, tmp_path):
   found = []
   for name in ('run', 'again'):
     job, weights = generate.newest(str(tmp_path / name))
-    _, batches = routing.read(
-      job, routing.streams(job, [f'text={corpus}']), 128
-    )
-    found.append(routing.record(routing.recorder(job), weights, batches))
+    _, batches = record.read(job, record.streams(job, [f'text={corpus}']), 128)
+    found.append(record.record(record.recorder(job), weights, batches))
   assert found[0].names == found[1].names and found[0].expert_SxTxK.size
   for field in ('expert_SxTxK', 'gate_SxTxK', 'entropy_S', 'nll_T'):
     a, b = (getattr(of, field) for of in found)
@@ -1115,7 +1104,7 @@ def test_an_imported_model_holds_no_text_and_is_not_trained_further(
   taken, tmp_path
 ):
   with pytest.raises(ValueError, match=r'has no tokenizer\.json to read'):
-    routing.write(str(taken('mixtral')[0]), [], 100, str(tmp_path / 'out'))
+    record.write(str(taken('mixtral')[0]), [], 100, str(tmp_path / 'out'))
   source = publish(tmp_path / 'source', values())
   words = {f'w{i}': i for i in range(V - 1)}
   made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, 'w0'))
@@ -1125,10 +1114,10 @@ def test_an_imported_model_holds_no_text_and_is_not_trained_further(
     json.dumps(values(eos_token_id=[99, V - 1]))
   )
   convert.take(str(source), str(tmp_path / 'named'))
-  job = routing.load(str(tmp_path / 'named'))
+  job = record.load(str(tmp_path / 'named'))
   assert job.dataset.tokenizer.separator == V - 1
   with pytest.raises(ValueError, match='holds published weights'):
-    routing.write(str(tmp_path / 'named'), [], 100, str(tmp_path / 'out'))
+    record.write(str(tmp_path / 'named'), [], 100, str(tmp_path / 'out'))
 
 
 def test_how_a_published_model_begins_and_ends_a_text(tmp_path):
@@ -1146,7 +1135,7 @@ def test_how_a_published_model_begins_and_ends_a_text(tmp_path):
   source, run = publish(tmp_path / 'source', ends), tmp_path / 'run'
   made.save(str(source / 'tokenizer.json'))
   convert.take(str(source), str(run))
-  job = routing.load(str(run))
+  job = record.load(str(run))
   assert job.dataset.tokenizer.separator == V - 1
   assert generate.ends(job) == {V - 1, 3}
   named = run / checkpoint.ASIDE / 'generation_config.json'
@@ -1162,12 +1151,12 @@ def test_how_a_published_model_begins_and_ends_a_text(tmp_path):
   assert generate.continued(job, prompt, [5, 2], {2}) == ' w5'
   (tmp_path / 'a.txt').write_text('w1 w2\nw3\n')
   (tmp_path / 'b.txt').write_text('w3')
-  found = routing.streams(job, [f'text={tmp_path}/*.txt'])['text']
+  found = record.streams(job, [f'text={tmp_path}/*.txt'])['text']
   assert found[0] == found[-1] == V - 2
   assert np.count_nonzero(found == V - 2) == 3 and V - 1 not in found
   (run / 'tokenizer.json').unlink()
   named.unlink()
-  assert generate.ends(routing.load(str(run))) == {V - 1, 3}
+  assert generate.ends(record.load(str(run))) == {V - 1, 3}
 
 
 # The command, and memory.
@@ -1186,7 +1175,8 @@ def test_the_command_goes_both_ways_and_mistakes_are_one_line(taken, tmp_path):
 
 MEASURE = """
 import json, pathlib, resource, sys
-from moe_jax import convert, parallel
+from moe_jax import parallel
+from moe_jax.weights import convert
 folder = pathlib.Path(sys.argv[1])
 family, keys, _ = convert.read_config(folder)
 c, _ = convert.model_config(keys)

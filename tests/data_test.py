@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from small import small_config
 from tokenizers import models, normalizers, pre_tokenizers
 
-from moe_jax import config, exact, job, train
+from moe_jax import config, exact
 from moe_jax.data import dataset, packing, tokenizer
+from moe_jax.training import job, loop
 
 DTYPES = {
   'ids_BxL': np.int32,
@@ -474,7 +475,7 @@ def test_a_saved_set_with_a_tokenizer_of_others_trains(tmp_path):
   ]
   counted = text.token_bytes[text.eval_N[1:]].sum()  # of all targets
   assert counted == text.corpus.eval_bytes
-  train.run(ready)
+  loop.run(ready)
   summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())
   assert 0 < summary['eval_bits_per_byte'] < math.inf
   bits = summary['eval_loss'] / math.log(2)

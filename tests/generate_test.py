@@ -11,7 +11,10 @@ import pytest
 from convert_test import begun, made, values
 from small import command, small_config
 
-from moe_jax import config, families, generate, models, routers, routing
+from moe_jax import config, models, routers
+from moe_jax.analysis import record
+from moe_jax.decode import generate
+from moe_jax.weights import families
 
 ROOT = pathlib.Path(__file__).parents[1]
 PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5]]
@@ -262,7 +265,7 @@ def test_models_that_cannot_write(section, name, message, lively, tmp_path):
   c = json.loads(path.read_text())
   c['model'][section] = config.choice(section, name).to_dict()
   (tmp_path / 'config.json').write_text(json.dumps(c))
-  job = routing.load(str(tmp_path))
+  job = record.load(str(tmp_path))
   with pytest.raises(ValueError, match=message):
     generate.writer(job, 1)
 

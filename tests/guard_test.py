@@ -9,8 +9,10 @@ import pytest
 from small import lines_of, small_config, without_clocks
 
 from experiments.faults import child
-from moe_jax import config, guard, programs, train
-from moe_jax import job as jobs
+from moe_jax import config
+from moe_jax.optim import guard
+from moe_jax.training import job as jobs
+from moe_jax.training import loop, train_step
 
 
 def rule(spike=0.0, skips=2, rollbacks=1):
@@ -78,8 +80,8 @@ def test_a_bad_step_changes_nothing_but_the_count(corpus, tmp_path):
   c = small_config(corpus, steps=8, model__router__bias_rate=0.01)
   c.model.router.score = 'sigmoid'
   job = poisoned(c, tmp_path, {2})
-  batches, step = job.train_batches(), programs.make_step(job)
-  state = programs.initial_state(job)
+  batches, step = job.train_batches(), train_step.make_step(job)
+  state = train_step.initial_state(job)
   state, _ = step(state, job.put(next(batches)))
   before = jax.device_get(state)
   state, found = step(state, job.put(next(batches)))
@@ -101,8 +103,8 @@ def test_after_skipped_steps_the_rate_is_the_one_that_is_logged(
   c = small_config(corpus, steps=8, model__tied=False, guard__skips=9)
   c.optimizer.update(learning_rate=0.1, weight_decay=0.5, warmup=0.0)
   job = poisoned(c, tmp_path, {2, 3, 4})
-  batches, step = job.train_batches(), programs.make_step(job)
-  state, rates = programs.initial_state(job), []
+  batches, step = job.train_batches(), train_step.make_step(job)
+  state, rates = train_step.initial_state(job), []
   for _ in range(6):
     before = np.asarray(state.params['embed_VxD'][255])  # of no byte there
     state, _ = step(state, job.put(next(batches)))
@@ -118,18 +120,18 @@ def test_streams_begin_anew_after_a_skipped_step(corpus, tmp_path):
   c.model.block, c.model.pattern = 'authors_lm', 'm'
   c.model.attention = config.attend('span', span=4)
   job = poisoned(c, tmp_path, {2})
-  batches, step = job.train_batches(), programs.make_step(job)
-  state, kept = programs.initial_state(job), []
+  batches, step = job.train_batches(), train_step.make_step(job)
+  state, kept = train_step.initial_state(job), []
   for _ in range(3):
     state, _ = step(state, job.put(next(batches)))
     kept.append(bool(jnp.any(state.cache_BxNxCxD)))
   assert kept == [True, False, True]
-  assert not jnp.any(programs.without_cache(state).cache_BxNxCxD)
+  assert not jnp.any(train_step.without_cache(state).cache_BxNxCxD)
 
 
 def test_the_first_loss_is_of_the_first_step_that_counts(corpus, tmp_path):
   c = small_config(corpus, steps=8)
-  summary = train.run(poisoned(c, tmp_path, {1}))
+  summary = loop.run(poisoned(c, tmp_path, {1}))
   assert summary['initial_loss'] == pytest.approx(
     lines_of(tmp_path)[1]['loss'], rel=1e-6
   )
@@ -140,9 +142,9 @@ def test_a_run_that_ends_in_nan_fails_and_its_summary_is_json(
 ):
   c = small_config(corpus, steps=8)
   nan = lambda *_: {'eval_loss': float('nan'), 'eval_bits_per_byte': np.nan}
-  monkeypatch.setattr(programs, 'evaluate', nan)
-  with pytest.raises(train.Stopped, match='held-out loss is not finite'):
-    train.run(jobs.prepare(c, str(tmp_path)))
+  monkeypatch.setattr(train_step, 'evaluate', nan)
+  with pytest.raises(loop.Stopped, match='held-out loss is not finite'):
+    loop.run(jobs.prepare(c, str(tmp_path)))
   refuse = lambda name: pytest.fail(f'{name} is no JSON')
   text = (tmp_path / 'summary.json').read_text()
   assert json.loads(text, parse_constant=refuse)['eval_loss'] is None
@@ -152,7 +154,7 @@ def test_a_run_that_ends_in_nan_fails_and_its_summary_is_json(
 
 def test_a_skipped_step_is_counted_and_told(corpus, tmp_path, capsys):
   c = small_config(corpus, steps=8)
-  train.run(poisoned(c, tmp_path, {4}))
+  loop.run(poisoned(c, tmp_path, {4}))
   lines = lines_of(tmp_path)[:8]
   assert [line['skipped'] for line in lines] == [0, 0, 0, 1, 1, 1, 1, 1]
   assert [i for i, line in enumerate(lines, 1) if line.get('bad')] == [4]
@@ -167,7 +169,7 @@ def test_a_run_goes_back_and_on_with_other_data(
   """To the checkpoint of step 3, or where there is none to the beginning."""
   c = small_config(corpus, steps=8, checkpoint_every=3, guard__skips=2)
   job = poisoned(c, tmp_path / 'bad', bad)
-  summary = train.run(job)
+  summary = loop.run(job)
   told = capsys.readouterr().err
   assert f'back to step {back}, and on with the data that follow' in told
   lines = lines_of(tmp_path / 'bad')
@@ -176,8 +178,8 @@ def test_a_run_goes_back_and_on_with_other_data(
   assert lines[-2]['skipped'] == 2 and summary['steps'] == 8
   # As a run that never saw the bad batches, nor the one that was under way.
   clean = jobs.prepare(c, str(tmp_path / 'clean'))
-  batches, state = clean.train_batches(), programs.initial_state(clean)
-  step = programs.make_step(clean)
+  batches, state = clean.train_batches(), train_step.initial_state(clean)
+  step = train_step.make_step(clean)
   left_out = {i + 1 for i in bad} | bad | set(range(back + 1, min(bad)))
   for i in range(1, 9 + len(left_out)):
     batch = next(batches)
@@ -192,7 +194,7 @@ def test_a_run_that_was_killed_after_it_went_back_ends_the_same(
   corpus, tmp_path, monkeypatch
 ):
   c = small_config(corpus, steps=8, checkpoint_every=3, guard__skips=2)
-  train.run(poisoned(c, tmp_path / 'whole', {4, 5}))
+  loop.run(poisoned(c, tmp_path / 'whole', {4, 5}))
   read = jobs.Job.put
   count = []
 
@@ -205,9 +207,9 @@ def test_a_run_that_was_killed_after_it_went_back_ends_the_same(
   job = poisoned(c, tmp_path / 'killed', {4, 5})
   monkeypatch.setattr(jobs.Job, 'put', put_then_die)
   with pytest.raises(KeyboardInterrupt):
-    train.run(job)
+    loop.run(job)
   monkeypatch.undo()
-  train.run(poisoned(c, tmp_path / 'killed', {4, 5}))
+  loop.run(poisoned(c, tmp_path / 'killed', {4, 5}))
   found, expected = (
     without_clocks(lines_of(tmp_path / name)) for name in ('killed', 'whole')
   )
@@ -223,13 +225,13 @@ def test_a_kill_before_it_would_have_stopped(
   c.guard.rollbacks = 0
   # Where the first bad number is takes long to find, and is tested below.
   told = lambda *_: 'the loss'
-  monkeypatch.setattr(programs, 'first_bad_number', told)
+  monkeypatch.setattr(train_step, 'first_bad_number', told)
   with monkeypatch.context() as patch:
-    patch.setattr(train._Run, '_go_back', _die)
+    patch.setattr(loop._Run, '_go_back', _die)
     with pytest.raises(KeyboardInterrupt):
-      train.run(poisoned(c, tmp_path, bad))
-  with pytest.raises(train.Stopped, match='2 steps in a row had bad numbers'):
-    train.run(poisoned(c, tmp_path, bad))
+      loop.run(poisoned(c, tmp_path, bad))
+  with pytest.raises(loop.Stopped, match='2 steps in a row had bad numbers'):
+    loop.run(poisoned(c, tmp_path, bad))
 
 
 def _die(run, *_):
@@ -240,8 +242,8 @@ def _die(run, *_):
 def test_it_stops_and_says_where_the_first_bad_number_is(corpus, tmp_path):
   c = small_config(corpus, steps=9, guard__skips=2, guard__rollbacks=1)
   c.optimizer.update(learning_rate=1e30, clip=0.0, warmup=0.0)
-  with pytest.raises(train.Stopped) as error:
-    train.run(jobs.prepare(c, str(tmp_path)))
+  with pytest.raises(loop.Stopped) as error:
+    loop.run(jobs.prepare(c, str(tmp_path)))
   told = str(error.value)
   assert '2 steps in a row had bad numbers, after 1 rollbacks: ' in told
   assert 'made by' in told and 'moe_jax/' in told and '\n' not in told
@@ -249,7 +251,7 @@ def test_it_stops_and_says_where_the_first_bad_number_is(corpus, tmp_path):
 
 def test_a_bad_parameter_is_named_with_its_layer(corpus, tmp_path):
   job = jobs.prepare(small_config(corpus, model__N=3), str(tmp_path))
-  state = programs.initial_state(job)
+  state = train_step.initial_state(job)
   name = 'trunk.body.pools.up_ExDxF'
 
   def poke(value):
@@ -261,7 +263,7 @@ def test_a_bad_parameter_is_named_with_its_layer(corpus, tmp_path):
     return state._replace(params=params)
 
   batch = job.put(next(job.train_batches()))
-  told = programs.first_bad_number(job, poke(jnp.nan), batch)
+  told = train_step.first_bad_number(job, poke(jnp.nan), batch)
   assert told == f'the parameter {name}[2] is not finite'
-  told = programs.first_bad_number(job, poke(1e38), batch)
+  told = train_step.first_bad_number(job, poke(1e38), batch)
   assert 'moe_jax/' in told and told.endswith('pool 2, layer 0')

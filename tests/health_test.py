@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from moe_jax import health
+from moe_jax.training import health
 
 E = 8
 EVEN = np.full(E, 1 / E)

@@ -11,19 +11,12 @@ import tokenizers
 from convert_test import described, publish, V, values
 from small import lines_of, small_config
 
-from moe_jax import (
-  checkpoint,
-  config,
-  convert,
-  generate,
-  models,
-  objective,
-  programs,
-  routers,
-  routing,
-  train,
-)
-from moe_jax import job as jobs
+from moe_jax import config, models, objective, routers
+from moe_jax.analysis import record
+from moe_jax.decode import generate
+from moe_jax.training import checkpoint, loop, train_step
+from moe_jax.training import job as jobs
+from moe_jax.weights import convert
 
 
 def words(path, size, end='</s>'):
@@ -91,13 +84,13 @@ def test_the_first_loss_is_that_of_the_imported_model(imported, text, tmp_path):
   c.data.tokenizer = str(imported / 'tokenizer.json')
   job = jobs.prepare(c, str(tmp_path / 'run'))
   expected = first_loss(imported, next(job.train_batches()))
-  summary = train.run(job)
+  summary = loop.run(job)
   np.testing.assert_allclose(summary['initial_loss'], expected, rtol=2e-6)
   lines = lines_of(tmp_path / 'run')
   assert lines[1]['loss'] < expected - 0.02
   shutil.rmtree(tmp_path / 'source')
   (tmp_path / 'run' / 'summary.json').unlink()
-  again = train.run(jobs.prepare(c, str(tmp_path / 'run')))
+  again = loop.run(jobs.prepare(c, str(tmp_path / 'run')))
   assert again['initial_loss'] == summary['initial_loss']
   assert again['eval_loss'] == summary['eval_loss']
   assert lines_of(tmp_path / 'run') == lines
@@ -111,14 +104,14 @@ def test_the_first_loss_is_that_of_the_imported_model(imported, text, tmp_path):
   (tmp_path / 'run' / checkpoint.ASIDE / 'generation_config.json').write_text(
     '{"eos_token_id": [1, 2]}'
   )
-  assert generate.ends(routing.load(str(tmp_path / 'run'))) == {1, 2}
+  assert generate.ends(record.load(str(tmp_path / 'run'))) == {1, 2}
 
 
 def test_weights_go_straight_to_the_mesh(imported, text, tmp_path):
   alone = generate.newest(str(imported))[1]
   c = begun(imported, text, mesh__fsdp=2, mesh__expert=3, batch_size=6)
   job = jobs.prepare(c, str(tmp_path / 'run'))
-  found = programs.initial_state(job)
+  found = train_step.initial_state(job)
   same(found.params, alone.params)
   up_GxExDxF = found.params['trunk']['body']['pools']['up_ExDxF']
   assert up_GxExDxF.addressable_shards[0].data.shape == (1, 1, 4, 10)
@@ -134,19 +127,19 @@ def test_the_optimizer_and_the_step_begin_anew(corpus, tmp_path):
   with checkpoint.Checkpoints(tmp_path / 'old', keep=2) as saved:
     for step in (2, 3):
       made = lambda a, step=step: np.full(a.shape, step, a.dtype)
-      state = jax.tree.map(made, programs.abstract_state(old))
+      state = jax.tree.map(made, train_step.abstract_state(old))
       saved.save(step, jax.device_put(state, whole), {})
   new = config.begin(str(tmp_path / 'old'))
   new.batch_size, new.model.dropout = 8, 0.1
   job = jobs.prepare(new, str(tmp_path / 'run'))
-  found = programs.initial_state(job)
-  like = programs.abstract_weights(job)
+  found = train_step.initial_state(job)
+  like = train_step.abstract_weights(job)
   kept = checkpoint.read(tmp_path / 'old', 3, like)
   same(found.params, kept.params)
   same(found.router_state, kept.router_state)
   assert np.any(jax.tree.leaves(kept.router_state)[0])
   new.init_from = ''
-  fresh = programs.initial_state(jobs.prepare(new, str(tmp_path / 'run')))
+  fresh = train_step.initial_state(jobs.prepare(new, str(tmp_path / 'run')))
   same(found.opt_state, fresh.opt_state)
   same((found.step, found.seed), (fresh.step, fresh.seed))
   both = jax.device_get((fresh, found))
@@ -211,8 +204,6 @@ def test_a_damaged_beginning_stops_the_run(imported, text, tmp_path):
   c = begun(imported, text)
   c.init_from = str(tmp_path / 'source')
   job = jobs.prepare(c, str(tmp_path / 'run'))
-  with pytest.raises(
-    train.Stopped, match='no whole checkpoint: step 0'
-  ) as told:
-    train.run(job)
+  with pytest.raises(loop.Stopped, match='no whole checkpoint: step 0') as told:
+    loop.run(job)
   assert '\n' not in str(told.value)

@@ -5,8 +5,8 @@ import pytest
 from small import small_config
 
 from moe_jax import config
-from moe_jax import job as jobs
 from moe_jax.routers import topk
+from moe_jax.training import job as jobs
 
 WRONG = {
   'model.router.group': (

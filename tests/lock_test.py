@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from moe_jax import lock
+from moe_jax.training import lock
 
 
 @pytest.fixture(autouse=True)

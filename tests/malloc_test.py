@@ -5,7 +5,7 @@ import sys
 
 CODE = """
 import resource, sys
-from moe_jax import malloc
+from moe_jax.training import malloc
 if sys.argv[1] == 'keep':
   assert malloc.keep()
 def faults():

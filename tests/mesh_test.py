@@ -15,8 +15,9 @@ import pytest
 from small import small_config
 
 from experiments.mesh import cells
-from moe_jax import job as jobs
-from moe_jax import parallel, programs, train
+from moe_jax import parallel
+from moe_jax.training import job as jobs
+from moe_jax.training import loop, train_step
 
 STEPS = 3
 # Two ideas at once where they meet, so that few cells have all on every mesh.
@@ -130,7 +131,7 @@ def test_a_difference_is_seen():
 @pytest.mark.parametrize('mesh', ['1x8x1', '1x2x2x2'])
 def test_a_mesh_starts_with_the_same_parameters(mesh):
   """And nothing that a rule cuts is left whole."""
-  start = lambda mesh: programs.initial_state(
+  start = lambda mesh: train_step.initial_state(
     cells.prepared(cells.Cell(SYSTEMS[1], 'float32', 1, mesh, 'auto', False))
   )
   found, expected = start(mesh), start('1x1x1')
@@ -147,7 +148,7 @@ def test_a_run_on_eight_expert_devices_logs_what_one_device_does(
   lines = {}
   for n in 1, 8:
     c = small_config(corpus, steps=4, model__E=8, eval_every=2, mesh__expert=n)
-    train.run(jobs.prepare(c, str(tmp_path / f'{n}')))
+    loop.run(jobs.prepare(c, str(tmp_path / f'{n}')))
     text = (tmp_path / f'{n}' / 'metrics.jsonl').read_text()
     lines[n] = [json.loads(line) for line in text.splitlines()]
   assert len(lines[8]) == len(lines[1]) == 6

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import nonfinite
+from moe_jax.training import nonfinite
 
 
 def _told(function, *args):

@@ -9,7 +9,8 @@ import optax
 import pytest
 import tiny
 
-from moe_jax import attention, config, models, optimizer, parallel, routers
+from moe_jax import attention, config, models, parallel, routers
+from moe_jax.optim import optimizer
 
 DEFAULT = {
   'name': 'adamw',

@@ -10,7 +10,9 @@ import pytest
 from small import command
 
 from experiments.scale import __main__ as scale
-from moe_jax import compiled, config, parallel, planner, programs
+from moe_jax import config, parallel
+from moe_jax.sizing import aot, estimate
+from moe_jax.training import train_step
 
 P = jax.sharding.PartitionSpec
 N, D, F, E, L, B, K = 2, 16, 8, 8, 16, 16, 2
@@ -39,18 +41,18 @@ def test_what_is_held_is_what_lies_on_a_device(sizes, moments):
   c = small(sizes)
   c['optimizer']['moments'] = moments
   mesh = parallel.mesh(c['mesh'])
-  there = compiled.job_on(mesh, c, parallel.Layout())
-  state = programs.abstract_state(there)
+  there = aot.job_on(mesh, c, parallel.Layout())
+  state = train_step.abstract_state(there)
   here = lambda tree: sum(
     math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
     for a in jax.tree.leaves(tree)
   )
-  found = planner.held(c, mesh.abstract_mesh)
+  found = estimate.held(c, mesh.abstract_mesh)
   params = found.pools + found.layers + found.table
   assert 4 * params == here(state.params)
   assert found.moments == here(state.opt_state)
   with jax.enable_x64(True):
-    assert planner.held(c, mesh.abstract_mesh) == found
+    assert estimate.held(c, mesh.abstract_mesh) == found
   assert found.pools == 3 * N * E * D * F // math.prod(sizes[1:])
   attention = state.params['trunk']['body']['moe']['attention']
   router = N * D * E
@@ -65,9 +67,9 @@ def test_what_is_held_is_what_lies_on_a_device(sizes, moments):
 def traffic(sizes, strategy, factor=None):
   """(compiled, planned), bytes by kind, on 8 CPU devices."""
   c = small(sizes, strategy, factor)
-  lowered, _ = compiled.lower(c, parallel.mesh(c['mesh']))
-  found = compiled.collectives(lowered.compile().as_text())
-  plan = planner.plan(c, 'h100:8').traffic
+  lowered, _ = aot.lower(c, parallel.mesh(c['mesh']))
+  found = aot.collectives(lowered.compile().as_text())
+  plan = estimate.plan(c, 'h100:8').traffic
   return found, {kind: sum(what.values()) for kind, what in plan.items()}
 
 
@@ -82,9 +84,9 @@ def test_rows_of_all_to_all_are_planned_to_the_byte():
 def test_rows_are_of_the_moe_layers_that_there_are(N, pattern, moe):
   """A pattern that is cut off at the last layer counts too."""
   c = small((1, 1, 8, 1), 'all_to_all', 1.25)
-  one = planner.plan({**c, 'model': {**c['model'], 'N': 1}}, 'h100:8')
+  one = estimate.plan({**c, 'model': {**c['model'], 'N': 1}}, 'h100:8')
   c['model'].update(N=N, pattern=pattern)
-  found = planner.plan(c, 'h100:8').traffic['all-to-all']['rows']
+  found = estimate.plan(c, 'h100:8').traffic['all-to-all']['rows']
   assert found == moe * one.traffic['all-to-all']['rows']
 
 
@@ -96,7 +98,7 @@ def test_tokens_that_are_gathered_are_planned():
   c = small((1, 1, 8, 1), 'gather')
   found, planned = traffic((1, 1, 8, 1), 'gather')
   assert 1 <= found['all-gather'] / planned['all-gather'] < 1.2
-  answers = planner.plan(c, 'h100:8').traffic['reduce-scatter']['answers']
+  answers = estimate.plan(c, 'h100:8').traffic['reduce-scatter']['answers']
   assert 1 <= found['reduce-scatter'] / answers < 1.2
 
 
@@ -116,7 +118,7 @@ def test_collectives_count_a_loop_as_often_as_it_runs():
   )
   program = sums.lower(jnp.zeros((8, 6), jnp.float32)).compile()
   one = 4 * 6
-  assert compiled.collectives(program.as_text()) == {
+  assert aot.collectives(program.as_text()) == {
     'all-reduce': 5 * one,
     'all-gather': 5 * 8 * one,
   }
@@ -160,7 +162,7 @@ ENTRY %main (g: bf16[64,32], c: f32[16], few: s8[4], many: s8[9]) -> s8[9] {
 
 def test_collectives_of_a_tpus_program():
   """In fusions and calls; a reduction that is cut; the smaller buffer."""
-  assert compiled.collectives(TPU) == {
+  assert aot.collectives(TPU) == {
     'reduce-scatter': 2 * 64 * 32,
     'all-gather': 4 * 128,
     'ragged-all-to-all': 4,
@@ -176,7 +178,7 @@ COMPILED = [cell for cell in scale.CELLS if cell.name in scale.done()]
 @pytest.mark.parametrize('cell', COMPILED, ids=lambda cell: cell.name)
 def test_the_plan_is_near_what_was_compiled(cell):
   found = scale.done()[cell.name]
-  plan = planner.plan(cell.resolved(), cell.topology)
+  plan = estimate.plan(cell.resolved(), cell.topology)
   assert plan.peak == pytest.approx(found['peak'], rel=0.15)
   assert (plan.peak > plan.there.chip.memory) == ('exceeds' in found)
   assert plan.strategy == found['strategy']
@@ -190,7 +192,7 @@ def test_what_a_change_of_the_config_costs():
     c = small((1, 2, 4, 1), 'ragged', 1.0)
     c['data']['vocab_size'] = 8  # else logits are all that counts
     c[section].update(changes)
-    return planner.plan(c, 'h100:8')
+    return estimate.plan(c, 'h100:8')
 
   least = plan().peak
   assert least < plan('parallel', factor=2.0).peak
@@ -208,11 +210,11 @@ def test_a_compilers_complaint_is_read():
     'RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required'
     ' for HLO temporaries (88.03G) exceeds available HBM (31.24G). HLO module'
   )
-  found = compiled.too_large(error)
+  found = aot.too_large(error)
   assert found['peak'] == round(88.03 * 2**30)
   assert found['exceeds'] == pytest.approx((88.03 - 31.24) * 2**30)
   with pytest.raises(RuntimeError, match=r'^another trouble$'):
-    compiled.too_large('another\n trouble')
+    aot.too_large('another\n trouble')
 
 
 @pytest.mark.parametrize(
@@ -225,7 +227,7 @@ def test_a_compilers_complaint_is_read():
   ],
 )
 def test_a_topology(text, devices, slices):
-  found = planner.topology(text)
+  found = estimate.topology(text)
   assert (found.devices, found.slices) == (devices, slices)
 
 
@@ -239,7 +241,7 @@ def test_a_topology(text, devices, slices):
 )
 def test_no_topology(text, message):
   with pytest.raises(ValueError, match=message) as error:
-    planner.topology(text)
+    estimate.topology(text)
   assert '\n' not in str(error.value)
 
 
@@ -256,7 +258,7 @@ def test_no_topology(text, message):
 )
 def test_no_such_mesh(sizes, topology, message):
   with pytest.raises(ValueError, match=message):
-    planner.plan(small(sizes), topology)
+    estimate.plan(small(sizes), topology)
 
 
 @pytest.mark.parametrize(
@@ -272,7 +274,7 @@ def test_no_such_mesh(sizes, topology, message):
 def test_the_strategy_that_will_be_chosen(sizes, topology, strategy):
   c = small(sizes)
   c['batch_size'] = 64
-  assert planner.plan(c, topology).strategy == strategy
+  assert estimate.plan(c, topology).strategy == strategy
 
 
 CONFIG = '--config=configs/scale/qwen3_30b.py'

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from small import lines_of, small_config, without_clocks
 
-from moe_jax import job as jobs
-from moe_jax import preemption, processes, train
+from moe_jax.training import distributed, loop, preemption
+from moe_jax.training import job as jobs
 
 TESTS = pathlib.Path(__file__).parent
 DEVICES = 4
@@ -33,8 +33,9 @@ CHANGES = dict(
 # Says on stdout which rows of each batch it has read.
 RUN = """
 import time
-from moe_jax import job, main, processes
-processes.COME, processes.SILENT = {come}, {silent}
+from moe_jax import main
+from moe_jax.training import distributed, job
+distributed.COME, distributed.SILENT = {come}, {silent}
 put = job.Job.put
 
 def slow_put(self, batch):
@@ -128,7 +129,7 @@ class Together:
 
 
 def alone(corpus, workdir):
-  train.run(jobs.prepare(small_config(corpus, **CHANGES), str(workdir)))
+  loop.run(jobs.prepare(small_config(corpus, **CHANGES), str(workdir)))
 
 
 def strike(run, victim, wait_for, blow=signal.SIGKILL):
@@ -140,7 +141,7 @@ def strike(run, victim, wait_for, blow=signal.SIGKILL):
   run.running[victim].send_signal(blow)
   began = time.monotonic()
   other.wait(timeout=120)
-  assert time.monotonic() - began < SILENT + processes.BEAT + 10
+  assert time.monotonic() - began < SILENT + distributed.BEAT + 10
   run.running[victim].kill()
   ends = run.end()
   code, _, err = ends[1 - victim]
@@ -205,7 +206,7 @@ def test_one_until_it_is_stopped_then_four_make_the_curve_of_one(
 ):
   expected, workdir = tmp_path / 'one', tmp_path / 'some'
   alone(corpus, expected)
-  save = train.checkpoint.Checkpoints.save
+  save = loop.checkpoint.Checkpoints.save
 
   def save_and_stop(self, step, *values):
     save(self, step, *values)
@@ -214,7 +215,7 @@ def test_one_until_it_is_stopped_then_four_make_the_curve_of_one(
       raise KeyboardInterrupt
 
   with monkeypatch.context() as patch:
-    patch.setattr(train.checkpoint.Checkpoints, 'save', save_and_stop)
+    patch.setattr(loop.checkpoint.Checkpoints, 'save', save_and_stop)
     with pytest.raises(KeyboardInterrupt):
       alone(corpus, workdir)
   assert lines_of(workdir)[-1]['step'] == 4
@@ -327,8 +328,8 @@ def test_one_that_never_comes_is_not_waited_for(corpus, tmp_path):
 )
 def test_they_agree(monkeypatch, said, here, told):
   texts = [json.dumps(one) for one in said]
-  monkeypatch.setattr(processes, 'gather', lambda text: texts)
-  assert re.fullmatch(told, processes.agree(here, 'a'))
+  monkeypatch.setattr(distributed, 'gather', lambda text: texts)
+  assert re.fullmatch(told, distributed.agree(here, 'a'))
 
 
 def test_processes_have_an_identity_but_not_of_their_caches(corpus, tmp_path):

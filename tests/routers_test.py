@@ -19,9 +19,10 @@ import tiny
 from flax import nnx
 from small import lines_of, small_config, without_clocks
 
-from moe_jax import config, job, parallel, routers, train, trunk
+from moe_jax import config, parallel, routers, trunk
 from moe_jax import plan as plans
 from moe_jax.experts import Experts
+from moe_jax.training import job, loop
 
 B, L, D, E, F = 2, 12, 16, 4, 8
 T = B * L
@@ -1093,7 +1094,7 @@ def test_a_router_of_ones_own_trains_and_goes_on(own, corpus):
     if isinstance(module, routers.Router)
   }.values()
   assert type(router).__module__ == 'own_first' and router.temperature == 1.0
-  first = train.run(prepared)
+  first = loop.run(prepared)
   assert job.prepare(c, str(workdir)) is None  # it has finished
   lines = lines_of(workdir)
   assert first['eval_loss'] < first['initial_loss']
@@ -1101,7 +1102,7 @@ def test_a_router_of_ones_own_trains_and_goes_on(own, corpus):
   assert saved['model']['router'] == c.model.router.to_dict()
   shutil.rmtree(workdir / 'checkpoints' / '6')
   (workdir / 'summary.json').unlink()
-  more = train.run(job.prepare(c, str(workdir)))
+  more = loop.run(job.prepare(c, str(workdir)))
   steps = [line['step'] for line in lines_of(workdir) if 'loss' in line]
   assert steps == [1, 2, 3, 4, 5, 6]
   assert without_clocks(lines_of(workdir)) == without_clocks(lines)

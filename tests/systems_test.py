@@ -7,8 +7,8 @@ import runpy
 import numpy as np
 import pytest
 
-from moe_jax import job as jobs
-from moe_jax import programs, train
+from moe_jax.training import job as jobs
+from moe_jax.training import loop, train_step
 
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 TINY = {
@@ -56,7 +56,7 @@ def small(name, corpus, pairs, bleu=False, **changes):
 
 
 def go(c, workdir):
-  return train.run(jobs.prepare(c, str(workdir)))
+  return loop.run(jobs.prepare(c, str(workdir)))
 
 
 def losses(workdir):
@@ -97,7 +97,7 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(
     raise KeyboardInterrupt
 
   with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-    patch.setattr(programs, 'evaluate', killed)  # before the last checkpoint
+    patch.setattr(train_step, 'evaluate', killed)  # before the last checkpoint
     go(c, tmp_path / 'cut')
   summary = go(c, tmp_path / 'cut')
   np.testing.assert_array_equal(
@@ -109,8 +109,8 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(
 def test_a_cache_lives_over_steps(corpus, pairs, tmp_path):
   c = small('momentum_lm', corpus, pairs, **{'optimizer.accumulate': 2})
   job = jobs.prepare(c, str(tmp_path))
-  state, batches = programs.initial_state(job), job.train_batches()
-  step = programs.make_step(job)
+  state, batches = train_step.initial_state(job), job.train_batches()
+  step = train_step.make_step(job)
   assert not np.asarray(state.cache_BxNxCxD).any()
   caches = []
   for _ in range(2):
@@ -120,7 +120,7 @@ def test_a_cache_lives_over_steps(corpus, pairs, tmp_path):
   assert np.abs(caches[0]).max() > 0.1 < np.abs(caches[1] - caches[0]).max()
   # The first layer's inputs are embeddings: those of the last eight tokens.
   batch = next(job.train_batches())
-  first = programs.initial_state(job)
+  first = train_step.initial_state(job)
   embed_VxD = np.asarray(first.params['embed_VxD'])
   np.testing.assert_allclose(
     caches[0][:, 0], embed_VxD[batch['ids_BxL'][:, -8:]], rtol=1e-6

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from small import lines_of, small_config, without_clocks
 
-from moe_jax import checkpoint, lock, programs, train
-from moe_jax import job as jobs
+from moe_jax.training import checkpoint, lock, loop, train_step
+from moe_jax.training import job as jobs
 
 pytestmark = pytest.mark.usefixtures('traced_once')
 
 
 def go(c, workdir):
-  return train.run(jobs.prepare(c, str(workdir)))
+  return loop.run(jobs.prepare(c, str(workdir)))
 
 
 def files_of(workdir):
@@ -97,14 +97,14 @@ def test_seeds_share_their_programs(corpus, tmp_path, monkeypatch):
   for seed in 0, 1:
     c = small_config(corpus, seed=seed, model__dropout=0.1)
     job = jobs.prepare(c, str(tmp_path))
-    state = programs.abstract_state(job)
+    state = train_step.abstract_state(job)
     batch = next(job.train_batches())
-    step, evaluate = programs.make_step(job), programs.make_eval(job)
+    step, evaluate = train_step.make_step(job), train_step.make_eval(job)
     texts.add(step.lower(state, batch).as_text())
     texts.add(evaluate.lower(state, batch, np.int32(0)).as_text())
     with monkeypatch.context() as patch:
       patch.setattr(jax, 'jit', jit_and_keep)
-      first = programs.initial_state(job)
+      first = train_step.initial_state(job)
     _, found = step(first, job.put(batch))
     draws.add(float(found['loss']))
   assert len(texts) == 3 and len(draws) == 2
@@ -159,7 +159,7 @@ def test_an_interrupted_run_first_ends_its_save(whole, tmp_path, monkeypatch):
 
   with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
     patch.setattr(checkpoint.Checkpoints, '_write_digests', write_late)
-    patch.setattr(programs, 'evaluate', interrupted)  # step 3; step 2 saves
+    patch.setattr(train_step, 'evaluate', interrupted)  # step 3; step 2 saves
     go(c, tmp_path)
   assert [p.name for p in (tmp_path / 'checkpoints').iterdir()] == ['2']
   go(c, tmp_path)
@@ -195,7 +195,7 @@ def test_sigterm_saves_and_leaves(whole, tmp_path, monkeypatch, comes_at):
 def test_an_evaluation_that_was_owed_stands_once(whole, tmp_path, monkeypatch):
   """SIGTERM in it; the next run makes it, and is killed before it saves."""
   c, workdir, _ = whole
-  evaluate = programs.evaluate
+  evaluate = train_step.evaluate
 
   def given_up(*args):
     evaluate(*args)
@@ -205,10 +205,10 @@ def test_an_evaluation_that_was_owed_stands_once(whole, tmp_path, monkeypatch):
     raise KeyboardInterrupt
 
   with monkeypatch.context() as patch, pytest.raises(SystemExit):
-    patch.setattr(programs, 'evaluate', given_up)
+    patch.setattr(train_step, 'evaluate', given_up)
     go(c, tmp_path)
   with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-    patch.setattr(train._Run, '_train', dies)
+    patch.setattr(loop._Run, '_train', dies)
     go(c, tmp_path)
   assert 'eval_loss' in lines_of(tmp_path)[-1]
   go(c, tmp_path)
@@ -226,8 +226,8 @@ def test_a_second_run_is_refused_at_once(whole, tmp_path, monkeypatch):
     with pytest.raises(OSError, match=told) as error:
       jobs.prepare(c, str(tmp_path))
     assert '\n' not in str(error.value)
-    with pytest.raises(train.Stopped, match=told):
-      train.run(job)
+    with pytest.raises(loop.Stopped, match=told):
+      loop.run(job)
     assert files_of(tmp_path) == before
   assert jobs.prepare(c, str(tmp_path)) is not None
 
@@ -237,8 +237,8 @@ def test_another_run_that_came_meanwhile_is_not_continued(whole, tmp_path):
   job = jobs.prepare(c, str(tmp_path))
   other = json.dumps({**job.config, 'seed': 7})
   (tmp_path / 'config.json').write_text(other)
-  with pytest.raises(train.Stopped, match=r'another.*seed: 7 -> 0'):
-    train.run(job)
+  with pytest.raises(loop.Stopped, match=r'another.*seed: 7 -> 0'):
+    loop.run(job)
   assert (tmp_path / 'config.json').read_text() == other
 
 
@@ -315,8 +315,8 @@ def test_groups_that_no_device_has_whole_are_refused(corpus, tmp_path):
   c = small_config(corpus, model__router=router, mesh__data=8, batch_size=8)
   job = jobs.prepare(c, str(tmp_path))
   with pytest.raises(ValueError, match='8 devices do not divide the 2 tokens'):
-    programs.check(job)
-  programs.check(
+    train_step.check(job)
+  train_step.check(
     jobs.prepare(
       small_config(corpus, mesh__data=8, batch_size=8), str(tmp_path)
     )
@@ -331,7 +331,7 @@ def test_rows_without_a_place_are_counted_and_told(corpus, tmp_path, capsys):
     steps=3,
     log_every=1,
   )
-  train.run(jobs.prepare(c, str(tmp_path)))
+  loop.run(jobs.prepare(c, str(tmp_path)))
   lines = [line for line in lines_of(tmp_path) if 'lost' in line]
   assert all(sum(line['lost']) > 0 for line in lines) and len(lines) == 3
   assert capsys.readouterr().err.count('rows found no place') == 1

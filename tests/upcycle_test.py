@@ -11,17 +11,12 @@ from convert_test import begun, described, made, publish, values
 from init_from_test import first_loss
 from small import command, small_config
 
-from moe_jax import (
-  config,
-  convert,
-  generate,
-  models,
-  programs,
-  routers,
-  routing,
-  upcycle,
-)
-from moe_jax import job as jobs
+from moe_jax import config, models, routers
+from moe_jax.analysis import record
+from moe_jax.decode import generate
+from moe_jax.training import job as jobs
+from moe_jax.training import train_step
+from moe_jax.weights import convert, upcycle
 
 B, L, V = 2, 12, 20
 IDS_BxL = np.random.default_rng(0).integers(0, V, (B, L), np.int32)
@@ -199,8 +194,8 @@ def test_a_grown_run_trains_on(corpus, tmp_path):
   job = jobs.prepare(new, str(tmp_path / 'run'))
   batch = next(job.train_batches())
   expected = first_loss(tmp_path / 'dense', batch)
-  step = programs.make_step(job)
-  state, found = step(programs.initial_state(job), job.put(batch))
+  step = train_step.make_step(job)
+  state, found = step(train_step.initial_state(job), job.put(batch))
   loss = float(found['nll_sum']) / float(found['tokens'])
   np.testing.assert_allclose(loss, expected, rtol=2e-6)
   body = jax.device_get(state.params)['trunk']['body']
@@ -288,4 +283,4 @@ def test_the_command(dense, tmp_path):
   there = f'--from={dense[0]}', f'--to={tmp_path / "run"}'
   found = command('convert', *there, '--upcycle=E=4,k=2')
   assert found.returncode == 0 and 'E=4' in found.stdout, found.stderr
-  assert routing.load(str(tmp_path / 'run')).model.c.E == 4
+  assert record.load(str(tmp_path / 'run')).model.c.E == 4

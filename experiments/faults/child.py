@@ -6,8 +6,8 @@ import os
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import job as jobs
 from moe_jax import main
+from moe_jax.training import job as jobs
 
 
 def poisoned(job: jobs.Job, which: str) -> jobs.Job:

@@ -9,8 +9,8 @@ import time
 import jax
 
 from experiments.faults import runs
-from moe_jax import checkpoint, programs
-from moe_jax import job as jobs
+from moe_jax.training import checkpoint, train_step
+from moe_jax.training import job as jobs
 
 
 def percent(rounds: int) -> float:
@@ -22,8 +22,8 @@ def percent(rounds: int) -> float:
   c = runpy.run_path(str(runs.ROOT / 'configs/tiny.py'))['get_config']()
   with tempfile.TemporaryDirectory() as folder:
     job = jobs.prepare(c, folder)
-    state, batches = programs.initial_state(job), job.train_batches()
-    step = programs.make_step(job)
+    state, batches = train_step.initial_state(job), job.train_batches()
+    step = train_step.make_step(job)
     saved = checkpoint.Checkpoints(pathlib.Path(folder), c.keep_checkpoints)
     seconds = {True: [], False: []}
     state, _ = step(state, job.put(next(batches)))  # compiles

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import checkpoint, config, parallel, plan
+from moe_jax import config, parallel, plan
 from moe_jax.data import corpus, dataset
+from moe_jax.training import checkpoint
 
 Case = Callable[[np.random.Generator, pathlib.Path], None]
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.fused import layers
-from moe_jax import malloc
+from moe_jax.training import malloc
 
 TIMED = (
   layers.Layer(4096, 512, 8, 2, 1024),

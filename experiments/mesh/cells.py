@@ -21,7 +21,8 @@ import ml_collections
 import numpy as np
 import optax
 
-from moe_jax import config, job, parallel, programs
+from moe_jax import config, parallel
+from moe_jax.training import job, train_step
 
 STEPS = 20  # that schedules see; a run may make fewer
 B, L = 32, 8  # 8 devices times 4 microbatches; capacities have groups of L / 2
@@ -115,7 +116,7 @@ def run(cell: Cell, steps: int) -> Run:
     made = prepared(cell)
     state = _initial(cell.system, cell.dtype)
     state = jax.device_put(state, parallel.shardings(state, made.mesh))
-    batches, step = made.train_batches(), programs.make_step(made)
+    batches, step = made.train_batches(), train_step.make_step(made)
     logged, gradient = [], {}
     for _ in range(steps):
       state, found = step(state, made.put(next(batches)))
@@ -128,7 +129,7 @@ def run(cell: Cell, steps: int) -> Run:
 def _initial(system, dtype):
   """The first state, on the host; what a mesh makes of it is tested apart."""
   cell = Cell(system, dtype, 1, '1x1x1', 'local', False)
-  return jax.device_get(programs.initial_state(prepared(cell)))
+  return jax.device_get(train_step.initial_state(prepared(cell)))
 
 
 @functools.cache

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 from absl import app, flags
 
 from experiments import pages
-from moe_jax import compiled, config, planner
+from moe_jax import config
+from moe_jax.sizing import aot, estimate
 
 _WORKERS = flags.DEFINE_integer('workers', 2, 'Processes.', lower_bound=1)
 
@@ -78,7 +79,7 @@ def measure(cell: Cell) -> dict[str, Any]:
   """What the compiler says, or the error with which it ended."""
   c, gpu = cell.resolved(), cell.topology.startswith('h100')
   try:
-    found = compiled.in_process(c, cell.topology, gpu=str(H100) if gpu else '')
+    found = aot.in_process(c, cell.topology, gpu=str(H100) if gpu else '')
   except RuntimeError as error:
     found = {'error': str(error)}
   versions = {name: metadata.version(name) for name in ('jax', 'libtpu')}
@@ -94,8 +95,8 @@ def done() -> dict[str, dict[str, Any]]:
 
 
 def row(cell: Cell, found: dict[str, Any]) -> str:
-  c, gib = cell.resolved(), planner.GIB
-  plan = planner.plan(c, cell.topology)
+  c, gib = cell.resolved(), estimate.GIB
+  plan = estimate.plan(c, cell.topology)
   there = plan.there
   error = plan.peak / found['peak'] - 1
   over = found.get('exceeds', max(0, found['peak'] - there.chip.memory))

@@ -5,7 +5,7 @@ import numpy as np
 
 from experiments import measures
 from experiments.thor.study import MODES
-from moe_jax import programs, train
+from moe_jax.training import loop, train_step
 
 DRAWS = 4
 
@@ -25,13 +25,13 @@ def measure(job, state):
     found[f'{mode}_loss'] = values['eval_loss']
   # The draws of an evaluation follow from the seed and the step.
   other = measures.changed(job, model__router__eval_per='token')
-  run = programs.make_eval(other)
+  run = train_step.make_eval(other)
   losses = []
   for i in range(DRAWS):
     later = state._replace(step=state.step + jnp.int32(i + 1))
-    values = programs.evaluate(other, run, later, share=1.0)
+    values = train_step.evaluate(other, run, later, share=1.0)
     losses.append(values['eval_loss'])
   found['draw_deviation'] = float(np.std(losses, ddof=1))
   best = measures.changed(job, model__router__eval_per='ensemble')
-  found['ensemble_bleu'] = train.bleu(best, state)['eval_bleu']
+  found['ensemble_bleu'] = loop.bleu(best, state)['eval_bleu']
   return found

@@ -32,7 +32,7 @@ commands.within(_TOKENS, ranges.Count)
 
 def main(argv: list[str]) -> None:
   # Imported here, so that a mistyped flag is reported at once.
-  from moe_jax import routing  # pylint: disable=g-import-not-at-top
+  from moe_jax.analysis import record  # pylint: disable=g-import-not-at-top
 
   del argv
   if not flags.FLAGS['verbosity'].present:
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
   out = _OUT.value or f'{_WORKDIR.value}/analysis'
   commands.check_devices('moe-analyze')
   try:
-    page = routing.write(_WORKDIR.value, _DATA.value, _TOKENS.value, out)
+    page = record.write(_WORKDIR.value, _DATA.value, _TOKENS.value, out)
     print(f'report: {page}')
   except (ValueError, TypeError, OSError) as error:
     commands.stop('moe-analyze', error)

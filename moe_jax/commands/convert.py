@@ -10,7 +10,7 @@ transformers opens: Llama, Qwen3, Mixtral, OLMoE, Qwen3-MoE, DeepSeek-V2, -V3.
 
 With --upcycle the model in a work directory grows: a dense one gets E experts
 for each feed-forward (slices=4 cuts it first), any gets iterations=2; it
-answers as before until it is trained. moe_jax/upcycle.py has all options.
+answers as before until it is trained. All options: moe_jax/weights/upcycle.py
 """
 
 import json
@@ -40,7 +40,8 @@ commands.within(_SHARD, Annotated[int, ranges.Within('[1, inf)')])
 
 def main(argv: list[str]) -> None:
   # Imported here, so that a mistyped flag is reported at once.
-  from moe_jax import convert, parallel, upcycle  # pylint: disable=g-import-not-at-top
+  from moe_jax import parallel
+  from moe_jax.weights import convert, upcycle  # pylint: disable=g-import-not-at-top
 
   del argv
   if not flags.FLAGS['verbosity'].present:

@@ -41,7 +41,7 @@ commands.within(_TOP_P, Annotated[float, ranges.Within('(0, 1]')])
 
 def main(argv: list[str]) -> None:
   # Imported here, so that a mistyped flag is reported at once.
-  from moe_jax import generate  # pylint: disable=g-import-not-at-top
+  from moe_jax.decode import generate  # pylint: disable=g-import-not-at-top
 
   del argv
   if not flags.FLAGS['verbosity'].present:

@@ -27,20 +27,19 @@ _GPU = flags.DEFINE_string(
 
 def main(argv: list[str]) -> None:
   # Imported here, so that a mistyped flag is reported at once.
-  from moe_jax import config, planner  # pylint: disable=g-import-not-at-top
+  from moe_jax import config
+  from moe_jax.sizing import estimate  # pylint: disable=g-import-not-at-top
 
   del argv
   try:
     c = config.resolve(_CONFIG.value)
-    plan = planner.plan(c, _TOPOLOGY.value)
-    print(planner.text(plan))
+    plan = estimate.plan(c, _TOPOLOGY.value)
+    print(estimate.text(plan))
     if _COMPILE.value:
-      from moe_jax import compiled  # pylint: disable=g-import-not-at-top
+      from moe_jax.sizing import aot  # pylint: disable=g-import-not-at-top
 
-      found = compiled.in_process(
-        c, _TOPOLOGY.value, hlo=_HLO.value, gpu=_GPU.value
-      )
-      print(compiled.text(found, plan))
+      found = aot.in_process(c, _TOPOLOGY.value, hlo=_HLO.value, gpu=_GPU.value)
+      print(aot.text(found, plan))
   except (ValueError, TypeError, OSError, RuntimeError) as error:
     commands.stop('moe-plan', error)
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moe_jax import families
+from moe_jax.weights import families
 
 
 class Leaf(NamedTuple):

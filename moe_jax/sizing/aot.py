@@ -19,7 +19,9 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import topologies
 
-from moe_jax import job, models, objective, parallel, paths, planner, programs
+from moe_jax import models, objective, parallel, paths
+from moe_jax.sizing import estimate
+from moe_jax.training import job, train_step
 
 # With these libtpu compiles without a TPU, in many processes at a time.
 ENVIRONMENT = {
@@ -79,8 +81,8 @@ def compile_step(
     there. Of a step that does not fit `peak` is what it needs and `exceeds` by
     how much that is too much; the others are not known.
   """
-  there = planner.topology(topology)
-  planner.mesh(c, there)  # do they go together?
+  there = estimate.topology(topology)
+  estimate.mesh(c, there)  # do they go together?
   mesh = parallel.mesh(c['mesh'], _devices(there, gpu))
   lowered, said = lower(c, mesh)
   began, found = time.monotonic(), {'strategy': said}
@@ -118,8 +120,8 @@ def lower(
   )
   there = job_on(mesh, c, layout)
   on_mesh = jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
-  with programs.precision(there), on_mesh:
-    return programs.make_step(there).lower(*_arguments(there)), said
+  with train_step.precision(there), on_mesh:
+    return train_step.make_step(there).lower(*_arguments(there)), said
 
 
 def _devices(there, gpu):
@@ -138,13 +140,13 @@ def job_on(
   mesh: jax.sharding.Mesh, c: dict[str, Any], layout: parallel.Layout
 ) -> job.Job:
   """What job.prepare returns, without data; the devices may not be here."""
-  init = planner.model(c, layout, mesh.devices.flat[0].platform)
+  init = estimate.model(c, layout, mesh.devices.flat[0].platform)
   given = dict(
     config=c,
     model=models.abstract(init),
     init=init,
     objective=objective.get(**c['objective']),
-    optimizer=planner.optimizer(c),
+    optimizer=estimate.optimizer(c),
     mesh=mesh,
     dataset=types.SimpleNamespace(streams=False),
   )
@@ -155,9 +157,9 @@ def job_on(
 def _arguments(abstract):
   """Shapes of the train state and of a batch, where they lie."""
   rows = jax.NamedSharding(abstract.mesh, parallel.ROWS)
-  batch = planner.batch(abstract.config)
+  batch = estimate.batch(abstract.config)
   return (
-    programs.abstract_state(abstract),
+    train_step.abstract_state(abstract),
     {
       name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=rows)
       for name, a in batch.items()
@@ -291,17 +293,17 @@ def _bytes(shape):
   ]
 
 
-def text(found: dict[str, Any], plan: planner.Plan) -> str:
+def text(found: dict[str, Any], plan: estimate.Plan) -> str:
   """What was found, beside the plan."""
 
   def line(what, here, planned):
-    amounts = planner.amount(here), planner.amount(planned)
+    amounts = estimate.amount(here), estimate.amount(planned)
     return f'  {what:36}{amounts[0]:>12}, planned {amounts[1]}'
 
   seconds, strategy = found['seconds'], found['strategy']
   lines = [f'compiled in {seconds:.0f} s, strategy {strategy}']
   if 'exceeds' in found:
-    over = planner.amount(found['exceeds'])
+    over = estimate.amount(found['exceeds'])
     lines.append(f'  {"does not fit by":36}{over:>12}')
   else:
     besides = found['peak'] - found['arguments']

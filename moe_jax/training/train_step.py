@@ -12,17 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from moe_jax import (
-  checkpoint,
-  guard,
-  models,
-  nonfinite,
-  parallel,
-  paths,
-  processes,
-  routers,
-)
-from moe_jax.job import Job
+from moe_jax import models, parallel, paths, routers
+from moe_jax.optim import guard
+from moe_jax.training import checkpoint, distributed, nonfinite
+from moe_jax.training.job import Job
 
 
 class TrainState(NamedTuple):
@@ -56,7 +49,7 @@ def initial_state(job: Job) -> TrainState:
   if not job.config['init_from']:
     return jax.jit(init, out_shardings=where)(seed)
   folder = paths.absolute(job.config['init_from'])
-  found = processes.gather(str(max(checkpoint.steps(folder), default=0)))
+  found = distributed.gather(str(max(checkpoint.steps(folder), default=0)))
   weights = checkpoint.read(folder, int(found[0]), abstract_weights(job))
   begin = jax.jit(init, out_shardings=where, donate_argnums=(1, 2))
   return begin(seed, weights.params, weights.router_state)

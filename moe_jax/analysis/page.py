@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 
-from moe_jax.analysis import Change, Routing, Step, Tokens
+from moe_jax.analysis.measures import Change, Routing, Step, Tokens
 from moe_jax.report import document, figures
 from moe_jax.report.document import esc
 

@@ -19,20 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import (
-  checkpoint,
-  config,
-  families,
-  models,
-  ops,
-  parallel,
-  paths,
-  pieces,
-  routing,
-  shards,
-)
+from moe_jax import config, models, ops, parallel, paths
+from moe_jax.analysis import record
 from moe_jax.data import tokenizer
-from moe_jax.programs import Weights
+from moe_jax.training import checkpoint
+from moe_jax.training.train_step import Weights
+from moe_jax.weights import families, safetensors, tensors
 
 DTYPES = 'dtypes.json'  # aside: of tensors that have not that of config.json
 ADAPTER = 'adapter_config.json'  # transformers would add its weights
@@ -104,7 +96,7 @@ def read_config(
     family, keys = families.ours(values)
   except (ValueError, TypeError) as error:
     raise ValueError(f'{path}: {error}') from None
-  return family, keys | _filed(shards.Shards(folder), keys, values), values
+  return family, keys | _filed(safetensors.Shards(folder), keys, values), values
 
 
 def _filed(files, keys, values):
@@ -151,7 +143,7 @@ def _run_config(folder, part, target, keys, values):
   if not path.exists():
     return c, ['there is no tokenizer.json: only ids can be read']
   text, separator = tokenizer.published(
-    path, _settings(folder), values['model_type'], routing.ends(folder)
+    path, _settings(folder), values['model_type'], record.ends(folder)
   )
   (part / path.name).write_text(text, encoding='utf-8')
   size = tokenizer.load(part / path.name, separator).vocab_size
@@ -190,14 +182,14 @@ def load(
   Of stacked layers one at a time is read, and of it what a device holds.
   """
   model, tree = abstract(c)
-  files = shards.Shards(folder)
+  files = safetensors.Shards(folder)
   chosen, skipped = _chosen(family, model.c, tree, files.names())
   for piece in chosen:
     files.check(piece.name, piece.shape)
   units = collections.defaultdict(lambda: collections.defaultdict(list))
   for piece in chosen:
     for part, leaf in enumerate(piece.leaves):
-      stack = leaf.index[: pieces.stacked(leaf.path, tree)]
+      stack = leaf.index[: tensors.stacked(leaf.path, tree)]
       units[leaf.path][stack].append((piece, part))
   for path in tree:
     if path not in units:
@@ -229,7 +221,7 @@ def abstract(c: dict[str, Any]) -> tuple[Any, dict[tuple[str, ...], Any]]:
 
 def _chosen(family, c, tree, names):
   """The pieces of the layout that these tensors are in, and those left out."""
-  found = [pieces.find(tensors, c, tree) for tensors in family.layouts]
+  found = [tensors.find(layout, c, tree) for layout in family.layouts]
   missing = [[p.name for p in own if p.name not in names] for own in found]
   best = min(range(len(found)), key=lambda i: len(missing[i]))
   if missing[best]:
@@ -252,7 +244,7 @@ def _chosen(family, c, tree, names):
 def _dtypes(folder, family, c):
   """{name: dtype} of the tensors of an export that have not the model's."""
   model, tree = abstract(c)
-  files = shards.Shards(folder)
+  files = safetensors.Shards(folder)
   chosen, _ = _chosen(family, model.c, tree, files.names())
   of = {
     (leaf.path, leaf.index): files.dtype(piece.name)
@@ -260,7 +252,7 @@ def _dtypes(folder, family, c):
     for leaf in piece.leaves
   }
   found = {}
-  for piece in pieces.find(family.layouts[0], model.c, tree):
+  for piece in tensors.find(family.layouts[0], model.c, tree):
     leaf = piece.leaves[0]
     at = leaf.path, leaf.index
     # Experts that are one tensor have no index of their own.
@@ -286,7 +278,7 @@ def _fill(files, path, like, units, mesh):
     tuple(jax.tree_util.DictKey(k) for k in path), like.shape, mesh
   )
   whole = jax.NamedSharding(mesh, spec)
-  ahead = pieces.stacked(path, {path: like})
+  ahead = tensors.stacked(path, {path: like})
   one = jax.NamedSharding(mesh, jax.P(*spec[ahead:]))
   shape = like.shape[ahead:]
 
@@ -316,15 +308,19 @@ def _read_unit(files, unit, where):
   leaf = piece.leaves[part]
   ahead = len(where) - len(leaf.shape)
   if not ahead:
-    return shards.read_piece(files, piece, part, where)
+    return safetensors.read_piece(files, piece, part, where)
   chosen = unit[where[0]]
-  return np.stack([shards.read_piece(files, *one, where[1:]) for one in chosen])
+  return np.stack(
+    [safetensors.read_piece(files, *one, where[1:]) for one in chosen]
+  )
 
 
 # --- export -------------------------------------------------------------------
 
 
-def give(workdir: str, target: str, shard: int = shards.SHARD) -> list[str]:
+def give(
+  workdir: str, target: str, shard: int = safetensors.SHARD
+) -> list[str]:
   """Writes the newest weights of a work directory as the Hub has them.
 
   Args:
@@ -341,20 +337,20 @@ def give(workdir: str, target: str, shard: int = shards.SHARD) -> list[str]:
   alone()
   folder = paths.absolute(target)
   check_vacant(folder)
-  job = routing.load(workdir)
+  job = record.load(workdir)
   try:
     family, values = expressed(job.config, job.model.c.V)
   except KeyError as error:
     raise ValueError(
       f'{job.workdir}/config.json is not of this version: {error!r}'
     ) from error
-  state = routing.restore(job, routing.checkpoints(job)[-1])
+  state = record.restore(job, record.checkpoints(job)[-1])
   leaves = {
     tuple(k.key for k in path): a
     for tree in (state.params, state.router_state)
     for path, a in jax.tree_util.tree_leaves_with_path(tree)
   }
-  own = _by_layer(pieces.find(family.layouts[0], job.model.c, leaves))
+  own = _by_layer(tensors.find(family.layouts[0], job.model.c, leaves))
   covered = {leaf.path for piece in own for leaf in piece.leaves}
   for path in leaves:
     if path not in covered:
@@ -370,7 +366,7 @@ def give(workdir: str, target: str, shard: int = shards.SHARD) -> list[str]:
     kept = _beside(job, part)
     kept = {k: v for k, v in kept.items() if k in family.kept}
     _write(part / 'config.json', {**kept, **values})
-    count = shards.write(own, leaves, dtypes, part, shard)
+    count = safetensors.write(own, leaves, dtypes, part, shard)
   return [f'{family.model_type}, {len(own)} tensors in {count} files: {folder}']
 
 

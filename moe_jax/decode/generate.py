@@ -18,16 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import (
-  checkpoint,
-  models,
-  parallel,
-  paths,
-  programs,
-  routers,
-  routing,
-)
-from moe_jax.job import Job
+from moe_jax import models, parallel, paths, routers
+from moe_jax.analysis import record
+from moe_jax.training import checkpoint, train_step
+from moe_jax.training.job import Job
 
 
 class Written(NamedTuple):
@@ -68,7 +62,7 @@ def writer(
       called: an empty prompt, an id that the model lacks, routes that do not
       fit.
   """
-  with programs.precision(job):
+  with train_step.precision(job):
     _check(job, new, temperature, top_p)
   sample = functools.partial(_sample, temperature=temperature, top_p=top_p)
   run = jax.jit(
@@ -78,7 +72,7 @@ def writer(
   )
 
   def write(
-    weights: programs.Weights,
+    weights: train_step.Weights,
     prompts: list[list[int]],
     seed: int = 0,
     routes: list[np.ndarray] | None = None,
@@ -99,7 +93,7 @@ def writer(
     batch = parallel.put_batch(
       {'ids_BxL': ids_BxL, 'length_B': length_B}, job.mesh, rows
     )
-    with programs.precision(job):
+    with train_step.precision(job):
       if routes is not None:
         longest = ids_BxL.shape[1] + new
         like = _routes(job, weights, rows, longest)
@@ -321,7 +315,7 @@ def prompt_ids(job: Job, text: str) -> list[int]:
     raise ValueError(
       f'{job.workdir} has no tokenizer.json: give --prompt_ids, not --prompt'
     )
-  if routing.published(job.config):
+  if record.published(job.config):
     return tok.prompt(text)
   return tok.encode([text])[0].tolist()
 
@@ -338,7 +332,7 @@ def ends(job: Job) -> frozenset[int]:
   """
   tok, found = job.dataset.tokenizer, frozenset()
   if (job.workdir / checkpoint.ASIDE).exists():
-    found = frozenset(routing.ends(job.workdir / checkpoint.ASIDE))
+    found = frozenset(record.ends(job.workdir / checkpoint.ASIDE))
   return found or frozenset([] if tok is None else [tok.separator])
 
 
@@ -363,7 +357,7 @@ def continued(
 
 def newest(
   workdir: str, sizes: dict[str, int] | None = None
-) -> tuple[Job, programs.Weights]:
+) -> tuple[Job, train_step.Weights]:
   """The decoder in a work directory on a mesh, and its newest weights."""
-  job = routing.load(workdir, sizes)
-  return job, routing.restore(job, routing.checkpoints(job)[-1])
+  job = record.load(workdir, sizes)
+  return job, record.restore(job, record.checkpoints(job)[-1])

@@ -15,16 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import (
-  checkpoint,
-  config,
-  convert,
-  paths,
-  pieces,
-  programs,
-  ranges,
-  routing,
-)
+from moe_jax import config, paths, ranges
+from moe_jax.analysis import record
+from moe_jax.training import checkpoint, train_step
+from moe_jax.weights import convert, tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +113,7 @@ def grow(
   convert.alone()
   target = paths.absolute(workdir)
   convert.check_vacant(target)
-  job = routing.load(source, sizes)
+  job = record.load(source, sizes)
   c = {**job.config, 'model': model_config(job.config['model'], growth)}
   c['description'] = f'{job.workdir.name}, upcycled: {_said(growth)}'
   with convert.aside(target) as part:
@@ -131,10 +125,10 @@ def grow(
         shutil.copytree(old, part / name)
       elif old.exists():
         shutil.copyfile(old, part / name)
-    new = routing.load(str(part), sizes)
-    like = programs.abstract_weights(new)
-    old = routing.restore(job, routing.checkpoints(job)[-1])
-    with programs.precision(new):
+    new = record.load(str(part), sizes)
+    like = train_step.abstract_weights(new)
+    old = record.restore(job, record.checkpoints(job)[-1])
+    with train_step.precision(new):
       weights = _grown(growth, new.model.c, old, like)
       with checkpoint.Checkpoints(part, keep=1) as saved:
         saved.save(0, weights, {})
@@ -226,14 +220,14 @@ def _grown(growth, c, old, like):
 
   params, router_state = jax.jit(make, out_shardings=where)(old[1:])
   step = jax.device_put(jnp.int32(0), like.step.sharding)
-  return programs.Weights(step, params, router_state)
+  return train_step.Weights(step, params, router_state)
 
 
 def _layers(c):
   """{where layers are stacked in our tree: their numbers, as stacked}"""
   found = {}
   for layer in range(c.N):
-    place = pieces.place(c, layer)
+    place = tensors.place(c, layer)
     for path, index in ((place.path, place.index), (place.pools, place.pool)):
       if path:
         found.setdefault(path, {})[index] = layer

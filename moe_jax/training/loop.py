@@ -21,21 +21,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moe_jax import (
-  checkpoint,
-  health,
-  lock,
-  models,
-  paths,
-  preemption,
-  programs,
-  routers,
-  translate,
-)
 from moe_jax import config as configs
+from moe_jax import models, paths, routers
 from moe_jax.data import pairs
-from moe_jax.job import check_place, Job, NOT_FINITE
+from moe_jax.evaluators import translation
 from moe_jax.report import metrics, page
+from moe_jax.training import checkpoint, health, lock, preemption, train_step
+from moe_jax.training.job import check_place, Job, NOT_FINITE
 
 
 class Stopped(Exception):
@@ -54,7 +46,7 @@ def run(job: Job) -> dict[str, Any]:
       or another run has the work directory.
     SystemExit: with preemption.EXIT, after SIGTERM, when all is saved.
   """
-  with programs.precision(job), preemption.Notice() as notice:
+  with train_step.precision(job), preemption.Notice() as notice:
     try:
       with _alone(job):
         return _Run(job, notice).finish()
@@ -104,7 +96,7 @@ class _Run:
       self._resume()
       self._describe()
     if self.state is None:
-      self.state = programs.initial_state(job)
+      self.state = train_step.initial_state(job)
     self.step = self.start = int(self.state.step)
     beyond = self._look_back()
     if beyond > self.step:
@@ -112,8 +104,8 @@ class _Run:
     self.stopwatch = _Stopwatch(
       self.record['train_seconds'], self.record['train_steps']
     )
-    self.run_step = programs.make_step(job)
-    self.run_eval = programs.make_eval(job)
+    self.run_step = train_step.make_step(job)
+    self.run_eval = train_step.make_eval(job)
     module = models.get(c['model']['name'])
     self.cost = module.cost(job.model, job.dataset.length)
     self.lost = False  # rows, and told so
@@ -223,7 +215,7 @@ class _Run:
     """Whether it came to its end: SIGTERM ends it, and it is owed."""
     share = self.job.dataset.eval_share
     share = 1.0 if self.step == self.c['steps'] else share
-    found = programs.evaluate(
+    found = train_step.evaluate(
       self.job, self.run_eval, self.state, share, lambda: self.notice.given
     )
     self.record['owed'] = found is None
@@ -249,7 +241,7 @@ class _Run:
 
   def _resume(self):
     """Goes to the newest whole checkpoint, if there is any checkpoint."""
-    found = self.saved.restore(programs.abstract_state(self.job))
+    found = self.saved.restore(train_step.abstract_state(self.job))
     if found is None:
       return
     self.saved.set_aside(found.damaged)
@@ -268,16 +260,16 @@ class _Run:
     if self.record['rollbacks'] == self.c['guard']['rollbacks']:
       where = 'its batch is not known any more'
       if batch:
-        where = programs.first_bad_number(self.job, self.state, batch)
+        where = train_step.first_bad_number(self.job, self.state, batch)
       raise Stopped(
         f'{told}, after {self.record["rollbacks"]} rollbacks: {where}'
       )
     rollbacks, skipped = self.record['rollbacks'], self.state.guard.skipped
     self.state = None  # a device may not have room for two
-    like = programs.abstract_state(self.job)
+    like = train_step.abstract_state(self.job)
     found = self.saved.restore(like, before=step - row + 1)
     if found is None:
-      self.state = programs.initial_state(self.job)
+      self.state = train_step.initial_state(self.job)
     else:
       self.saved.set_aside(found.damaged)
       self.state, self.record = found.state, found.data['record']
@@ -285,7 +277,7 @@ class _Run:
     self.record |= {'rollbacks': rollbacks + 1, 'owed': False}
     guard = self.state.guard._replace(skipped=skipped)
     state = self.state._replace(guard=guard)
-    self.state = programs.without_cache(state)  # of data that are left out
+    self.state = train_step.without_cache(state)  # of data that are left out
     self.step = int(self.state.step)
     self.saved.forget(after=self.step)
     self._look_back()
@@ -328,9 +320,9 @@ class _Run:
 def bleu(job, state):
   """BLEU of the model's translations."""
   c = job.config['data']
-  search = translate.searcher(job.dataset, c['beam'], c['penalty'])
+  search = translation.searcher(job.dataset, c['beam'], c['penalty'])
 
-  @functools.partial(jax.jit, out_shardings=programs.everywhere(job))
+  @functools.partial(jax.jit, out_shardings=train_step.everywhere(job))
   def run(state, batch, index):
     batch['row_B'] += index * batch['row_B'].shape[0]
     model = models.bind(job.model, state.params, state.router_state)
@@ -346,7 +338,7 @@ def bleu(job, state):
   share = min(1.0, c['bleu_lines'] / len(job.dataset.eval_pairs))
   references = job.dataset.references(share, job.config['batch_size'])
   batches = job.eval_batches(share)
-  return translate.scores(job.dataset, of, batches, references)
+  return translation.scores(job.dataset, of, batches, references)
 
 
 def _summary(job, cost, record, wall_seconds):

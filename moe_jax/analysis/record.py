@@ -18,23 +18,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import (
-  analysis,
-  analysis_report,
-  checkpoint,
   config,
   models,
   objective,
   ops,
-  optimizer,
   parallel,
   paths,
   plan,
-  programs,
   routers,
 )
+from moe_jax.analysis import measures, page
 from moe_jax.data import corpus, dataset, packing, tokenizer
-from moe_jax.job import Job
+from moe_jax.optim import optimizer
 from moe_jax.report import metrics
+from moe_jax.training import checkpoint, train_step
+from moe_jax.training.job import Job
 
 HELD_OUT = 'held out'  # the name of the run's own text
 MODEL = 'decoder'  # what reads text
@@ -169,14 +167,14 @@ def checkpoints(job: Job) -> list[int]:
   return steps
 
 
-def restore(job: Job, step: int) -> programs.Weights:
+def restore(job: Job, step: int) -> train_step.Weights:
   """The weights of a checkpoint, which is checked as a run's own.
 
   Raises:
     OSError: it is gone or damaged.
   """
-  with programs.precision(job):
-    return checkpoint.read(job.workdir, step, programs.abstract_weights(job))
+  with train_step.precision(job):
+    return checkpoint.read(job.workdir, step, train_step.abstract_weights(job))
 
 
 def streams(job: Job, given: list[str]) -> dict[str, np.ndarray]:
@@ -254,7 +252,7 @@ def _held_out(job):
 
 def read(
   job: Job, streams: dict[str, np.ndarray], limit: int
-) -> tuple[analysis.Tokens, list[dict[str, np.ndarray]]]:
+) -> tuple[measures.Tokens, list[dict[str, np.ndarray]]]:
   """The tokens of packed texts, and the batches that have them in that order.
 
   Of each text whole batches of whole rows, spread evenly over it, `limit`
@@ -283,7 +281,7 @@ def read(
     text_T.append(np.full(len(found) * B * L, n, np.int32))
   of = lambda name: np.concatenate([b[name].reshape(-1) for b in batches])
   id_T = of('ids_BxL')
-  tokens = analysis.Tokens(
+  tokens = measures.Tokens(
     id_T=id_T,
     position_T=of('pos_BxL'),
     place_T=np.arange(len(id_T), dtype=np.int32) % L,
@@ -321,9 +319,9 @@ def recorder(job: Job) -> Callable[..., dict[str, Any]]:
 
 def record(
   run: Callable[..., dict[str, Any]],
-  state: programs.Weights,
+  state: train_step.Weights,
   batches: list[dict[str, np.ndarray]],
-) -> analysis.Routing:
+) -> measures.Routing:
   """The routing of all tokens of the batches, by a `recorder`."""
   parts = []
   for index, batch in enumerate(batches):
@@ -335,7 +333,7 @@ def record(
   whole = lambda name, blank: np.stack(
     [_widened(step[name], K, blank) for step in steps]
   )
-  return analysis.Routing(
+  return measures.Routing(
     step=int(state.step),
     names=[step['name'] for step in steps],
     experts=[step['E'] for step in steps],
@@ -450,23 +448,23 @@ def write(workdir: str, given: list[str], limit: int, out: str) -> pathlib.Path:
   for name, number in zip(texts, np.bincount(tokens.text_T), strict=True):
     print(f'{name}: {number:,} of {len(texts[name]) - 1:,} tokens', flush=True)
   run, routing, changes = recorder(job), None, []
-  with programs.precision(job):
+  with train_step.precision(job):
     for step in saved:
       old, routing = routing, record(run, restore(job, step), batches)
       if old is not None:
-        changes.append(analysis.change(old, routing))
+        changes.append(measures.change(old, routing))
       print(
         f'step {step}: {routing.nll_T.mean():.3f} nats a token'
         f' over {len(tokens.id_T):,} tokens',
         flush=True,
       )
-  steps = analysis.study(tokens, routing)
+  steps = measures.study(tokens, routing)
   values = {
     'made_by': MARK,
     'checkpoint': routing.step,
     'texts': tokens.texts,
     'tokens': np.bincount(tokens.text_T).tolist(),
-    'steps': [analysis.numbers(step) for step in steps],
+    'steps': [measures.numbers(step) for step in steps],
     'changes': [metrics.jsonable(change._asdict()) for change in changes],
   }
   name = job.workdir.name
@@ -474,7 +472,7 @@ def write(workdir: str, given: list[str], limit: int, out: str) -> pathlib.Path:
   with tempfile.TemporaryDirectory('.part', dir=folder) as place:
     part = pathlib.Path(place)
     (part / NUMBERS).write_text(json.dumps(values, indent=1) + '\n')
-    html = analysis_report.page(name, tokens, routing, steps, changes)
+    html = page.page(name, tokens, routing, steps, changes)
     (part / PAGE).write_text(html, encoding='utf-8')
     fields = {
       field.name: np.asarray(getattr(of, field.name))

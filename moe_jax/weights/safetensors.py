@@ -13,7 +13,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from moe_jax.pieces import joined, Piece, stacked
+from moe_jax.weights.tensors import joined, Piece, stacked
 
 INDEX, WHOLE = 'model.safetensors.index.json', 'model.safetensors'
 SHARD = 5 * 10**9  # bytes of a file, at the most

@@ -13,20 +13,11 @@ import numpy as np
 import optax
 from flax import nnx
 
-from moe_jax import (
-  checkpoint,
-  guard,
-  lock,
-  models,
-  objective,
-  ops,
-  optimizer,
-  parallel,
-  paths,
-  routers,
-)
 from moe_jax import config as configs
+from moe_jax import models, objective, ops, parallel, paths, routers
 from moe_jax.data import dataset, tokenizer
+from moe_jax.optim import guard, optimizer
+from moe_jax.training import checkpoint, lock
 
 NOT_FINITE = 'the run ended, but its held-out loss is not finite'
 

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax import attention, exact, models, parallel
-from moe_jax import optimizer as optimizers
 from moe_jax.experts import ACTIVATIONS
+from moe_jax.optim import optimizer as optimizers
 
 GIB = 2**30
 GAPS = 16  # of what a step needs, such a part is lost between its arrays

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe_jax import beam, routers
+from moe_jax import routers
 from moe_jax.data import pairs
+from moe_jax.evaluators import beam
 
 Batch = dict[str, jax.Array]
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from moe_jax import preemption, processes
+from moe_jax.training import distributed, preemption
 
 ASIDE = 'published'  # there: small files beside published weights
 DAMAGED = 'damaged'  # where damaged checkpoints go, in the work directory
@@ -119,7 +119,7 @@ class Checkpoints:
         place = next(p for p in places if not p.exists())
         place.parent.mkdir(exist_ok=True)
         (self._folder / str(step)).rename(place)
-    processes.gather('')
+    distributed.gather('')
     self._manager.reload()
 
   def forget(self, after: int) -> None:
@@ -239,7 +239,7 @@ def _read(folder, like, part):
     kept = json.loads(sealed['text'])
   except Exception as error:  # pylint: disable=broad-exception-caught
     wrong = ' '.join(f'{type(error).__name__}: {error}'.split())[:200]
-  wrong = next(filter(None, processes.gather(wrong)), '')
+  wrong = next(filter(None, distributed.gather(wrong)), '')
   if wrong:
     return wrong
   for name, found in _sums(saved['state']).items():

@@ -1,0 +1,1 @@
+"""What the routers of a trained run decide: recorded, measured, shown."""

@@ -1,0 +1,1 @@
+"""How parameters change: optimisers, and which steps are skipped."""
