@@ -179,8 +179,9 @@ class Tree:
       for stem, path in members.items():
         name = path.relative_to(self.root).as_posix()
         dotted = name.removesuffix('.py').replace('/', '.')
+        short = name.removesuffix('.py').removeprefix('configs/')
         every = pathlib.Path(folder).name in lists
-        if stem in words or f'{stem}.py' in words or every:
+        if {stem, f'{stem}.py', short} & words or every:
           yield name
         elif name in text or dotted in words:
           yield name

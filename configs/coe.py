@@ -6,15 +6,11 @@ Run:   moe-train --config=configs/coe.py --workdir=runs/coe
 Twin:  --config.model.iterations=1 --config.model.router.k=4
 """
 
-import pathlib
-import runpy
-
 from moe_jax import config
 
 
 def get_config():
-  tiny = pathlib.Path(__file__).with_name('tiny.py')
-  c = runpy.run_path(str(tiny))['get_config']()
+  c = config.read('tiny')
   c.description = 'Chain-of-Experts on the Python standard library'
   c.model.router = config.router('topk', k=2, renormalise=False)
   c.model.iterations, c.model.link = 2, 'add'

@@ -5,13 +5,11 @@ the held-out loss; experiments/LOG.md has the comparison.
 Run:   moe-train --config=configs/dense.py --workdir=runs/dense
 """
 
-import pathlib
-import runpy
+from moe_jax import config
 
 
 def get_config():
-  tiny = pathlib.Path(__file__).with_name('tiny.py')
-  c = runpy.run_path(str(tiny))['get_config']()
+  c = config.read('tiny')
   c.description = 'The dense twin of the main job'
   c.model.pattern = 'd'
   c.model.F = c.model.router.k * c.model.expert_F

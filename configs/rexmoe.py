@@ -7,15 +7,11 @@ Twins: no mask: --config.model.router.first=16; vanilla: that, with 8, and
        --config.model.layers_per_pool=1; with the same mask: 4 and 1.
 """
 
-import pathlib
-import runpy
-
 from moe_jax import config
 
 
 def get_config():
-  tiny = pathlib.Path(__file__).with_name('tiny.py')
-  c = runpy.run_path(str(tiny))['get_config']()
+  c = config.read('tiny')
   c.description = 'ReXMoE on the Python standard library'
   c.model.layers_per_pool = 2
   c.model.router = config.router('rexmoe', k=2, first=c.model.E)

@@ -10,6 +10,7 @@ import inspect
 import json
 import pathlib
 import runpy
+import sysconfig
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Annotated, Any, NamedTuple
 
@@ -114,6 +115,7 @@ def default() -> ml_collections.ConfigDict:
     rollbacks=2,  # so often, before it stops
   )
   # Devices along each axis, see moe_jax/parallel.py.
+  # One may be -1: as many as the others leave.
   c.mesh = dict(data=1, fsdp=1, expert=1, tensor=1)
   c.parallel = dict(
     # How rows meet weights: local, fused, gather, all_to_all, ragged.
@@ -323,10 +325,39 @@ def read(file: str) -> ml_collections.ConfigDict:
   """What get_config() of a file returns.
 
   Args:
-    file: its path; what stands behind a colon is the argument of get_config.
+    file: as `find` takes it; what follows a colon is the argument of
+      get_config.
   """
   path, *argument = file.split(':', 1)
-  return runpy.run_path(path)['get_config'](*argument)
+  return runpy.run_path(find(path))['get_config'](*argument)
+
+
+def find(name: str) -> str:
+  """The path of a config file, or of one that ships with moe_jax.
+
+  'tiny' is configs/tiny.py, 'paper/coe' is configs/paper/coe.py.
+
+  Raises:
+    ValueError: there is no such file; one line with the nearest name.
+  """
+  if pathlib.Path(name).is_file():
+    return name
+  shipped = {}
+  for folder in SHIPPED:
+    for path in sorted(folder.rglob('*.py')):
+      key = path.relative_to(folder).with_suffix('').as_posix()
+      shipped.setdefault(key, str(path))
+  if name in shipped:
+    return shipped[name]
+  text = f'--config={name}: no such file; among those that ship none is'
+  raise ValueError(unknown(pathlib.Path(name).stem, shipped, text))
+
+
+# Of a checkout, and of a wheel.
+SHIPPED = (
+  pathlib.Path(__file__).parents[1] / 'configs',
+  pathlib.Path(sysconfig.get_path('data')) / 'share/moe_jax/configs',
+)
 
 
 def switch(c: ml_collections.ConfigDict, chosen: Mapping[str, str]) -> None:
@@ -482,14 +513,17 @@ def _check(values, known):
       option.check(key, value)
 
 
-def check_losses(c: dict[str, Any], reported: Collection[str]) -> None:
-  """ValueError for the weight of a loss that this model's routers lack.
+def check_losses(c: dict[str, Any], reported: Collection[str]) -> list[str]:
+  """The losses that the routers report and that have no weight.
 
   But for those of LOSSES, which a config has whatever its router is.
 
   Args:
     c: a resolved config.
     reported: the losses that the routers report.
+
+  Raises:
+    ValueError: a loss that the routers do not report has a weight.
   """
   weights = c['objective'].get('losses', {})
   name = c['model']['router']['name']
@@ -506,6 +540,7 @@ def check_losses(c: dict[str, Any], reported: Collection[str]) -> None:
         ' options reports no such loss; reported are'
         f' {", ".join(sorted(reported)) or "none"}'
       )
+  return sorted({*reported} - {*weights, *LOSSES})
 
 
 def flat(values: dict[str, Any], prefix: str = '') -> dict[str, Any]:

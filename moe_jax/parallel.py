@@ -34,14 +34,17 @@ from moe_jax import exact, ranges
 from moe_jax import plan as plans
 from moe_jax.plan import Plan
 
+# -1: as many as the other axes leave.
+Size = Annotated[int, ranges.Within('[-1, 2^31)')]
+
 
 class Sizes(TypedDict):
   """Devices along each axis of a mesh."""
 
-  data: ranges.Count
-  fsdp: ranges.Count
-  expert: ranges.Count
-  tensor: ranges.Count
+  data: Size
+  fsdp: Size
+  expert: Size
+  tensor: Size
 
 
 AXES = ('data', 'fsdp', 'expert', 'tensor')
@@ -512,6 +515,29 @@ def _takes_ragged(mesh):
   except jax.errors.JaxRuntimeError:
     return False
   return True
+
+
+def filled(sizes: dict[str, int], devices: int) -> dict[str, int]:
+  """The sizes of a mesh, the one that is -1 filled in.
+
+  Raises:
+    ValueError: a size is 0, two are -1, or the others do not divide `devices`.
+  """
+  text = ' x '.join(f'mesh.{axis}={n}' for axis, n in sizes.items())
+  if 0 in sizes.values():
+    raise ValueError(f'{text}: a size is at least 1, or -1 for the rest')
+  open_axes = [axis for axis, n in sizes.items() if n == -1]
+  if len(open_axes) > 1:
+    raise ValueError(f'{text}: at most one size may be -1')
+  if not open_axes:
+    return sizes
+  others = -math.prod(sizes.values())
+  if devices % others:
+    raise ValueError(
+      f'{text}: the other axes, {others} devices, do not divide the {devices}'
+      ' that there are'
+    )
+  return {**sizes, open_axes[0]: devices // others}
 
 
 def mesh(

@@ -1,6 +1,7 @@
 """What all commands have in common."""
 
 import io
+import pathlib
 import re
 
 import jax
@@ -40,8 +41,8 @@ def test_a_config_file_that_fails_is_told_with_its_line(tmp_path, text):
 
 
 def test_a_config_file_that_is_not_there_or_is_right(tmp_path):
-  told = commands._wrong_config(['moe-train', f'--config={tmp_path}/c.py'])
-  assert told == f'--config={tmp_path}/c.py: there is no such file'
+  with pytest.raises(ValueError, match=r"c\.py: no such file.* none is 'c'"):
+    commands._located_config(['moe-train', f'--config={tmp_path}/c.py'])
   (tmp_path / 'c.py').write_text(HEAD + '  return config.default()')
   argv = ['moe-train', f'--config={tmp_path}/c.py', '--config.model.E=4']
   assert commands._wrong_config(argv) is None
@@ -57,6 +58,38 @@ OTHERS = {
   'data.source': ('huggingface', 'revision'),
   'model.name': ('classifier', 'patch'),
 }
+
+
+def test_a_config_that_ships_is_found_by_its_name(monkeypatch, tmp_path):
+  root = pathlib.Path(__file__).parents[1] / 'configs'
+  for name in 'tiny', 'paper/coe', 'scale/qwen3_30b':
+    assert config.find(name) == str(root / f'{name}.py')
+    argv = ['moe-train', '--config', name, '--workdir=w']
+    found = commands._located_config(argv)
+    assert found == ['moe-train', f'--config={root}/{name}.py', '--workdir=w']
+  assert commands._located_config(['moe-generate', '--x']) == [
+    'moe-generate',
+    '--x',
+  ]
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(ValueError, match="'tinny'; the nearest is 'tiny'"):
+    config.find('tinny')
+  (tmp_path / 'tiny').write_text('')  # what is there comes first
+  assert config.find('tiny') == 'tiny'
+
+
+def test_a_wheel_ships_every_config():
+  root = pathlib.Path(__file__).parents[1]
+  lines = (root / 'setup.cfg').read_text().splitlines()
+  shipped = {}
+  for line in lines:
+    if line.startswith('share/moe_jax/'):
+      place, pattern = line.removeprefix('share/moe_jax/').split(' = ')
+      shipped[place] = pattern
+  folders = {
+    str(p.parent.relative_to(root)) for p in root.glob('configs/**/*.py')
+  }
+  assert shipped == {folder: f'{folder}/*.py' for folder in folders}
 
 
 def test_every_choice_can_be_switched():

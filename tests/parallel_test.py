@@ -406,3 +406,16 @@ def test_tokens_that_the_devices_do_not_divide_are_refused():
   plan = plans.by_token(expert_12xK, jnp.ones((12, K)), E)
   with pytest.raises(ValueError, match='8 devices do not divide the 12 tokens'):
     layout(jnp.ones((12, D)), plan, nnx.merge(graph, state))
+
+
+def test_one_size_of_a_mesh_may_be_the_rest():
+  sizes = dict(data=2, fsdp=-1, expert=4, tensor=1)
+  assert parallel.filled(sizes, 16) == {**sizes, 'fsdp': 2}
+  assert parallel.filled({**sizes, 'fsdp': 1}, 16) == {**sizes, 'fsdp': 1}
+  for changes, devices, told in (
+    ({}, 12, 'the other axes, 8 devices, do not divide the 12'),
+    ({'data': -1}, 16, 'at most one size may be -1'),
+    ({'data': 0}, 16, 'mesh.data=0 .*at least 1, or -1'),
+  ):
+    with pytest.raises(ValueError, match=told):
+      parallel.filled({**sizes, **changes}, devices)

@@ -52,10 +52,10 @@ def _with(c, key, path='~/none'):
 
 
 def test_a_config_file_may_be_at_home(home):
-  found = str(home / 'c.py:small')
-  assert commands._at_home('--config=~/c.py:small') == f'--config={found}'
-  for argument in ('--config=c.py', '--config.data.path=~/x', '--prompt=~/x'):
-    assert commands._at_home(argument) == argument
+  (home / 'c.py').write_text('')
+  for given in ['--config=~/c.py:small'], ['--config', '~/c.py:small']:
+    found = commands._located_config(['moe-train', *given, '--prompt=~/x'])
+    assert found == ['moe-train', f'--config={home}/c.py:small', '--prompt=~/x']
 
 
 @pytest.mark.parametrize('use', USES)

@@ -190,6 +190,18 @@ def test_a_loss_of_another_router_is_refused_unless_it_weighs_nothing():
     weighted(config.router('vmoe', noise=0.0), smooth_load=0.1)
 
 
+def test_a_loss_that_nothing_weighs_is_reported():
+  c = config.default()
+  reported = ('balance', 'z', 'importance', 'smooth_load')
+  for weights, found in (
+    ({}, ['importance', 'smooth_load']),
+    ({'importance': 0.1}, ['smooth_load']),
+    ({'importance': 0.1, 'smooth_load': 0.0}, []),
+  ):
+    c.objective.losses.update(weights)
+    assert config.check_losses(config.resolve(c), reported) == found
+
+
 def test_a_loss_of_a_schedule_that_takes_many_steps():
   growing = config.router('rexmoe', first=4, start=100.0, end=0.63)
   assert weighted(growing, balance_kept=0.01)

@@ -209,6 +209,9 @@ def test_the_parts_of_this_checkout():
   assert stages_of('moe_jax/routers/topk.py') == every
   assert stages_of('moe_jax/routers/switch.py') <= {'newer', 'slow'}
   assert 'newer tests/routers_test.py' in read
+  assert 'configs/tiny.py' in tree.reads('configs/coe.py')
+  half = 'configs/paper/rexmoe_half.py'
+  assert half in tree.reads('configs/paper/rexmoe_2b.py')
   assert stages_of('pallas_kernels/gpu.py') >= {'chips', 'newer'}
   # This file's own marks are strings.
   assert 'slow tests/mesh_test.py' in read

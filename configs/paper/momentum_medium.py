@@ -6,15 +6,11 @@ Run:   moe-train --config=configs/paper/momentum_medium.py \
          --workdir=runs/medium --config.data.path='wiki.train.tokens'
 """
 
-import pathlib
-import runpy
-
 from moe_jax import config
 
 
 def get_config():
-  small = pathlib.Path(__file__).with_name('momentum_small.py')
-  c = runpy.run_path(str(small))['get_config']()
+  c = config.read('paper/momentum_small')
   c.description = 'AdamSMoE-medium'
   c.steps, c.batch_size, c.seq_len = 80_000, 48, 512
   c.model.update(N=6, D=352, F=352, expert_F=352, dropout=0.1)

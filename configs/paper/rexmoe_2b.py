@@ -6,15 +6,11 @@ Run:   moe-train --config=configs/paper/rexmoe_2b.py --workdir=runs/rexmoe \
          --config.data.path='fineweb/*.jsonl'
 """
 
-import pathlib
-import runpy
-
 from moe_jax import config
 
 
 def get_config():
-  half = pathlib.Path(__file__).with_name('rexmoe_half.py')
-  c = runpy.run_path(str(half))['get_config']()
+  c = config.read('paper/rexmoe_half')
   c.description = 'ReXMoE-R4, 2.3B parameters'
   c.model.update(N=32, D=512, E=64, expert_F=744)
   c.model.router = config.router('rexmoe', k=8, first=64)

@@ -17,7 +17,10 @@ def get_config():
   c = config.default()
   c.description = 'A model of the size of DeepSeek-V3'
   c.steps, c.batch_size, c.seq_len = 1000, 512, 4096
-  c.data = config.source('text', vocab_size=129_280)
+  # Stands in for the text that you train on, so that the command starts.
+  c.data = config.source(
+    'python_stdlib', vocab_size=32_768, padded_size=129_280
+  )
   c.model.update(N=61, D=7168, H=128, F=18_432, first_dense=3)
   c.model.update(E=256, expert_F=2048, shared_F=2048)
   c.model.update(tied=False, dtype='bfloat16', remat=True)

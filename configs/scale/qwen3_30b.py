@@ -18,7 +18,10 @@ def get_config():
   c = config.default()
   c.description = 'A model of the size of Qwen3-30B-A3B'
   c.steps, c.batch_size, c.seq_len = 1000, 256, 4096
-  c.data = config.source('text', vocab_size=151_936)
+  # Stands in for the text that you train on, so that the command starts.
+  c.data = config.source(
+    'python_stdlib', vocab_size=32_768, padded_size=151_936
+  )
   c.model.update(N=48, D=2048, H=16, E=128, expert_F=768)
   c.model.update(tied=False, dtype='bfloat16', remat=True)
   c.model.attention = config.attend('rotary', J=4, theta=1_000_000.0)

@@ -98,6 +98,7 @@ def _job(folder, c, sizes):
     config=c,
     workdir=folder,
     changed=[],
+    unweighted=[],
     model=models.abstract(init),
     init=init,
     objective=objective.get(**c['objective']),

@@ -47,7 +47,7 @@ def run(
       print(f'{program} {moe_jax.__version__}')
       sys.exit()
     try:
-      argv = _config_first([_at_home(argument) for argument in argv])
+      argv = _located_config(_config_first(argv))
       sys.argv = argv  # where ml_collections looks
       with _quiet():  # of what is told below
         rest = flags.FLAGS(_switched(argv))
@@ -118,11 +118,23 @@ def leaving(program: str) -> Iterator[None]:
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-def _at_home(argument):
-  """The argument that names a config file without a ~, which no shell saw."""
-  flag, equals, path = argument.partition('=')
-  known = flag in ('--config', '-config') and path.startswith('~')
-  return f'{flag}{equals}{paths.text(path)}' if known else argument
+def _located_config(argv):
+  """The same flags, --config with the path of its file.
+
+  A ~ that no shell saw is the home folder; 'tiny' is a config that ships.
+
+  Raises:
+    ValueError: there is no such file.
+  """
+  begin, end = _config_at(argv)
+  given = _config_file(argv)
+  if not given:
+    return argv
+  from moe_jax import config  # pylint: disable=g-import-not-at-top
+
+  name, colon, argument = given.partition(':')
+  path = f'--config={config.find(paths.text(name))}{colon}{argument}'
+  return [*argv[:begin], path, *argv[end:]]
 
 
 def check_devices(program: str) -> None:
@@ -180,10 +192,8 @@ def _wrong_config(argv):
   from moe_jax.commands import switched  # pylint: disable=g-import-not-at-top
 
   path = _config_file(argv).partition(':')[0]
-  if not path:
-    return None
   if not os.path.isfile(path):
-    return f'--config={path}: there is no such file'
+    return None
   try:
     if 'get_config' not in runpy.run_path(path):
       return f'{path} has no function get_config'

@@ -82,6 +82,7 @@ def compile_step(
     how much that is too much; the others are not known.
   """
   there = estimate.topology(topology)
+  c = {**c, 'mesh': parallel.filled(c['mesh'], there.devices)}
   estimate.mesh(c, there)  # do they go together?
   mesh = parallel.mesh(c['mesh'], _devices(there, gpu))
   lowered, said = lower(c, mesh)

@@ -225,6 +225,7 @@ def plan(c: dict[str, Any], topology_: str) -> Plan:
     ValueError: one line; there is no such plan.
   """
   there = topology(topology_)
+  c = {**c, 'mesh': parallel.filled(c['mesh'], there.devices)}
   where = mesh(c, there)
   kept, strategy = held(c, where), strategy_of(c, there)
   s = _sizes(c, where, strategy)

@@ -29,6 +29,7 @@ class Job:
   config: dict[str, Any]
   workdir: pathlib.Path
   changed: list[str]  # what differs from the run that is continued
+  unweighted: list[str]  # losses that the routers report in vain
   model: Any  # abstract: shapes without arrays
   init: Callable[[jax.Array], nnx.Module]  # from a uint32 seed
   objective: Callable[..., tuple]
@@ -122,13 +123,14 @@ def prepare(config: Any, workdir: str) -> Job | None:
     )
   _check_groups(c, model)
   _check_writing(c, model)
-  _check_router(c, model)
+  unweighted = _check_router(c, model)
   if c['init_from'] and not checkpoint.steps(workdir):
     _check_beginning(c, model, found)
   job = Job(
     config=c,
     workdir=workdir,
     changed=changed,
+    unweighted=unweighted,
     model=model,
     init=init,
     objective=goal,
@@ -175,9 +177,11 @@ def _check_groups(c, model):
 
 
 def _check_router(c, model):
-  """ValueError, one line, for what the router refuses when it is called.
+  """The losses that the router reports and that have no weight.
 
-  And for the weight of a loss that it does not report.
+  Raises:
+    ValueError: one line; what the router refuses when it is called, or the
+      weight of a loss that it does not report.
   """
   reported = frozenset()
   if _routers(model):
@@ -192,7 +196,7 @@ def _check_router(c, model):
       L=getattr(model.c, 'tokens', c['seq_len']),
       dtype='bfloat16' if m['dtype'] == 'bfloat16' else 'float32',
     )
-  configs.check_losses(c, reported)
+  return configs.check_losses(c, reported)
 
 
 def _check_beginning(c, model, found):
@@ -250,6 +254,7 @@ def _shapes(c, model):
 
 def _mesh(c):
   """The mesh; ValueError if it does not divide what is laid on it."""
+  c['mesh'] = parallel.filled(c['mesh'], jax.device_count())
   mesh = parallel.mesh(c['mesh'])
   if jax.process_count() > 1 and mesh.size < jax.device_count():
     raise ValueError(

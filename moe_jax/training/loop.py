@@ -434,6 +434,8 @@ def introduction(job: Job, start: int) -> Iterator[str]:
   own = {k: v for k, v in configs.set_in(c).items() if k not in _SAID}
   if own:
     yield 'set: ' + ', '.join(f'{k}={v}' for k, v in own.items())
+  for loss in job.unweighted:
+    yield f'objective.losses.{loss} is not set: the router reports that loss'
   if start:
     yield f'continuing after step {start}'
   for text in job.changed:
