@@ -36,8 +36,7 @@ Who may import whom: each line what stands below it, never a part beside it
 (tests/imports_test.py checks).
 
   __main__; main; commands
-  decode, weights, sizing
-  analysis
+  analysis, decode, weights, sizing
   training
   config
   models, optim, objective, evaluators, report

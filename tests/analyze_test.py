@@ -19,7 +19,7 @@ from small import command, small_config
 from moe_jax import config, models, plan, routers
 from moe_jax.analysis import measures, page, record
 from moe_jax.data import packing
-from moe_jax.training import checkpoint, train_step
+from moe_jax.training import checkpoint, saved_run, train_step
 from moe_jax.training import job as jobs
 
 L = 16
@@ -60,7 +60,7 @@ def run(corpus, tmp_path_factory):
 @pytest.fixture(scope='module')
 def recorder(run):
   """That of the run, which need not compile again."""
-  return record.recorder(record.load(str(run)))
+  return record.recorder(saved_run.load(str(run)))
 
 
 @pytest.fixture
@@ -130,9 +130,9 @@ def test_the_report_of_a_run(run, corpus, tmp_path, capsys):
 
 def test_what_is_recorded_is_what_the_model_does(run, recorder, corpus):
   """Against the job of a training run, on the same rows."""
-  job = record.load(str(run))
+  job = saved_run.load(str(run))
   read, batches = record.read(job, record.streams(job, []), 10**6)
-  found = record.record(recorder, record.restore(job, 4), batches)
+  found = record.record(recorder, saved_run.restore(job, 4), batches)
   same = jobs.prepare(run_config(corpus), str(run.parent / 'none'))
   with checkpoint.Checkpoints(run, keep=9) as saved:
     state = saved.restore(train_step.abstract_state(same)).state
@@ -167,7 +167,7 @@ def test_what_is_recorded_is_what_the_model_does(run, recorder, corpus):
 
 
 def test_no_plan_is_carried_through_training(run, corpus):
-  job = record.load(str(run))
+  job = saved_run.load(str(run))
   batch = next(
     iter(packing.eval_batches(np.arange(9 * L, dtype=np.int32), 8, L))
   )
@@ -217,7 +217,7 @@ def test_layers_are_counted_over_pools_and_segments():
 def test_a_model_whose_experts_choose(unread):
   router = {'name': 'expert_choice', 'k': 2, 'group': None}
   folder = unread(router=router, N=1, iterations=1)
-  job = record.load(str(folder))
+  job = saved_run.load(str(folder))
   ids = np.random.default_rng(0).integers(0, 256, 40 * L + 1, np.int32)
   read, batches = record.read(job, {'noise': ids}, 20 * L)
   assert len(batches) == 2 and len(read.id_T) == 16 * L
@@ -231,7 +231,7 @@ def test_a_model_whose_experts_choose(unread):
 @pytest.mark.parametrize('per', ['batch', 'sequence'])
 def test_draws_are_of_their_batch_and_row(unread, per):
   router = {'name': 'random', 'k': 1, 'per': per, 'eval_per': None, 'fixed': 0}
-  job = record.load(str(unread(router=router, N=1, iterations=1)))
+  job = saved_run.load(str(unread(router=router, N=1, iterations=1)))
   ids = np.zeros(64 * L + 1, np.int32)
   _, batches = record.read(job, {'zeros': ids}, 64 * L)
   weights = drawn(train_step.abstract_weights(job), 0)
@@ -241,7 +241,7 @@ def test_draws_are_of_their_batch_and_row(unread, per):
 
 
 def test_rows_are_whole_spread_and_within_the_limit(run):
-  job = record.load(str(run))
+  job = saved_run.load(str(run))
   streams = {
     'long': np.arange(1 + 100 * L + 3, dtype=np.int32),
     'short': np.arange(5000, 5001 + 5 * L, dtype=np.int32),
@@ -281,7 +281,7 @@ def test_a_folder_that_is_named_like_a_text(tmp_path, monkeypatch):
 
 
 def test_a_text_is_read_whole_and_in_order(unread, tmp_path):
-  job = record.load(str(unread()))
+  job = saved_run.load(str(unread()))
   tok = job.dataset.tokenizer
   given = {
     'one.txt': 'a line\n' * 400,
@@ -327,7 +327,7 @@ def test_a_published_model_reads_the_marks_that_it_knows(unread, tmp_path):
   ):
     c['corpus_sha256'] = sha256
     (folder / 'config.json').write_text(json.dumps(c))
-    job = record.load(str(folder))
+    job = saved_run.load(str(folder))
     (found,) = record.streams(job, [f'{lines}#q']).values()
     assert found.tolist() == stream and found.dtype == np.int32
 
@@ -367,19 +367,19 @@ def test_a_damaged_checkpoint_is_told(run, corpus, tmp_path):
   raw = bytearray(largest.read_bytes())
   raw[len(raw) // 2] ^= 1
   largest.write_bytes(raw)
-  job = record.load(str(damaged))
-  record.restore(job, 2)
+  job = saved_run.load(str(damaged))
+  saved_run.restore(job, 2)
   with pytest.raises(OSError, match=rf'{damaged}.* no whole .*step 4:'):
-    record.restore(job, 4)
+    saved_run.restore(job, 4)
   shutil.rmtree(damaged / 'checkpoints' / '2')
   with pytest.raises(OSError, match='2 is gone'):
-    record.restore(job, 2)
+    saved_run.restore(job, 2)
 
 
 def test_a_corpus_that_has_changed_is_not_taken_for_the_held_out(
   run, corpus, tmp_path
 ):
-  job = record.load(str(run))
+  job = saved_run.load(str(run))
   assert list(record.streams(job, [])) == [record.HELD_OUT]
   job.config['corpus_sha256'] = '0' * 64
   with pytest.raises(ValueError, match=r'its corpus has changed.*--data'):

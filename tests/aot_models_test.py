@@ -6,7 +6,6 @@ experts, and on H100s. Needs the extra `aot`. Nothing is executed. Each
 compilation has a process of its own: libtpu reads its settings once.
 """
 
-import dataclasses
 import functools
 import importlib.util
 import json
@@ -24,10 +23,10 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import topologies
 
-from moe_jax import config, models, objective, parallel
-from moe_jax.optim import optimizer
+from moe_jax import config, models, parallel
 from moe_jax.sizing import aot as chips
-from moe_jax.training import job, train_step
+from moe_jax.training import train_step
+from moe_jax.training.job import assemble
 
 pytestmark = pytest.mark.skipif(
   not all(map(importlib.util.find_spec, ('libtpu', 'jax_cuda13_plugin'))),
@@ -94,19 +93,14 @@ def abstract_job(c, gmm, mesh):
     mesh, c['model']['router']['k'], **c['parallel']
   )
   init = models.initializer(values, layout)
-  settings = optimizer.Config(**c['optimizer'])
-  given = dict(
-    config=c,
-    model=models.abstract(init),
-    init=init,
-    objective=objective.get(**c['objective']),
-    optimizer=optimizer.make(settings, c['steps']),
+  return assemble(
+    c,
+    workdir=None,
     mesh=mesh,
-    dataset=types.SimpleNamespace(streams=streams(c)),
+    init=init,
     implementation={'strategy': said},
+    dataset=types.SimpleNamespace(streams=streams(c)),
   )
-  names = [f.name for f in dataclasses.fields(job.Job)]
-  return job.Job(**{name: given.get(name) for name in names})
 
 
 def sizes_of(c):

@@ -21,7 +21,7 @@ from small import command, small_config
 from moe_jax import commands, config, models, parallel
 from moe_jax.analysis import record
 from moe_jax.decode import generate
-from moe_jax.training import checkpoint, train_step
+from moe_jax.training import checkpoint, saved_run, train_step
 from moe_jax.training import job as jobs
 from moe_jax.weights import convert, families, safetensors, tensors
 
@@ -1114,7 +1114,7 @@ def test_an_imported_model_holds_no_text_and_is_not_trained_further(
     json.dumps(values(eos_token_id=[99, V - 1]))
   )
   convert.take(str(source), str(tmp_path / 'named'))
-  job = record.load(str(tmp_path / 'named'))
+  job = saved_run.load(str(tmp_path / 'named'))
   assert job.dataset.tokenizer.separator == V - 1
   with pytest.raises(ValueError, match='holds published weights'):
     record.write(str(tmp_path / 'named'), [], 100, str(tmp_path / 'out'))
@@ -1135,7 +1135,7 @@ def test_how_a_published_model_begins_and_ends_a_text(tmp_path):
   source, run = publish(tmp_path / 'source', ends), tmp_path / 'run'
   made.save(str(source / 'tokenizer.json'))
   convert.take(str(source), str(run))
-  job = record.load(str(run))
+  job = saved_run.load(str(run))
   assert job.dataset.tokenizer.separator == V - 1
   assert generate.ends(job) == {V - 1, 3}
   named = run / checkpoint.ASIDE / 'generation_config.json'
@@ -1156,7 +1156,7 @@ def test_how_a_published_model_begins_and_ends_a_text(tmp_path):
   assert np.count_nonzero(found == V - 2) == 3 and V - 1 not in found
   (run / 'tokenizer.json').unlink()
   named.unlink()
-  assert generate.ends(record.load(str(run))) == {V - 1, 3}
+  assert generate.ends(saved_run.load(str(run))) == {V - 1, 3}
 
 
 # The command, and memory.

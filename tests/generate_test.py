@@ -12,8 +12,8 @@ from convert_test import begun, made, values
 from small import command, small_config
 
 from moe_jax import config, models, routers
-from moe_jax.analysis import record
 from moe_jax.decode import generate
+from moe_jax.training import saved_run
 from moe_jax.weights import families
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -265,7 +265,7 @@ def test_models_that_cannot_write(section, name, message, lively, tmp_path):
   c = json.loads(path.read_text())
   c['model'][section] = config.choice(section, name).to_dict()
   (tmp_path / 'config.json').write_text(json.dumps(c))
-  job = record.load(str(tmp_path))
+  job = saved_run.load(str(tmp_path))
   with pytest.raises(ValueError, match=message):
     generate.writer(job, 1)
 

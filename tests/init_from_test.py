@@ -12,9 +12,8 @@ from convert_test import described, publish, V, values
 from small import lines_of, small_config
 
 from moe_jax import config, models, objective, routers
-from moe_jax.analysis import record
 from moe_jax.decode import generate
-from moe_jax.training import checkpoint, loop, train_step
+from moe_jax.training import checkpoint, loop, saved_run, train_step
 from moe_jax.training import job as jobs
 from moe_jax.weights import convert
 
@@ -104,7 +103,7 @@ def test_the_first_loss_is_that_of_the_imported_model(imported, text, tmp_path):
   (tmp_path / 'run' / checkpoint.ASIDE / 'generation_config.json').write_text(
     '{"eos_token_id": [1, 2]}'
   )
-  assert generate.ends(record.load(str(tmp_path / 'run'))) == {1, 2}
+  assert generate.ends(saved_run.load(str(tmp_path / 'run'))) == {1, 2}
 
 
 def test_weights_go_straight_to_the_mesh(imported, text, tmp_path):

@@ -44,7 +44,7 @@ WRONG = {
   'optimizer.b1': (1.5, r'b1=1.5 .*\[0, 1\)'),
   'optimizer.b2': (1.0, r'b2=1.0 .*\[0, 1\)'),
   'optimizer.eps': (-1.0, r'eps=-1.0 .*\(0, inf\)'),
-  'mesh.tensor': (0, r'mesh.tensor=0 .*\[1, 2'),
+  'mesh.tensor': (0, 'mesh.tensor=0: a size is at least 1, or -1'),
   'mesh.data': (16, 'data=16.*16 devices.*8'),
   'mesh.fsdp': (3, 'batch_size=8.*3'),
   'mesh.expert': (8, 'mesh.expert=8.*model.E=4'),

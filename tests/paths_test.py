@@ -6,8 +6,8 @@ import pytest
 from small import small_config
 
 from moe_jax import commands, config, paths
-from moe_jax.analysis import record
 from moe_jax.training import job as jobs
+from moe_jax.training import saved_run
 from moe_jax.weights import convert, upcycle
 
 
@@ -36,7 +36,7 @@ USES = {
     _with(c, 'data.tokenizer', '~/none.json'), 'run'
   ),
   'init_from': lambda c: jobs.prepare(_with(c, 'init_from'), 'run'),
-  'a run that is read': lambda c: record.load('~/none'),
+  'a run that is read': lambda c: saved_run.load('~/none'),
   'a run that is gone on from': lambda c: config.begin('~/none'),
   'what is imported': lambda c: convert.take('~/none', 'run'),
   'where it goes': lambda c: convert.take('run', '~/none'),

@@ -17,8 +17,8 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from moe_jax import attention, config, init, parallel
-from moe_jax.analysis import record
 from moe_jax.data import tokenizer
+from moe_jax.training import saved_run
 from moe_jax.weights import convert, families
 
 missing = "torch and transformers are not installed: pip install -e '.[torch]'"
@@ -82,8 +82,8 @@ def test_fused_tensors_are_read_too(case, tmp_path):
   c, _ = convert.model_config(keys)
   mesh = parallel.mesh({'data': 1, 'fsdp': 2, 'expert': 2, 'tensor': 2})
   cut, _ = convert.load(tmp_path, family, c, mesh)
-  job = record.load(str(folder / 'run'))
-  whole = record.restore(job, 0)
+  job = saved_run.load(str(folder / 'run'))
+  whole = saved_run.restore(job, 0)
   jax.tree.map(
     np.testing.assert_array_equal,
     jax.device_get((cut.params, cut.router_state)),
@@ -97,8 +97,8 @@ def test_a_cut_import_is_the_same_bits_on_a_mesh(case):
   _, folder = case
   family, keys, _ = convert.read_config(folder / 'published')
   c, _ = convert.model_config(keys)
-  job = record.load(str(folder / 'run'))
-  whole = jax.device_get(record.restore(job, 0))
+  job = saved_run.load(str(folder / 'run'))
+  whole = jax.device_get(saved_run.restore(job, 0))
   for sizes in ((1, 2, 2, 2), (2, 4, 1, 1)):
     mesh = parallel.mesh(dict(zip(parallel.AXES, sizes, strict=True)))
     cut, _ = convert.load(folder / 'published', family, c, mesh)

@@ -12,10 +12,9 @@ from init_from_test import first_loss
 from small import command, small_config
 
 from moe_jax import config, models, routers
-from moe_jax.analysis import record
 from moe_jax.decode import generate
 from moe_jax.training import job as jobs
-from moe_jax.training import train_step
+from moe_jax.training import saved_run, train_step
 from moe_jax.weights import convert, upcycle
 
 B, L, V = 2, 12, 20
@@ -283,4 +282,4 @@ def test_the_command(dense, tmp_path):
   there = f'--from={dense[0]}', f'--to={tmp_path / "run"}'
   found = command('convert', *there, '--upcycle=E=4,k=2')
   assert found.returncode == 0 and 'E=4' in found.stdout, found.stderr
-  assert record.load(str(tmp_path / 'run')).model.c.E == 4
+  assert saved_run.load(str(tmp_path / 'run')).model.c.E == 4

@@ -11,8 +11,8 @@ import transformers
 from safetensors.numpy import load_file
 
 from moe_jax import models, routers
-from moe_jax.analysis import record
 from moe_jax.decode import generate
+from moe_jax.training import saved_run
 from moe_jax.weights import convert
 
 V, B, L = 48, 2, 24
@@ -350,8 +350,8 @@ def ours(workdir):
 
   Those of a dense model are an empty array.
   """
-  job = record.load(str(workdir))
-  state = record.restore(job, 0)
+  job = saved_run.load(str(workdir))
+  state = saved_run.restore(job, 0)
   model = models.bind(job.model, state.params, state.router_state)
   zero = np.zeros((B, L), np.int32)
   batch = {

@@ -19,8 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import models, parallel, paths, routers
-from moe_jax.analysis import record
-from moe_jax.training import checkpoint, train_step
+from moe_jax.training import checkpoint, saved_run, train_step
 from moe_jax.training.job import Job
 
 
@@ -315,7 +314,7 @@ def prompt_ids(job: Job, text: str) -> list[int]:
     raise ValueError(
       f'{job.workdir} has no tokenizer.json: give --prompt_ids, not --prompt'
     )
-  if record.published(job.config):
+  if saved_run.published(job.config):
     return tok.prompt(text)
   return tok.encode([text])[0].tolist()
 
@@ -332,7 +331,7 @@ def ends(job: Job) -> frozenset[int]:
   """
   tok, found = job.dataset.tokenizer, frozenset()
   if (job.workdir / checkpoint.ASIDE).exists():
-    found = frozenset(record.ends(job.workdir / checkpoint.ASIDE))
+    found = frozenset(saved_run.ends(job.workdir / checkpoint.ASIDE))
   return found or frozenset([] if tok is None else [tok.separator])
 
 
@@ -359,5 +358,5 @@ def newest(
   workdir: str, sizes: dict[str, int] | None = None
 ) -> tuple[Job, train_step.Weights]:
   """The decoder in a work directory on a mesh, and its newest weights."""
-  job = record.load(workdir, sizes)
-  return job, record.restore(job, record.checkpoints(job)[-1])
+  job = saved_run.load(workdir, sizes)
+  return job, saved_run.restore(job, saved_run.checkpoints(job)[-1])

@@ -5,7 +5,6 @@ settings once, and keeps what it took.
 """
 
 import collections
-import dataclasses
 import json
 import math
 import os
@@ -19,9 +18,10 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import topologies
 
-from moe_jax import models, objective, parallel, paths
+from moe_jax import parallel, paths
 from moe_jax.sizing import estimate
-from moe_jax.training import job, train_step
+from moe_jax.training import train_step
+from moe_jax.training.job import assemble, Job
 
 # With these libtpu compiles without a TPU, in many processes at a time.
 ENVIRONMENT = {
@@ -139,20 +139,17 @@ def _devices(there, gpu):
 
 def job_on(
   mesh: jax.sharding.Mesh, c: dict[str, Any], layout: parallel.Layout
-) -> job.Job:
+) -> Job:
   """What job.prepare returns, without data; the devices may not be here."""
   init = estimate.model(c, layout, mesh.devices.flat[0].platform)
-  given = dict(
-    config=c,
-    model=models.abstract(init),
-    init=init,
-    objective=objective.get(**c['objective']),
-    optimizer=estimate.optimizer(c),
+  return assemble(
+    c,
+    workdir=None,
     mesh=mesh,
+    init=init,
+    implementation={},
     dataset=types.SimpleNamespace(streams=False),
   )
-  names = [f.name for f in dataclasses.fields(job.Job)]
-  return job.Job(**{name: given.get(name) for name in names})
 
 
 def _arguments(abstract):

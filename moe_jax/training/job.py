@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -64,6 +64,35 @@ class Job:
     return parallel.rows_here(self.mesh, self.config['batch_size'])
 
 
+def assemble(
+  c: dict[str, Any],
+  *,
+  workdir: pathlib.Path | None,
+  mesh: jax.sharding.Mesh,
+  init: Callable[[jax.Array], nnx.Module],
+  implementation: dict[str, str],
+  dataset: Any,
+  changed: Sequence[str] = (),
+  unweighted: Sequence[str] = (),
+) -> Job:
+  """The Job of a resolved config, whose parts have been made."""
+  settings = optimizer.Config(**c['optimizer'])
+  return Job(
+    config=c,
+    workdir=workdir,
+    changed=list(changed),
+    unweighted=list(unweighted),
+    model=models.abstract(init),
+    init=init,
+    objective=objective.get(**c['objective']),
+    optimizer=optimizer.make(settings, c['steps']),
+    schedule=optimizer.schedule(settings, c['steps']),
+    mesh=mesh,
+    implementation=implementation,
+    dataset=dataset,
+  )
+
+
 def prepare(config: Any, workdir: str) -> Job | None:
   """Checks all that can be checked before compiling, and reads the data.
 
@@ -95,9 +124,9 @@ def prepare(config: Any, workdir: str) -> Job | None:
       "model.gmm='interpret' runs on one device: jax's interpreter cannot be"
       f' typed inside a shard_map; the mesh has {mesh.size}'
     )
-  settings = optimizer.Config(**c['optimizer'])
+  optimizer.Config(**c['optimizer'])
   guard.Config(**c['guard'])
-  goal = objective.get(**c['objective'])
+  objective.get(**c['objective'])
   source = dataset.source(c['data']['source'])
   data_config = source.Config(**c['data'])
   if c['model']['name'] != source.model:
@@ -126,19 +155,15 @@ def prepare(config: Any, workdir: str) -> Job | None:
   unweighted = _check_router(c, model)
   if c['init_from'] and not checkpoint.steps(workdir):
     _check_beginning(c, model, found)
-  job = Job(
-    config=c,
+  job = assemble(
+    c,
     workdir=workdir,
-    changed=changed,
-    unweighted=unweighted,
-    model=model,
-    init=init,
-    objective=goal,
-    optimizer=optimizer.make(settings, c['steps']),
-    schedule=optimizer.schedule(settings, c['steps']),
     mesh=mesh,
+    init=init,
     implementation={'gmm': ops.told(gmm), 'strategy': said},
     dataset=found,
+    changed=changed,
+    unweighted=unweighted,
   )
   job.train_batches(), job.eval_batches()  # is there enough for one batch?
   return job

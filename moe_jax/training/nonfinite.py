@@ -13,7 +13,7 @@ import jax
 import jax.extend
 import jax.numpy as jnp
 
-_PACKAGE = str(pathlib.Path(__file__).parent)
+_PACKAGE = str(pathlib.Path(__file__).parents[1])  # moe_jax
 
 
 class _Found(Exception):

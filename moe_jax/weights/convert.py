@@ -20,9 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import config, models, ops, parallel, paths
-from moe_jax.analysis import record
 from moe_jax.data import tokenizer
-from moe_jax.training import checkpoint
+from moe_jax.training import checkpoint, saved_run
 from moe_jax.training.train_step import Weights
 from moe_jax.weights import families, safetensors, tensors
 
@@ -143,7 +142,7 @@ def _run_config(folder, part, target, keys, values):
   if not path.exists():
     return c, ['there is no tokenizer.json: only ids can be read']
   text, separator = tokenizer.published(
-    path, _settings(folder), values['model_type'], record.ends(folder)
+    path, _settings(folder), values['model_type'], saved_run.ends(folder)
   )
   (part / path.name).write_text(text, encoding='utf-8')
   size = tokenizer.load(part / path.name, separator).vocab_size
@@ -337,14 +336,14 @@ def give(
   alone()
   folder = paths.absolute(target)
   check_vacant(folder)
-  job = record.load(workdir)
+  job = saved_run.load(workdir)
   try:
     family, values = expressed(job.config, job.model.c.V)
   except KeyError as error:
     raise ValueError(
       f'{job.workdir}/config.json is not of this version: {error!r}'
     ) from error
-  state = record.restore(job, record.checkpoints(job)[-1])
+  state = saved_run.restore(job, saved_run.checkpoints(job)[-1])
   leaves = {
     tuple(k.key for k in path): a
     for tree in (state.params, state.router_state)

@@ -16,8 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import config, paths, ranges
-from moe_jax.analysis import record
-from moe_jax.training import checkpoint, train_step
+from moe_jax.training import checkpoint, saved_run, train_step
 from moe_jax.weights import convert, tensors
 
 
@@ -113,7 +112,7 @@ def grow(
   convert.alone()
   target = paths.absolute(workdir)
   convert.check_vacant(target)
-  job = record.load(source, sizes)
+  job = saved_run.load(source, sizes)
   c = {**job.config, 'model': model_config(job.config['model'], growth)}
   c['description'] = f'{job.workdir.name}, upcycled: {_said(growth)}'
   with convert.aside(target) as part:
@@ -125,9 +124,9 @@ def grow(
         shutil.copytree(old, part / name)
       elif old.exists():
         shutil.copyfile(old, part / name)
-    new = record.load(str(part), sizes)
+    new = saved_run.load(str(part), sizes)
     like = train_step.abstract_weights(new)
-    old = record.restore(job, record.checkpoints(job)[-1])
+    old = saved_run.restore(job, saved_run.checkpoints(job)[-1])
     with train_step.precision(new):
       weights = _grown(growth, new.model.c, old, like)
       with checkpoint.Checkpoints(part, keep=1) as saved:
