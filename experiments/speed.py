@@ -48,7 +48,7 @@ from typing import NamedTuple
 import numpy as np
 from absl import flags
 
-from pallas_kernels import command
+from pallas_kernels.tools import command
 
 _WHAT = flags.DEFINE_list('what', 'layer,step', 'What is timed.')
 _ROUNDS = flags.DEFINE_integer('rounds', 10, 'Turns of each.', lower_bound=1)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from pallas_kernels import hopper
+from pallas_kernels.tools import hopper
 
 pytestmark = pytest.mark.skipif(
   importlib.util.find_spec('jax_cuda13_plugin') is None,
@@ -46,7 +46,8 @@ SETUP = """
 import functools, itertools
 import jax, jax.numpy as jnp
 from jax.experimental import topologies
-from pallas_kernels import gpu, hopper
+from pallas_kernels import gpu
+from pallas_kernels.tools import hopper
 
 P = jax.sharding.PartitionSpec
 topology = topologies.get_topology_desc(

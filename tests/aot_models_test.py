@@ -35,7 +35,7 @@ pytestmark = pytest.mark.skipif(
 
 TESTS = pathlib.Path(__file__).parent
 PAPERS = sorted(p.stem for p in (TESTS.parent / 'configs/paper').glob('*.py'))
-H100 = (TESTS.parent / 'pallas_kernels/h100.txtpb').read_text()
+H100 = (TESTS.parent / 'pallas_kernels/tools/h100.txtpb').read_text()
 GIB = 2**30
 HBM = {'v5p': 95 * GIB, 'h100': 79 * GIB}
 ROWS = {'momentum_vmoe': 64}  # else 8

@@ -11,7 +11,8 @@ import sys
 
 import pytest
 
-from pallas_kernels import cost, shapes, tiling
+from pallas_kernels import shapes, tiling
+from pallas_kernels.tools import cost
 
 pytestmark = pytest.mark.skipif(
   importlib.util.find_spec('libtpu') is None,

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from pallas_kernels import bench
+from pallas_kernels.tools import bench
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -84,8 +84,12 @@ def test_a_small_bench_and_bad_flags_get_one_line(tmp_path):
   path = tmp_path / 'rows.jsonl'
   small = '--shape=even,8x4x2x3', '--groups=zipf', '--rounds=1'
   (status, output, error), *refused = commands(
-    *(tmp_path / 'here', 'pallas_kernels.bench'),
-    ['pallas_kernels.hopper', 'pallas_kernels.command', 'absl.logging'],
+    *(tmp_path / 'here', 'pallas_kernels.tools.bench'),
+    [
+      'pallas_kernels.tools.hopper',
+      'pallas_kernels.tools.command',
+      'absl.logging',
+    ],
     *([*small, f'--json={path}'], *([flag] for flag in BAD)),
   )
   refuses(refused, BAD.values())

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from pallas_kernels import cost, schedule, shapes, tiling, tpu, traffic
-from pallas_kernels.rivals import Steps
+from pallas_kernels import shapes, tiling, tpu
+from pallas_kernels.tools import cost, schedule, traffic
+from pallas_kernels.tools.rivals import Steps
 
 # A kernel of 12 bundles: a loop over 1..10 that holds a run of code with one
 # product (2..4) and another, around a plain region, with two (5..8).
@@ -235,8 +236,12 @@ def test_bad_flags_get_one_line(tmp_path):
     '--impl=cuda': "--impl has 'cuda'",
   }
   found = bench_test.commands(
-    *(tmp_path / 'here', 'pallas_kernels.cost'),
-    ['pallas_kernels.rivals', 'pallas_kernels.hopper', 'absl.flags'],
+    *(tmp_path / 'here', 'pallas_kernels.tools.cost'),
+    [
+      'pallas_kernels.tools.rivals',
+      'pallas_kernels.tools.hopper',
+      'absl.flags',
+    ],
     *([flag] for flag in bad),
   )
   bench_test.refuses(found, bad.values())

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.fused import layers, tpu
-from pallas_kernels import tiling, traffic
+from pallas_kernels import tiling
+from pallas_kernels.tools import traffic
 
 # The forms that libtpu prints: tiles of layouts, VMEM, asynchronous gathers.
 ROWS, TOKENS = (f'bf16[{n},2048]{{1,0:T(8,128)(2,1)}}' for n in (64, 8192))

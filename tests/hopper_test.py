@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from pallas_kernels import hopper, shapes
-from pallas_kernels.hopper import H100, Walk
+from pallas_kernels import shapes
+from pallas_kernels.tools import hopper
+from pallas_kernels.tools.hopper import H100, Walk
 
 
 def walk(macs, read=(), written=0, sm=0):

@@ -29,7 +29,8 @@ import os
 from absl import flags
 
 from experiments.fused import layers, saved, seconds, tpu
-from pallas_kernels import command, tiling
+from pallas_kernels import tiling
+from pallas_kernels.tools import command
 
 _WHAT = flags.DEFINE_list('what', ['saved', 'time'], 'What is looked at.')
 _ROUNDS = flags.DEFINE_integer('rounds', 10, 'Turns of each.', lower_bound=1)

@@ -6,12 +6,12 @@ compiled is the gradient of half the sum of squares of the layer's answer, to
 x, gates and all weights, so that nothing of the backward pass can be done
 before the forward pass.
 
-The modelled time of a program is that of its kernels (`pallas_kernels.cost`:
-each step of a grid the largest of bundles, multiply-adds and bytes) and of all
-else that XLA put around them, by bytes at the HBM bandwidth: each instruction
-reads its operands and writes its results once, a gather reads as much as it
-writes. One thing after the other: what SparseCores could do beside the
-TensorCore is not credited to anyone.
+The modelled time of a program is that of its kernels
+(`pallas_kernels.tools.cost`: each step of a grid the largest of bundles,
+multiply-adds and bytes) and of all else that XLA put around them, by bytes at
+the HBM bandwidth: each instruction reads its operands and writes its results
+once, a gather reads as much as it writes. One thing after the other: what
+SparseCores could do beside the TensorCore is not credited to anyone.
 """
 
 import itertools
@@ -30,7 +30,8 @@ import numpy as np
 from jax.experimental import topologies
 
 from experiments.fused import layers
-from pallas_kernels import cost, rivals, schedule, shapes, tiling, traffic
+from pallas_kernels import shapes, tiling
+from pallas_kernels.tools import cost, rivals, schedule, traffic
 
 _BYTES = {'bf16': 2, 'f32': 4, 's32': 4, 'u32': 4, 'pred': 1}
 # Instructions that move nothing, or whose work is told by another one.

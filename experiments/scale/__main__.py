@@ -27,7 +27,7 @@ HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parent.parent
 DONE = HERE / 'cells.jsonl'
 TABLES = HERE / 'README.md', ROOT / 'README.md'
-H100 = ROOT / 'pallas_kernels/h100.txtpb'
+H100 = ROOT / 'pallas_kernels/tools/h100.txtpb'
 NAMES = {'deepseek_v3': 'DeepSeek-V3', 'qwen3_30b': 'Qwen3-30B-A3B'}
 KINDS = {
   'all-gather': 'gather',

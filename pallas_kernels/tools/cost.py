@@ -1,6 +1,6 @@
 """What the compiler's own schedule says of a grouped matmul on a TPU.
 
-  python -m pallas_kernels.cost --chip=v5p --shape=olmoe-up
+  python -m pallas_kernels.tools.cost --chip=v5p --shape=olmoe-up
 
 compiles the kernel for a named chip, with no TPU there, and reads the schedule
 that libtpu writes. A step of the grid is modelled as the largest of its
@@ -8,7 +8,7 @@ bundles, its multiply-adds at the peak rate and its bytes at the HBM bandwidth;
 the modelled time is the sum over the steps. One TensorCore does all the work.
 Nothing is executed, stalls are not seen: all times are lower bounds.
 
-  python -m pallas_kernels.cost --chip=h100 --shape=olmoe-up
+  python -m pallas_kernels.tools.cost --chip=h100 --shape=olmoe-up
 
 does the like for an H100, by a model of its own: `hopper`.
 
@@ -31,7 +31,8 @@ import numpy as np
 from absl import flags
 from jax.experimental import topologies
 
-from pallas_kernels import command, hopper, rivals, schedule, shapes, tiling
+from pallas_kernels import shapes, tiling
+from pallas_kernels.tools import command, hopper, rivals, schedule
 
 
 class Row(NamedTuple):
@@ -155,7 +156,7 @@ def in_process(impl, kind, name, chip, groups):
 
 _WORKER = """
 import json, sys
-from pallas_kernels import cost
+from pallas_kernels.tools import cost
 impl, kind, name, chip, *groups = sys.argv[1:]
 for row in cost.measure(impl, kind, name, chip, groups):
   print(json.dumps(row))

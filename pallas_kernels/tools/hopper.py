@@ -38,7 +38,8 @@ import numpy as np
 from jax.experimental import topologies
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import gpu, ptx, rivals, shapes
+from pallas_kernels import gpu, shapes
+from pallas_kernels.tools import ptx, rivals
 
 _BYTES = 2
 TARGET = pathlib.Path(__file__).parent / 'h100.txtpb'
@@ -142,7 +143,8 @@ def rows(impl, kind, name, groups):
 
 _WORKER = """
 import sys
-from pallas_kernels import hopper, shapes
+from pallas_kernels import shapes
+from pallas_kernels.tools import hopper
 impl, kind, name, path = sys.argv[1:]
 text = hopper.compile(hopper.build(impl, kind, shapes.find(name)))
 open(path, 'w').write(text)

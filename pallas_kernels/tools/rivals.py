@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import tiling, tpu, traffic
+from pallas_kernels import tiling, tpu
+from pallas_kernels.tools import traffic
 
 PASSES = ('fwd', 'dlhs', 'drhs')
 _BYTES = 2

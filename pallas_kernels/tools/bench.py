@@ -1,6 +1,6 @@
 """Wall times of the grouped matmul, as multiples of one dense product.
 
-  python -m pallas_kernels.bench --shape=A,B,C --groups=even,zipf
+  python -m pallas_kernels.tools.bench --shape=A,B,C --groups=even,zipf
 
 With x[M,A] sorted by expert, w[E,A,B] and group[E] it times apart: `fwd`,
 `dlhs` (the gradient of x alone) and `drhs` (the gradient of w alone). Beside it
@@ -38,7 +38,8 @@ import numpy as np
 from absl import flags, logging
 
 import pallas_kernels
-from pallas_kernels import command, hopper, shapes
+from pallas_kernels import shapes
+from pallas_kernels.tools import command, hopper
 
 _SHAPE = flags.DEFINE_list('shape', 'A,B,C', 'Names in shapes, or MxAxBxE.')
 _GROUPS = flags.DEFINE_list('groups', 'even,zipf', 'Names in shapes.GROUPS.')
@@ -291,7 +292,6 @@ def _cell(found, rounds):
 def load_gmms(names):
   """{name: gmm}; ValueError for a module that has none."""
   found = {m.name for m in pkgutil.iter_modules(pallas_kernels.__path__)}
-  found.remove('bench')  # this one, which would define its flags again
   if names is None:
     platform = jax.default_backend()
     names = [platform if platform in found else 'cpu']  # cpu is plain JAX

@@ -1,0 +1,1 @@
+"""What measures and costs the kernels: benches, compilers, models of chips."""
