@@ -25,7 +25,9 @@ from moe_jax.training import loop
 ROOT = pathlib.Path(__file__).parents[1]
 FILE, COSTS, MEASURE = 'results.jsonl', 'cost.jsonl', 'measure.py'
 # Folders of moe_jax in which a config names the file that it uses.
-BY_NAME = ('routers', 'attention', 'models')
+BY_NAME = (
+  *('routers', 'attention', 'models', 'residuals', 'objectives', 'schedules'),
+)
 # Files of pallas_kernels that ops can come to; the others are commands.
 KERNELS = ('cpu', 'gpu', 'operands', 'shapes', 'tiling', 'tpu')
 

@@ -39,13 +39,13 @@ Who may import whom: each line what stands below it, never a part beside it
   analysis, decode, weights, sizing
   training
   config
-  models, optim, objective, evaluators, report
+  models, optim, objectives, evaluators, report
   trunk, data
   block
-  routers, attention, experts, residual, parallel
+  routers, attention, experts, residuals, parallel
   fused, balance, norm, init
   ops, which alone knows pallas_kernels
-  plan, exact, paths, ranges
+  plan, byname, exact, paths, ranges
 
 Two words that are never mixed: *memory* lives over depth inside one forward
 pass; *state* lives over training steps.

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe_jax import residual as residuals
+from moe_jax import residuals
 from moe_jax import routers as routing
 from moe_jax.attention import Attention, View
 from moe_jax.experts import Dense

@@ -20,11 +20,11 @@ from ml_collections import config_dict
 from moe_jax import (
   attention,
   models,
-  objective,
+  objectives,
   parallel,
   paths,
   ranges,
-  residual,
+  residuals,
   routers,
 )
 from moe_jax.data import dataset
@@ -261,14 +261,8 @@ CHOICES = {
   'attention': Choice(
     attention.names, lambda name: attention.get(name).__init__
   ),
-  'residual': Choice(
-    lambda: residual.RULES,
-    lambda name: _in(residual.RULES, 'residual rule', name),
-  ),
-  'objective': Choice(
-    lambda: objective.OBJECTIVES,
-    lambda name: _in(objective.OBJECTIVES, 'objective', name),
-  ),
+  'residual': Choice(residuals.names, residuals.rule),
+  'objective': Choice(objectives.names, objectives.objective),
   'source': Choice(
     lambda: dataset.SOURCES, lambda name: dataset.source(name).Config
   ),

@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax import attention, block, init, norm, ops, ranges
-from moe_jax import residual as residuals
+from moe_jax import attention, block, init, norm, ops, ranges, residuals
 from moe_jax import routers as routing
 from moe_jax.experts import ACTIVATIONS, Dense, Experts
 from moe_jax.parallel import Layout

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe_jax import config, models, objective, parallel, routers
+from moe_jax import config, models, objectives, parallel, routers
 from moe_jax.models import classifier
 
 B, V, SIZE = 3, 5, (4, 6, 2)
@@ -62,7 +62,9 @@ def _run(batch, params=None):
 
 @jax.jit
 def _compiled(params, batch):
-  goal = objective.classification(losses={'balance': 0.1}, sigmoid=True)
+  goal = objectives.objective('classification')(
+    losses={'balance': 0.1}, sigmoid=True
+  )
 
   def loss(params):
     model = models.bind(_model(), params, {})

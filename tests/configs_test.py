@@ -11,7 +11,7 @@ import runpy
 
 import pytest
 
-from moe_jax import config, models, objective, parallel
+from moe_jax import config, models, objectives, parallel
 from moe_jax.data import corpus, dataset, huggingface, images, pairs
 from moe_jax.models import classifier, decoder, translator
 from moe_jax.optim import optimizer
@@ -62,7 +62,7 @@ def _model(text):
 def test_it_builds(path):
   c = config.resolve(load(path))
   optimizer.Config(**c['optimizer'])
-  objective.get(**c['objective'])
+  objectives.get(**c['objective'])
   if c['data']['source'] in ('text', 'pairs', 'images'):
     c['data']['path'] = 'what the user gives'
   dataset.source(c['data']['source']).Config(**c['data'])

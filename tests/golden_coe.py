@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from golden import jit, TOL, TOL_AUX, TOL_F32, TOL_LOSS
 
-from moe_jax import config, models, objective, routers
+from moe_jax import config, models, objectives, routers
 
 
 def _fields(meta: dict[str, Any]) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def _program(settings: str):
     def loss(params, x_BxLxD):
       out_BxLxD, aux = forward(params, x_BxLxD, train=True)
       loss = jnp.sum(out_BxLxD * cotangent_BxLxD)
-      loss += weight * objective.weighted(_losses(meta), aux)
+      loss += weight * objectives.weighted(_losses(meta), aux)
       return loss, (out_BxLxD, aux)
 
     slopes, (out_BxLxD, aux) = jax.grad(loss, argnums=(0, 1), has_aux=True)(
@@ -248,7 +248,7 @@ def _model_program(settings: str):
   # The other model is enough for the CPU's kernel.
   gmm = 'xla' if meta['rope_scaling'] else 'cpu'
   model = golden.shapes('decoder', _model_fields(meta), gmm=gmm, V=meta['V'])
-  next_token = objective.get('next_token', losses=_losses(meta))
+  next_token = objectives.get('next_token', losses=_losses(meta))
 
   def loss(params, batch):
     def forward(batch, pass_):

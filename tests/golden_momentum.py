@@ -29,9 +29,9 @@ from moe_jax import (
   block,
   config,
   models,
-  objective,
+  objectives,
   parallel,
-  residual,
+  residuals,
   routers,
   trunk,
 )
@@ -145,7 +145,7 @@ def watched(layers: trunk.Trunk) -> Callable[[], Seen]:
   layers.wiring = dataclasses.replace(
     wiring,
     layout=Watching(),
-    residual=residual.Residual(rule.init, apply, peek),
+    residual=residuals.Residual(rule.init, apply, peek),
   )
   return last
 
@@ -261,7 +261,7 @@ def _compiled_stack(text, balance):
       out_BxLxD, aux, h_NxBxLxD = bound(x_BxLxD, ctx, view, cache=zeros_NxBxLxD)
       loss = jnp.sum(out_BxLxD * cotangent_BxLxD)
       # Theirs divides the probabilities by the choices T k, not by T.
-      balancing = objective.weighted({'balance': balance / meta['K']}, aux)
+      balancing = objectives.weighted({'balance': balance / meta['K']}, aux)
       return loss + weight * balancing, (out_BxLxD, aux[0], h_NxBxLxD)
 
     slopes, kept = jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x_BxLxD)
@@ -425,7 +425,7 @@ def _compiled_lm(text):
   meta = json.loads(text)
   model = golden.shapes('decoder', _lm_fields(meta), V=meta['vocab'])
   last = watched(model.trunk)
-  loss = objective.get('next_token', losses={})
+  loss = objectives.get('next_token', losses={})
 
   @jit
   @functools.partial(jax.value_and_grad, has_aux=True)
@@ -589,7 +589,7 @@ def _compiled_encoder(text):
       out_BxLxD, aux = bound.encode(
         x_BxLxD, _ctx(meta), jnp.zeros((len(x_BxLxD), 1), jnp.int32)
       )
-      loss = objective.weighted({'importance': meta['importance_w']}, aux)
+      loss = objectives.weighted({'importance': meta['importance_w']}, aux)
       return (out_BxLxD, loss), (aux[0], outs)
 
     (out_BxLxD, loss), vjp, kept = jax.vjp(

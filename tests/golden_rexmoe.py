@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from golden import jit, Params, TOL_F32, TOL_LOSS
 
-from moe_jax import block, config, models, objective, routers, trunk
+from moe_jax import block, config, models, objectives, routers, trunk
 from moe_jax.routers import rexmoe
 
 LOSSES = {'balance': 'A', 'balance_kept': 'B'}
@@ -109,7 +109,7 @@ def _layer_program(mode, r, N, k, D, F):
       _, _, y_TxD = aux['steps']  # without the shared expert
       loss = jnp.sum(y_TxD * cotangent_TxD)
       for kind, weight in zip(LOSSES, weights, strict=True):
-        loss += weight * objective.weighted({kind: 1.0}, [aux])
+        loss += weight * objectives.weighted({kind: 1.0}, [aux])
       return loss, (out_TxD, aux)
 
     slopes, kept = jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x_TxD)
@@ -216,7 +216,7 @@ def _stack_programs(L, r, N, k, D, F):
         x_TxD[None], ctx, golden.view(1, T), None, cache_LxBxTxD
       )
     loss = jnp.sum(out_BxTxD[0] * cotangent_TxD)
-    loss += objective.weighted({'balance': 1.0}, aux) * weight
+    loss += objectives.weighted({'balance': 1.0}, aux) * weight
     h_LxTxD = jnp.concatenate([input_LxBxTxD[:, 0], out_BxTxD])
     return loss, (h_LxTxD, aux)
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe_jax import attention, block, config, models, objective
+from moe_jax import attention, block, config, models, objectives
 from moe_jax import routers as routing
 
 TOL = 2e-5
@@ -382,10 +382,10 @@ def losses(found):
   logits = (np.float64(p_BxLxV), np.float64(q_BxLxV))
   count = float(np.sum(~pad_BxL))
   # The divergence is what alpha multiplies.
-  divide = lambda alpha: objective.get(
+  divide = lambda alpha: objectives.get(
     'consistency', losses={}, alpha=alpha, smoothing=0.1
   )
-  smooth = lambda smoothing: objective.get(
+  smooth = lambda smoothing: objectives.get(
     'next_token', losses={}, smoothing=smoothing
   )
 
@@ -481,7 +481,7 @@ def _train(kind, alpha, smoothing):
   cross-entropies, and the gradients of the params.
   """
   model = _model(*kind)
-  goal = objective.get(
+  goal = objectives.get(
     'consistency', losses={}, alpha=alpha, smoothing=smoothing
   )
 
@@ -501,8 +501,8 @@ def _train(kind, alpha, smoothing):
     target_BxL = batch['target_BxL']
     entropies = [
       (
-        objective.smoothed(logits_BxLxV, target_BxL, smoothing),
-        objective.cross_entropy(logits_BxLxV, target_BxL),
+        objectives.smoothed(logits_BxLxV, target_BxL, smoothing),
+        objectives.cross_entropy(logits_BxLxV, target_BxL),
       )
       for logits_BxLxV in logits_2xBxLxV
     ]

@@ -11,7 +11,7 @@ import tokenizers
 from convert_test import described, publish, V, values
 from small import lines_of, small_config
 
-from moe_jax import config, models, objective, routers
+from moe_jax import config, models, objectives, routers
 from moe_jax.decode import generate
 from moe_jax.training import checkpoint, loop, saved_run, train_step
 from moe_jax.training import job as jobs
@@ -66,7 +66,7 @@ def first_loss(workdir, batch):
     model = models.bind(job.model, weights.params, weights.router_state)
     ctx = routers.context(batch, jax.random.key(0), jnp.int32(0), train=False)
     logits_BxLxV, _ = model(batch, ctx)
-    return objective.cross_entropy(logits_BxLxV, batch['target_BxL'])
+    return objectives.cross_entropy(logits_BxLxV, batch['target_BxL'])
 
   nll_BxL = np.asarray(nll(weights, batch))
   return float(np.sum(nll_BxL * batch['mask_BxL']) / np.sum(batch['mask_BxL']))

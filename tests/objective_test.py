@@ -6,7 +6,7 @@ import numpy as np
 import oracle
 import pytest
 
-from moe_jax import objective
+from moe_jax import objectives
 
 B, L, V = 2, 3, 5
 LOSSES = {
@@ -40,7 +40,7 @@ def _call(weights, batch, aux=None):
     passes.append(pass_)
     return jnp.asarray(_logits()), [] if aux is None else aux
 
-  loss, found = objective.get('next_token', losses=weights)(forward, batch)
+  loss, found = objectives.get('next_token', losses=weights)(forward, batch)
   assert passes == [0]
   return float(loss), found
 
@@ -56,7 +56,7 @@ def test_loss_is_the_mean_over_unmasked_targets():
 
 def test_a_masked_target_has_no_gradient():
   batch = _batch([[1, 0, 1], [1, 1, 1]])
-  goal = objective.next_token(losses={})
+  goal = objectives.objective('next_token')(losses={})
   f = lambda logits: goal(lambda batch, pass_: (logits, []), batch)[0]
   d_BxLxV = jax.grad(f)(_logits())
   assert not d_BxLxV[0, 1].any() and np.abs(d_BxLxV).max(axis=2).sum() > 0.1
@@ -92,7 +92,7 @@ def test_a_weight_of_zero_hides_even_an_infinite_loss():
 
 def test_logits_too_large_for_exp_are_finite():
   logits = np.float32([[[1e4, 0.0]]])
-  nll = objective.cross_entropy(logits, np.array([[1]], np.int32))
+  nll = objectives.cross_entropy(logits, np.array([[1]], np.int32))
   np.testing.assert_allclose(nll, [[1e4]])
 
 
@@ -103,15 +103,17 @@ def test_a_smoothed_label_leaves_a_little_to_every_other_class():
   other = smoothing / (V - 1)
   target_BxLxV = np.where(target_BxLxV > 0, 1 - smoothing, other)
   expected = -(target_BxLxV * log_BxLxV).sum(axis=-1)
-  found = objective.smoothed(_logits(), batch['target_BxL'], smoothing)
+  found = objectives.smoothed(_logits(), batch['target_BxL'], smoothing)
   np.testing.assert_allclose(found, expected, 1e-5)
 
 
 def test_metrics_are_not_smoothed():
   batch = _batch([[1, 0, 1], [1, 1, 0]])
   forward = lambda batch, pass_: (jnp.asarray(_logits()), [])
-  plain = objective.next_token(losses={})(forward, batch)
-  soft = objective.next_token(losses={}, smoothing=0.2)(forward, batch)
+  plain = objectives.objective('next_token')(losses={})(forward, batch)
+  soft = objectives.objective('next_token')(losses={}, smoothing=0.2)(
+    forward, batch
+  )
   assert soft[0] != plain[0]
   assert soft[1]['nll_sum'] == plain[1]['nll_sum']
 
@@ -120,7 +122,7 @@ def test_a_step_divides_by_the_targets_of_all_its_microbatches():
   """Two halves with unequal numbers of targets add up to the whole."""
   whole = _batch([[1, 0, 0], [1, 1, 1]])
   logits_BxLxV = _logits()
-  goal = objective.next_token(losses={}, smoothing=0.1)
+  goal = objectives.objective('next_token')(losses={}, smoothing=0.1)
 
   def loss(rows, tokens):
     batch = {k: v[rows] for k, v in whole.items()}
@@ -134,7 +136,9 @@ def test_a_step_divides_by_the_targets_of_all_its_microbatches():
 def _two_passes(batch, p_BxLxV, q_BxLxV, aux=(), **options):
   logits = [jnp.asarray(p_BxLxV), jnp.asarray(q_BxLxV)]
   forward = lambda batch, pass_: (logits[pass_], list(aux))
-  return objective.consistency(losses={}, **options)(forward, batch)
+  return objectives.objective('consistency')(losses={}, **options)(
+    forward, batch
+  )
 
 
 def test_consistency_adds_both_losses_and_how_far_they_are_apart():
@@ -155,7 +159,10 @@ def test_consistency_adds_both_losses_and_how_far_they_are_apart():
 
 def test_consistency_of_equal_draws_is_twice_the_plain_objective():
   """Bit for bit, whatever alpha."""
-  batch, goal = _batch([[1, 0, 1], [1, 1, 0]]), objective.next_token(losses={})
+  batch, goal = (
+    _batch([[1, 0, 1], [1, 1, 0]]),
+    objectives.objective('next_token')(losses={}),
+  )
   plain = lambda z: goal(lambda batch, pass_: (z, []), batch)[0]
   twice = lambda z: _two_passes(batch, z, z, alpha=0.0, smoothing=0.0)[0]
   loss, d_BxLxV = jax.value_and_grad(plain)(jnp.asarray(_logits()))
@@ -169,7 +176,7 @@ def test_consistency_of_equal_draws_is_twice_the_plain_objective():
 def test_two_passes_count_the_load_of_both():
   aux = [{'load_E': jnp.arange(3), 'losses': {'z': jnp.float32(1)}}]
   batch = _batch(np.ones((B, L)))
-  goal = objective.consistency(losses={'z': 0.5}, smoothing=0.0)
+  goal = objectives.objective('consistency')(losses={'z': 0.5}, smoothing=0.0)
   forward = lambda batch, pass_: (jnp.asarray(_logits()), aux)
   loss, found = goal(forward, batch)
   np.testing.assert_array_equal(found['aux'][0]['load_E'], [0, 2, 4])
@@ -181,7 +188,7 @@ def test_classification_counts_hits(sigmoid):
   batch = {k: v[:, :1] for k, v in _batch([[1, 0, 0], [0, 0, 0]]).items()}
   z_BxLxV = np.float64(_logits()[:, :1])
   forward = lambda batch, pass_: (jnp.asarray(_logits()[:, :1]), [])
-  goal = objective.classification(losses={}, sigmoid=sigmoid)
+  goal = objectives.objective('classification')(losses={}, sigmoid=sigmoid)
   loss, found = goal(forward, batch)
   target = batch['target_BxL'][0, 0]
   assert float(found['correct_sum']) == (z_BxLxV[0, 0].argmax() == target)
@@ -195,7 +202,7 @@ def test_classification_counts_hits(sigmoid):
 
 
 def test_unknown_names_are_told():
-  with pytest.raises(ValueError, match="'masked'; there are next_token"):
-    objective.get('masked')
+  with pytest.raises(ValueError, match="'masked'; there are classification"):
+    objectives.get('masked')
   with pytest.raises(TypeError, match='alpha'):
-    objective.get('next_token', losses={}, alpha=1.0)
+    objectives.get('next_token', losses={}, alpha=1.0)

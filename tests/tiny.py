@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe_jax import models, objective, parallel, routers
+from moe_jax import models, objectives, parallel, routers
 from moe_jax.models import decoder
 
 B, L, V = 2, 16, 32
@@ -146,7 +146,7 @@ def value_and_grad(model, params, batch):
 
 
 def loss(model, params, batch):
-  goal = objective.next_token(losses={'balance': 0.1, 'z': 0.01})
+  goal = objectives.objective('next_token')(losses={'balance': 0.1, 'z': 0.01})
   return goal(lambda batch, pass_: forward(model, params, batch), batch)
 
 

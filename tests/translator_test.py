@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe_jax import attention, config, models, objective, routers, trunk
+from moe_jax import attention, config, models, objectives, routers, trunk
 from moe_jax.models import translator
 
 V, D, S, L, B = 11, 8, 5, 4, 2
@@ -227,9 +227,11 @@ def test_two_passes_of_one_expert_agree_without_dropout(block):
   assert ('norm_encoder' in params) == ('norm_decoder' in params)
   assert ('norm_decoder' in params) == (block == 'pre')
   forward = _run(model, train=True)
-  loss, found = objective.get('consistency', losses={})(forward, FULL)
+  loss, found = objectives.get('consistency', losses={})(forward, FULL)
   assert float(found['consistency_sum']) == 0
-  once, _ = objective.get('next_token', losses={}, smoothing=0.1)(forward, FULL)
+  once, _ = objectives.get('next_token', losses={}, smoothing=0.1)(
+    forward, FULL
+  )
   np.testing.assert_allclose(loss, 2 * once, rtol=1e-6)
 
 

@@ -10,7 +10,7 @@ import tiny
 from flax import nnx
 from tiny import B, L, V
 
-from moe_jax import block, models, objective, parallel, routers, trunk
+from moe_jax import block, models, objectives, parallel, routers, trunk
 
 
 def _logits(params, **changes):
@@ -258,8 +258,10 @@ def test_thor_with_one_expert_is_twice_the_plain_objective():
     return models.bind(model, params, {})(batch, ctx)
 
   forward = lambda batch, pass_: run(params, np.int32(pass_))
-  plain = objective.next_token(losses={})
-  thor = objective.consistency(losses={}, alpha=5.0, smoothing=0.0)
+  plain = objectives.objective('next_token')(losses={})
+  thor = objectives.objective('consistency')(
+    losses={}, alpha=5.0, smoothing=0.0
+  )
   np.testing.assert_array_equal(
     2 * plain(forward, batch)[0], thor(forward, batch)[0]
   )

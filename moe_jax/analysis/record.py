@@ -18,7 +18,7 @@ import numpy as np
 
 from moe_jax import (
   models,
-  objective,
+  objectives,
   paths,
   plan,
   routers,
@@ -178,7 +178,7 @@ def recorder(job: Job) -> Callable[..., dict[str, Any]]:
       steps=job.config['steps'],
     )
     logits_BxLxV, aux = model(batch, ctx)
-    nll_BxL = objective.cross_entropy(logits_BxLxV, batch['target_BxL'])
+    nll_BxL = objectives.cross_entropy(logits_BxLxV, batch['target_BxL'])
     keep = ('plan', 'route', 'entropy')
     aux = [{name: found[name] for name in keep} for found in aux]
     return {'nll_BxL': nll_BxL, 'aux': aux}

@@ -7,9 +7,7 @@ rngs=rngs, J=2)`. Nothing else has to be edited.
 
 import dataclasses
 import functools
-import importlib
 import math
-import pkgutil
 from typing import Annotated, Any
 
 import flax.struct
@@ -18,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe_jax import ranges
+from moe_jax import byname, ranges
 from moe_jax.init import Scheme
 
 # Queries that meet the keys up to them at once: at least, and blocks at most.
@@ -127,14 +125,12 @@ def keys_seen(L: int, M: int, causal: bool, window: int | None = None) -> float:
 
 def names() -> list[str]:
   """The kinds of attention that exist."""
-  return sorted(m.name for m in pkgutil.iter_modules(__path__))
+  return byname.names(__name__)
 
 
 def get(name: str) -> type[Attention]:
   """The class in moe_jax/attention/<name>.py; ValueError if there is none."""
-  if name not in names():
-    raise ValueError(f'no attention {name!r}; there are {", ".join(names())}')
-  return importlib.import_module(f'{__name__}.{name}').Attention
+  return byname.find(__name__, 'attention', name).Attention
 
 
 def attend(

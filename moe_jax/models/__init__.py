@@ -5,8 +5,6 @@ rngs)`, an nnx.Module that has `updated_state(aux)`, `cost(model, length)`, and
 `smallest(fields)`, sizes to try a config with before the data is read.
 """
 
-import importlib
-import pkgutil
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -15,15 +13,13 @@ import jax
 import numpy as np
 from flax import nnx
 
+from moe_jax import byname
 from moe_jax.routers import RouterState
 
 
 def get(name: str) -> ModuleType:
   """The module moe_jax/models/<name>.py; ValueError if there is none."""
-  names = sorted(m.name for m in pkgutil.iter_modules(__path__))
-  if name not in names:
-    raise ValueError(f'no model {name!r}; there are {", ".join(names)}')
-  return importlib.import_module(f'{__name__}.{name}')
+  return byname.find(__name__, 'model', name)
 
 
 def config(fields: dict[str, Any]) -> Any:

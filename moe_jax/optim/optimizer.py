@@ -1,10 +1,9 @@
 """The optimiser: AdamW or Muon, clipping, learning rates as fractions."""
 
 import dataclasses
-import math
 import re
 from collections.abc import Callable
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ import optax
 from optax import contrib
 
 from moe_jax import exact, ranges
+from moe_jax.optim import schedules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Config:
 
   name: 'Annotated[str, ranges.OneOf(OPTIMIZERS)]'
   learning_rate: ranges.NonNegative
-  schedule: 'Annotated[str, ranges.OneOf(SCHEDULES)]'
+  schedule: Annotated[str, ranges.OneOf(schedules.names())]
   warmup: ranges.Fraction
   decay: ranges.Fraction
   end: ranges.Fraction
@@ -45,60 +45,21 @@ class Config:
       )
 
 
-class Span(NamedTuple):
-  """The steps of a run: those of the warm-up and, of wsd, those that fall."""
-
-  steps: int
-  warmup: int
-  decay: int
-
-
-# Each is (step, span, end) -> factor, from 0; the warm-up comes apart. The
-# factor is 1 at the warm-up's last step, or the first; cosine and wsd are at
-# `end` in the run's last step, if that is another.
-
-
-def _cosine(step, span, end):
-  top = max(span.warmup - 1, 0)
-  done = jnp.clip((step - top) / max(span.steps - 1 - top, 1), 0, 1)
-  return end + (1 - end) * 0.5 * (1 + jnp.cos(math.pi * done))
-
-
-def _constant(step, span, end):
-  del span, end
-  return jnp.ones_like(step)
-
-
-def _inverse_sqrt(step, span, end):
-  del end
-  return jnp.sqrt(span.warmup / jnp.maximum(step, span.warmup))
-
-
-def _wsd(step, span, end):
-  top = max(span.steps - 1 - span.decay, 0)
-  done = jnp.clip((step - top) / max(span.steps - 1 - top, 1), 0, 1)
-  return 1 - (1 - end) * done
-
-
-SCHEDULES = {
-  'cosine': _cosine,
-  'constant': _constant,
-  'inverse_sqrt': _inverse_sqrt,
-  'wsd': _wsd,
-}
-
-
 def schedule(c: Config, steps: int) -> Callable[[jax.Array], jax.Array]:
   """step (from 0) -> learning rate, float32.
 
   Warm-up and decay are parts of `steps`, rounded up to whole ones.
   """
-  span = Span(steps, *(exact.ceil(part, steps) for part in (c.warmup, c.decay)))
+  span = schedules.Span(
+    steps, *(exact.ceil(part, steps) for part in (c.warmup, c.decay))
+  )
+
+  factor = schedules.get(c.schedule)
 
   def rate(step):
     step = jnp.asarray(step, jnp.float32)
     ramp = jnp.minimum(1.0, (step + 1) / max(span.warmup, 1))
-    return c.learning_rate * ramp * SCHEDULES[c.schedule](step, span, c.end)
+    return c.learning_rate * ramp * factor(step, span, c.end)
 
   return rate
 

@@ -12,7 +12,6 @@ is `Router` in my_router.py, wherever that lies on Python's path.
 
 import functools
 import importlib
-import pkgutil
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +22,7 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax import balance, exact, ranges
+from moe_jax import balance, byname, exact, ranges
 from moe_jax import plan as plans
 from moe_jax.plan import Plan
 
@@ -220,7 +219,7 @@ class Router(nnx.Module):
 
 def names() -> list[str]:
   """The routers that exist."""
-  return sorted(m.name for m in pkgutil.iter_modules(__path__))
+  return byname.names(__name__)
 
 
 def get(name: str) -> type[Router]:
@@ -233,14 +232,10 @@ def get(name: str) -> type[Router]:
     ValueError: there is no such router. What that module itself raises while
       it is imported is raised as it is.
   """
-  if name in names():
-    return importlib.import_module(f'{__name__}.{name}').Router
   if '.' in str(name):
     return _elsewhere(str(name))
-  raise ValueError(
-    f'no router {name!r}; there are {", ".join(names())}; one of your own is'
-    ' MODULE.CLASS'
-  )
+  more = '; one of your own is MODULE.CLASS'
+  return byname.find(__name__, 'router', name, more).Router
 
 
 def _elsewhere(name):

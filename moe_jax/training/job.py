@@ -14,7 +14,7 @@ import optax
 from flax import nnx
 
 from moe_jax import config as configs
-from moe_jax import models, objective, ops, parallel, paths, routers
+from moe_jax import models, objectives, ops, parallel, paths, routers
 from moe_jax.data import dataset, tokenizer
 from moe_jax.optim import guard, optimizer
 from moe_jax.training import checkpoint, lock
@@ -84,7 +84,7 @@ def assemble(
     unweighted=list(unweighted),
     model=models.abstract(init),
     init=init,
-    objective=objective.get(**c['objective']),
+    objective=objectives.get(**c['objective']),
     optimizer=optimizer.make(settings, c['steps']),
     schedule=optimizer.schedule(settings, c['steps']),
     mesh=mesh,
@@ -126,7 +126,7 @@ def prepare(config: Any, workdir: str) -> Job | None:
     )
   optimizer.Config(**c['optimizer'])
   guard.Config(**c['guard'])
-  objective.get(**c['objective'])
+  objectives.get(**c['objective'])
   source = dataset.source(c['data']['source'])
   data_config = source.Config(**c['data'])
   if c['model']['name'] != source.model:
