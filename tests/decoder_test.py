@@ -587,7 +587,7 @@ def test_a_dense_model_is_all_active():
     ({'dtype': 'float8'}, "'float8'; there are float32"),
     ({'block': 'past'}, "'past'; there are pre"),
     ({'link': 'sum'}, "'sum'; there are replace"),
-    ({'residual': {'name': 'eve'}}, "'eve'; there are plain"),
+    ({'residual': {'name': 'eve'}}, "'eve'; there are adam"),
     ({'link': 'add', 'residual': HEAVY}, "'add' with residual 'heavy_ball'"),
     ({'link': 'init', 'residual': HEAVY}, "'init' with residual 'heavy_ball'"),
     ({'router': {'name': 'best'}}, "'best'; there are expert_choice"),
