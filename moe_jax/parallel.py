@@ -549,15 +549,16 @@ def mesh(
   several TPU slices, between which the network is slower, `data` goes over all.
 
   Args:
-    sizes: devices along each of AXES.
+    sizes: devices along each of AXES; see `filled` for -1.
     devices: to choose from; None is all that jax has.
 
   Raises:
     ValueError: these devices make no such mesh.
   """
   ranges.check(Sizes, sizes, 'mesh.')
-  shape = [sizes[axis] for axis in AXES]
   devices = jax.devices() if devices is None else devices
+  sizes = filled(sizes, len(devices))
+  shape = [sizes[axis] for axis in AXES]
   need, tpu = math.prod(shape), devices[0].platform == 'tpu'
   text = ' x '.join(f'{axis}={n}' for axis, n in zip(AXES, shape, strict=True))
   if need > len(devices) or (tpu and need < len(devices)):

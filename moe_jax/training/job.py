@@ -279,8 +279,8 @@ def _shapes(c, model):
 
 def _mesh(c):
   """The mesh; ValueError if it does not divide what is laid on it."""
-  c['mesh'] = parallel.filled(c['mesh'], jax.device_count())
   mesh = parallel.mesh(c['mesh'])
+  c['mesh'] = dict(mesh.shape)  # without a -1
   if jax.process_count() > 1 and mesh.size < jax.device_count():
     raise ValueError(
       f'a mesh of {mesh.size} devices leaves some idle: {jax.process_count()}'
