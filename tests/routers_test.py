@@ -645,7 +645,9 @@ def test_compiles_once(case):
 def test_a_recorded_routing_is_replayed_and_its_gates_recomputed(case):
   layer = _of(case)
   decided = layer.decide(layer.params, _x(), _ctx())
-  jax.tree.map(np.testing.assert_array_equal, decided.train, decided.again)
+  # XLA may fuse the two differently, which moves a sum's last bit.
+  near = functools.partial(np.testing.assert_allclose, rtol=1e-6)
+  jax.tree.map(near, decided.train, decided.again)
   (here, aux, *_), (elsewhere, other, *_) = (
     _replay(layer, {'router': layer.params, 'x': x}) for x in (_x(), _x(9))
   )
