@@ -83,7 +83,7 @@ def parts(root: pathlib.Path) -> list[Part]:
   cpu = ('moe_jax/main.py', 'configs/tiny.py', 'pallas_kernels/cpu.py')
   found = [
     Part('job', '', cpu),
-    Part('faults', '', (*cpu, *files('experiments/faults/*.py'))),
+    Part('faults', '', (*cpu, *files('experiments/checks/faults/*.py'))),
     Part('parity', 'tests/transformers_test.py', ()),
     *(Part('chips', path, ()) for path in files('tests/aot*_test.py')),
     *(Part('newer', f'tests/{name}_test.py', ()) for name in NEWER),

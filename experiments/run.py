@@ -2,11 +2,11 @@
 
   python -m experiments.run coe --seeds=3 --jobs=2 --data=DIR
 
-Adds a line a run to experiments/<name>/results.jsonl. Runs that stand there are
-not made again; a run that was killed goes on. Lines of other code, configs,
-data, packages or devices are not added to: the command says what differs, and
-ends. Several jobs may share a GPU, best under NVIDIA's MPS; a TPU has room for
-one, --jobs=1.
+Adds a line a run to experiments/studies/<name>/results.jsonl. Runs that stand
+there are not made again; a run that was killed goes on. Lines of other code,
+configs, data, packages or devices are not added to: the command says what
+differs, and ends. Several jobs may share a GPU, best under NVIDIA's
+MPS; a TPU has room for one, --jobs=1.
 
   python -m experiments.run coe --cost --data=DIR
 
@@ -19,7 +19,7 @@ import sys
 
 from absl import app, flags, logging
 
-from experiments import runner
+from experiments.harness import runner
 
 _SEEDS = flags.DEFINE_integer('seeds', 5, 'Seeds of each arm.', lower_bound=1)
 _JOBS = flags.DEFINE_integer(

@@ -136,7 +136,7 @@ def test_a_rival_that_answers_otherwise_is_no_rival():
 )
 def test_speed_names_the_extra_that_it_needs():
   done = subprocess.run(
-    [sys.executable, '-m', 'experiments.speed'],
+    [sys.executable, '-m', 'experiments.benches.speed'],
     cwd=ROOT,
     capture_output=True,
     text=True,

@@ -11,7 +11,7 @@ import parallel_test
 import pytest
 from flax import nnx
 
-from experiments.fused import layers, saved, seconds
+from experiments.benches.fused import layers, saved, seconds
 from moe_jax import ops, parallel
 from moe_jax import plan as plans
 from moe_jax.experts import ACTIVATIONS, Experts

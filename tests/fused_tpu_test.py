@@ -1,10 +1,10 @@
-"""What experiments/fused/tpu.py reads of a compiled program, without libtpu."""
+"""What the bench `fused` reads of a compiled program, without libtpu."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.fused import layers, tpu
+from experiments.benches.fused import layers, tpu
 from pallas_kernels import tiling
 from pallas_kernels.tools import traffic
 

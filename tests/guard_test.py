@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from small import lines_of, small_config, without_clocks
 
-from experiments.faults import child
+from experiments.checks.faults import child
 from moe_jax import config
 from moe_jax.optim import guard
 from moe_jax.training import job as jobs

@@ -2,7 +2,8 @@
 
 A few cells have each mesh, and each way to cut the work with each way to
 compute it; the slow ones have all pairs. The full grid is `python -m
-experiments.mesh`. What a layer alone does on meshes is in parallel_test.py.
+experiments.checks.mesh`. What a layer alone does on meshes is in
+parallel_test.py.
 """
 
 import itertools
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from small import small_config
 
-from experiments.mesh import cells
+from experiments.checks.mesh import cells
 from moe_jax import parallel
 from moe_jax.training import job as jobs
 from moe_jax.training import loop, train_step

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from small import command
 
-from experiments.scale import __main__ as scale
+from experiments.checks.scale import __main__ as scale
 from moe_jax import config, parallel
 from moe_jax.sizing import aot, estimate
 from moe_jax.training import train_step

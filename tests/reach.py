@@ -4,7 +4,7 @@
 
 Appends a line of JSON for each test: the functions of this project that it
 called in the process of the tests, as 'moe_jax/plan.py:sort', and whether it
-started other processes. `python -m experiments.mutations` reads them.
+started other processes. `python -m experiments.checks.mutations` reads them.
 """
 
 import json

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from experiments.momentum import measure
+from experiments.studies.momentum import measure
 
 SPOTS = np.zeros((2, 28, 28), np.float32)
 SPOTS[0, 10, 12] = 200.0

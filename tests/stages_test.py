@@ -26,7 +26,7 @@ FILES = {
   'moe_jax/routers/hash.py': 'from moe_jax import report\n',
   'pallas_kernels/cpu.py': '',
   'pallas_kernels/tpu.py': '',
-  'experiments/faults/__main__.py': "RUN = '-m moe_jax.main'\n",
+  'experiments/checks/faults/__main__.py': "RUN = '-m moe_jax.main'\n",
   'tests/conftest.py': '',
   'tests/small.py': 'from moe_jax import config\n',
   'tests/golden/a.npz': 'numbers',
@@ -129,7 +129,7 @@ def test_a_document_changes_nothing(checkout):
     ('tests/golden/a.npz', 'newer golden'),
     ('tests/small.py', 'newer golden, slow main, slow systems'),
     ('colab/hashes.ipynb', 'hashes'),
-    ('experiments/faults/__main__.py', 'faults'),
+    ('experiments/checks/faults/__main__.py', 'faults'),
   ],
 )
 def test_a_part_runs_when_a_file_that_it_reads_changed(

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments import (
+from experiments.harness import (
   claims,
   pages,
   pictures,
@@ -25,7 +25,7 @@ from experiments import (
   trial,
   variants,
 )
-from experiments.claims import Claim
+from experiments.harness.claims import Claim
 
 ROOT = pathlib.Path(__file__).parents[1]
 STUDIES = results.names()
@@ -143,7 +143,7 @@ def test_the_table_of_variants_is_that_of_the_lines():
 
 
 def test_no_other_file_is_called_as_results_are():
-  found = {p.parent.name for p in ROOT.glob('experiments/*/results.jsonl')}
+  found = {p.parent.name for p in ROOT.glob('experiments/**/results.jsonl')}
   assert found <= set(STUDIES)
 
 
@@ -159,7 +159,7 @@ def test_what_stands_between_marks_is_replaced(tmp_path):
 
 STUDY = """
 import pathlib
-from experiments.claims import Claim
+from experiments.harness.claims import Claim
 from moe_jax import config
 
 DATA = ()
@@ -181,7 +181,7 @@ def arms(data):
 MEASURE = """
 import pathlib
 
-from experiments import measures
+from experiments.harness import measures
 
 def measure(job, state):
   assert int(state.step) == 3
@@ -196,7 +196,7 @@ def measure(job, state):
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
   """A study of two arms in a folder beside the real ones."""
-  folder = tmp_path / 'root/experiments/fake'
+  folder = tmp_path / 'root/experiments/studies/fake'
   folder.mkdir(parents=True)
   (folder / 'study.py').write_text(textwrap.dedent(STUDY))
   (folder / 'measure.py').write_text(MEASURE)
@@ -343,8 +343,8 @@ def test_a_router_that_no_arm_names_changes_no_code(monkeypatch, tmp_path):
   """So that a board can grow: one file more leaves its lines valid."""
   package = tmp_path / 'moe_jax/routers'
   package.mkdir(parents=True)
-  (tmp_path / 'experiments').mkdir()
-  (tmp_path / 'experiments/trial.py').write_text('')
+  (tmp_path / 'experiments/harness').mkdir(parents=True)
+  (tmp_path / 'experiments/harness/trial.py').write_text('')
   for name in ('__init__', 'topk'):
     (package / f'{name}.py').write_text(name)
   monkeypatch.setattr(results, 'ROOT', tmp_path)

@@ -1,6 +1,6 @@
 """Imported weights against transformers' own models; extra `torch`.
 
-The table of README.md is `python -m experiments.parity`.
+The table of README.md is `python -m experiments.checks.parity`.
 """
 
 import copy
@@ -25,7 +25,7 @@ missing = "torch and transformers are not installed: pip install -e '.[torch]'"
 torch = pytest.importorskip('torch', reason=missing)
 transformers = pytest.importorskip('transformers', reason=missing)
 
-cases = importlib.import_module('experiments.parity.cases')
+cases = importlib.import_module('experiments.checks.parity.cases')
 
 
 @functools.cache

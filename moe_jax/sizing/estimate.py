@@ -3,8 +3,8 @@
 What lies there between steps is counted exactly, from the shapes of the train
 state and the sharding rules of moe_jax/parallel.py. What a step needs besides
 is arithmetic over the arrays that the TPU's compiler was seen to keep alive at
-once; experiments/scale holds it to that compiler's own numbers. Bytes are those
-of one device, unless a name says otherwise.
+once; experiments/checks/scale holds it to that compiler's own numbers. Bytes
+are those of one device, unless a name says otherwise.
 """
 
 import collections
