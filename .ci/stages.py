@@ -41,7 +41,7 @@ BY_NAME = (
   'configs/paper',
 )
 ALIAS = {'interpret': 'tpu'}  # a kernel by another name
-MODULE = re.compile(r'\b(?:moe_jax|pallas_kernels|experiments)(?:\.\w+)+')
+MODULE = re.compile(r'\b(?:moe_jax|pallas_kernels|experiments|tests)(?:\.\w+)+')
 DEFAULTS = 'moe_jax/config.py'  # where the library itself names its choices
 SHARED = ('setup.cfg', 'pyproject.toml', 'tests/conftest.py', '.ci/')
 READ_BY_NO_PART = ('.md', '.png', '.jsonl', 'LICENSE', '.gitignore')
@@ -84,23 +84,28 @@ def parts(root: pathlib.Path) -> list[Part]:
   found = [
     Part('job', '', cpu),
     Part('faults', '', (*cpu, *files('experiments/checks/faults/*.py'))),
-    Part('parity', 'tests/transformers_test.py', ()),
-    *(Part('chips', path, ()) for path in files('tests/aot*_test.py')),
-    *(Part('newer', f'tests/{name}_test.py', ()) for name in NEWER),
+    Part('parity', 'tests/weights/transformers_test.py', ()),
+    *(Part('chips', path, ()) for path in files('tests/**/aot*_test.py')),
+    *(
+      Part('newer', path, ())
+      for name in NEWER
+      for path in files(f'tests/**/{name}_test.py')
+    ),
   ]
-  for path in files('tests/*_test.py'):
-    if _slow(root / path) and not path.startswith(('tests/aot', 'tests/colab')):
+  for path in files('tests/**/*_test.py'):
+    elsewhere = pathlib.Path(path).name.startswith(('aot', 'colab'))
+    if _slow(root / path) and not elsewhere:
       found.append(Part('slow', path, ()))
   for path in files('colab/*.ipynb'):
     name = pathlib.Path(path).stem
-    test = 'tests/colab_test.py'
+    test = 'tests/project/colab_test.py'
     runs = f'{test}::test_it_runs_top_to_bottom[{name}]'
     found.append(Part('slow', runs, (test, path, 'tests/conftest.py')))
   of_file = lambda part: (part.argument, 'tests/conftest.py')
   found = [part._replace(roots=part.roots or of_file(part)) for part in found]
   return [
     part._replace(roots=part.roots + tuple(files('tests/golden/*')))
-    if part.argument == 'tests/golden_test.py'
+    if part.argument == 'tests/golden/golden_test.py'
     else part
     for part in found
     if all((root / path).exists() for path in part.roots)
@@ -164,16 +169,11 @@ class Tree:
   def _module(self, name: str) -> Iterator[str]:
     """The files of a dotted name, of its packages too, if they are here."""
     parts = name.split('.')
-    if parts[0] in ('moe_jax', 'pallas_kernels', 'experiments'):
-      places = [parts]
-    else:
-      places = [['tests', *parts]]
-    for place in places:
-      for n in range(1, len(place) + 1):
-        stem = '/'.join(place[:n])
-        for path in (f'{stem}.py', f'{stem}/__init__.py'):
-          if (self.root / path).is_file():
-            yield path
+    for n in range(1, len(parts) + 1):
+      stem = '/'.join(parts[:n])
+      for path in (f'{stem}.py', f'{stem}/__init__.py'):
+        if (self.root / path).is_file():
+          yield path
 
   def _called(self, words: set[str], lists: set[str]) -> Iterator[str]:
     words = words | {ALIAS[word] for word in words & ALIAS.keys()}

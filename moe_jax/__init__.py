@@ -33,7 +33,7 @@ experts are on other devices, of which nothing else knows, and where rows are
 not to be copied, by fused.py.
 
 Who may import whom: each line what stands below it, never a part beside it
-(tests/imports_test.py checks).
+(tests/project/imports_test.py checks).
 
   __main__; main; commands
   analysis, decode, weights, sizing

@@ -1,6 +1,6 @@
 """Do the tests notice when the library is broken? Random mutations of it.
 
-  PYTHONPATH=tests pytest -p reach --reach=reach.jsonl    Python 3.12 or newer
+  python -m pytest -p tests.helpers.reach --reach=reach.jsonl  # Python 3.12
   python -m experiments.checks.mutations --reach=reach.jsonl --count=20
 
 Breaks one place of moe_jax or pallas_kernels at a time in a copy of this tree,

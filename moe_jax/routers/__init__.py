@@ -3,8 +3,8 @@
 A file here defines one class `Router(routers.Router)`; `{'name': 'topk', 'k':
 2}` in a config makes `topk.Router(D, E, rngs=rngs, k=2)`. Nothing else has to
 be edited: a wrong option is a TypeError, a value outside of what its annotation
-says (moe_jax/ranges.py) a ValueError, and tests/routers_test.py holds every
-file here to the contract below.
+says (moe_jax/ranges.py) a ValueError, and tests/layers/routers_test.py holds
+every file here to the contract below.
 
 A name with a dot is a class of any module that Python finds: 'my_router.Router'
 is `Router` in my_router.py, wherever that lies on Python's path.
