@@ -32,6 +32,8 @@ BY_NAME = (
   'moe_jax/routers',
   'moe_jax/attention',
   'moe_jax/models',
+  'moe_jax/blocks',
+  'moe_jax/experts',
   'moe_jax/residuals',
   'moe_jax/objectives',
   'moe_jax/optim/schedules',

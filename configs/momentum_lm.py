@@ -15,7 +15,7 @@ def get_config():
   c.steps, c.batch_size, c.seq_len = 840, 8, 128
   c.data.update(vocab_size=2048, eval_bytes=100_000, order='stream')
   c.model.update(N=3, D=128, H=4, E=8, expert_F=128, tied=False, bias=True)
-  c.model.update(block='authors_lm', norm='layer', eps=1e-5)
+  c.model.update(block='momentum_lm', norm='layer', eps=1e-5)
   c.model.update(activation='relu', init='momentum_smoe', embed_std=1.0)
   c.model.attention = config.attend('span', span=128)
   c.model.router = config.router('topk', k=2, bias=True, init='torch')

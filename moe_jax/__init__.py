@@ -41,7 +41,7 @@ Who may import whom: each line what stands below it, never a part beside it
   config
   models, optim, objectives, evaluators, report
   trunk, data
-  block
+  blocks
   routers, attention, experts, residuals, parallel
   fused, balance, norm, init
   ops, which alone knows pallas_kernels

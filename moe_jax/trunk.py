@@ -13,9 +13,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax import attention, block, init, norm, ops, ranges, residuals
-from moe_jax import routers as routing
-from moe_jax.experts import ACTIVATIONS, Dense, Experts
+from moe_jax import (
+  attention,
+  blocks,
+  experts,
+  init,
+  norm,
+  ops,
+  ranges,
+  residuals,
+  routers,
+)
+from moe_jax.experts.mlp import ACTIVATIONS, Mlp
 from moe_jax.parallel import Layout
 from moe_jax.ranges import OneOf
 
@@ -42,12 +51,12 @@ class Config:
   layers_per_pool: ranges.Count
   ragged_pool: bool
   iterations: ranges.Count
-  routing: Annotated[str, OneOf(block.ROUTINGS)]
+  routing: Annotated[str, OneOf(blocks.ROUTINGS)]
   link: Annotated[str, OneOf(residuals.LINKS)]
   residual: dict[str, Any]
   router: dict[str, Any]
   attention: dict[str, Any]
-  block: Annotated[str, OneOf(block.BLOCKS)]
+  block: Annotated[str, OneOf(blocks.names())]
   norm: Annotated[str, OneOf(norm.NORMS)]
   eps: ranges.Positive
   activation: Annotated[str, OneOf(ACTIVATIONS)]
@@ -144,17 +153,17 @@ class Segment(nnx.Module):
     self.c, self.G, self.R, self.pattern = c, G, R, pattern
     dense = pattern.count('d')
     routed = functools.partial(_routed, c, c.E * R)
-    self.moe = block.stack(
+    self.moe = blocks.stack(
       lambda rngs: make_layer(routed, rngs=rngs), (G, R), rngs
     )
-    self.pools = block.stack(functools.partial(_pool, c, R), (G,), rngs)
+    self.pools = blocks.stack(functools.partial(_pool, c, R), (G,), rngs)
     if dense:
-      self.dense = block.stack(
-        lambda rngs: make_layer(_dense(c, c.F), rngs=rngs), (G, R, dense), rngs
+      self.dense = blocks.stack(
+        lambda rngs: make_layer(_dense(c), rngs=rngs), (G, R, dense), rngs
       )
 
   def first_router(self) -> nnx.Module:
-    return block.at(block.at(block.at(self.moe, 0), 0).feed.routers, 0)
+    return blocks.at(blocks.at(blocks.at(self.moe, 0), 0).feed.routers, 0)
 
   def __call__(self, x_BxLxD, memory, cache, layer, depth, run):
     """Scans over pools and, inside, over the layers that share one.
@@ -186,7 +195,7 @@ class Segment(nnx.Module):
         here = ctx.at_layer(layer + i * period + j)
         old = jax.tree.map(lambda a, j=j: a[j], cache)
         if kind == 'd':
-          module, d = block.at(nnx.merge(graph_dense, dense), d), d + 1
+          module, d = blocks.at(nnx.merge(graph_dense, dense), d), d + 1
           x, memory, _, new = run.layer(module, x, memory, None, here, old)
         else:
           module = nnx.merge(graph_moe, moe)
@@ -214,7 +223,7 @@ class Segment(nnx.Module):
   def updated_state(self, load_GxRxIxE: jax.Array) -> dict[str, Any]:
     """The routers' state after an optimiser step with that load."""
     graph, old, rest = nnx.split(
-      self.moe.feed.routers, routing.RouterState, ...
+      self.moe.feed.routers, routers.RouterState, ...
     )
     if self.c.routing != 'each':  # one router, however often it was asked
       load_GxRxIxE = jnp.sum(load_GxRxIxE, axis=2, keepdims=True)
@@ -232,18 +241,18 @@ class Segment(nnx.Module):
 class _Run:
   """What one call hands to every layer."""
 
-  wiring: block.Wiring
-  ctx: routing.Ctx
+  spec: blocks.LayerSpec
+  ctx: routers.Ctx
   view: attention.View
-  source: block.Source
+  source: blocks.Source
 
   def layer(self, module, x_BxLxD, memory, experts, ctx, cache):
     """Returns x, memory, aux and the next cache."""
     view, cache = self._past(module, x_BxLxD, cache)
     x_BxLxD, memory, aux = module(
-      x_BxLxD, memory, experts, self.wiring, ctx, view, self.source
+      x_BxLxD, memory, experts, self.spec, ctx, view, self.source
     )
-    return self.wiring.layout.rows(x_BxLxD), memory, aux, cache
+    return self.spec.layout.rows(x_BxLxD), memory, aux, cache
 
   def _past(self, module, x_BxLxD, cache):
     """What the layer sees of the tokens before, and the next cache."""
@@ -270,14 +279,14 @@ class Trunk(nnx.Module):
     cross: bool = False,
     rngs: nnx.Rngs,
   ):
-    crossing = [name for name, kind in block.BLOCKS.items() if kind.crosses]
+    crossing = [n for n in blocks.names() if blocks.get(n).crosses]
     require(
       not cross or c.block in crossing,
       f'block={c.block!r} cannot attend to another sequence;'
       f' {", ".join(crossing)} can',
     )
     self.c = c
-    self.wiring = block.Wiring(
+    self.spec = blocks.LayerSpec(
       residual=residuals.get(**c.residual),
       link=residuals.LINKS[c.link],
       iterations=c.iterations,
@@ -294,8 +303,8 @@ class Trunk(nnx.Module):
     )
     make_layer = functools.partial(_layer, c, kind, options, cross)
     if c.first:
-      self.first = block.stack(
-        lambda rngs: make_layer(_dense(c, c.F), rngs=rngs), (c.first,), rngs
+      self.first = blocks.stack(
+        lambda rngs: make_layer(_dense(c), rngs=rngs), (c.first,), rngs
       )
     for name, sizes in zip(SEGMENTS, c.segments, strict=False):
       setattr(self, name, Segment(c, *sizes, make_layer, rngs=rngs))
@@ -307,9 +316,9 @@ class Trunk(nnx.Module):
   def __call__(
     self,
     x_BxLxD: jax.Array,
-    ctx: routing.Ctx,
+    ctx: routers.Ctx,
     view: attention.View,
-    source: block.Source = None,
+    source: blocks.Source = None,
     cache: Any = None,
   ) -> tuple[jax.Array, list[dict[str, Any]], Any]:
     """Returns x, aux and the cache of the next block of the same rows.
@@ -323,13 +332,13 @@ class Trunk(nnx.Module):
     or, where the view has places, of what attention keeps, [N, B, M, ...].
     """
     c = self.c
-    whole = self.wiring.layout.whole
+    whole = self.spec.layout.whole
     shared = {
       name: whole(name, getattr(self, name)[...]) for name in self.shared
     }
     view = view.replace(shared=shared)
-    x_BxLxD = self.wiring.layout.rows(x_BxLxD)
-    run = _Run(self.wiring, ctx, view, source)
+    x_BxLxD = self.spec.layout.rows(x_BxLxD)
+    run = _Run(self.spec, ctx, view, source)
     memory, aux, caches = self._memory(x_BxLxD), [], []
     cut = lambda first, n: jax.tree.map(lambda a: a[first:][:n], cache)
     if c.first:
@@ -356,11 +365,11 @@ class Trunk(nnx.Module):
     return {n: getattr(self, n) for n in SEGMENTS if hasattr(self, n)}
 
   def _memory(self, x_BxLxD):
-    x_TxD = block.flat(x_BxLxD)
+    x_TxD = blocks.flat(x_BxLxD)
     routers = ()
     if self.segments():
       routers = self.body.first_router().memory(x_TxD)
-    return self.wiring.residual.init(x_TxD), routers
+    return self.spec.residual.init(x_TxD), routers
 
   def _first(self, x_BxLxD, memory, cache, run):
     graph, stacked = nnx.split(self.first)
@@ -380,7 +389,7 @@ class Trunk(nnx.Module):
 
   def updated_state(self, aux: list[dict[str, Any]]) -> dict[str, Any]:
     """The router state after an optimiser step with the load in aux."""
-    if not jax.tree.leaves(nnx.state(self, routing.RouterState)):
+    if not jax.tree.leaves(nnx.state(self, routers.RouterState)):
       return {}
     segments = zip(self.segments().items(), aux, strict=True)
     return {n: s.updated_state(found['load_E']) for (n, s), found in segments}
@@ -399,7 +408,7 @@ class Trunk(nnx.Module):
 
 
 def remat(c: Config, body: Callable) -> Callable:
-  """Recomputes the body in the backward pass, but never its routing."""
+  """Recomputes the body in the backward pass, but never its routers."""
   if not c.remat:
     return body
   policy = jax.checkpoint_policies.save_only_these_names('route', 'plan')
@@ -440,7 +449,7 @@ def _layer(c, kind, options, cross, make_feed, *, rngs):
     **options,
   )
   feed = make_feed(rngs)
-  return block.BLOCKS[c.block](
+  return blocks.get(c.block)(
     c.D,
     functools.partial(make_norm, c),
     make(rngs=rngs),
@@ -449,12 +458,12 @@ def _layer(c, kind, options, cross, make_feed, *, rngs):
   )
 
 
-def _dense(c, F):
-  return functools.partial(_make_dense, c, F)
+def _dense(c):
+  return functools.partial(_mlp, c, blocks.DenseLayer, c.F)
 
 
-def _make_dense(c, F, rngs):
-  return Dense(
+def _mlp(c, kind, F, rngs):
+  return kind(
     c.D,
     F,
     activation=c.activation,
@@ -468,22 +477,22 @@ def _make_dense(c, F, rngs):
 def _routed(c, candidates, rngs):
   """The routers of one layer, over `candidates` experts."""
   options = dict(c.router)
-  router = routing.get(options.pop('name'))
+  router = routers.get(options.pop('name'))
   make_router = lambda rngs: router(c.D, candidates, rngs=rngs, **options)
-  routers = c.iterations if c.routing == 'each' else 1
+  count = c.iterations if c.routing == 'each' else 1
   scale_I = None
   if residuals.LINKS[c.link].learned:
     scale_I = nnx.Param(jnp.zeros((c.iterations,)))
-  return block.Routed(
-    block.stack(make_router, (routers,), rngs),
-    _make_dense(c, c.shared_F, rngs) if c.shared_F else None,
+  return blocks.MoELayer(
+    blocks.stack(make_router, (count,), rngs),
+    _mlp(c, Mlp, c.shared_F, rngs) if c.shared_F else None,
     scale_I,
   )
 
 
 def _pool(c, R, rngs):
   ops.check(c.gmm, c.dtype, c.D, c.expert_F)
-  return Experts(
+  return experts.get('mlp')(
     c.E * R,
     c.D,
     c.expert_F,

@@ -15,7 +15,7 @@ def get_config():
   c.steps, c.batch_size, c.seq_len = 60_000, 96, 256
   c.data = config.source('text', vocab_size=267_735, order='stream')
   c.model.update(N=3, D=128, H=8, F=128, E=16, expert_F=128, dropout=0.7)
-  c.model.update(block='authors_lm', norm='layer', eps=1e-5, tied=False)
+  c.model.update(block='momentum_lm', norm='layer', eps=1e-5, tied=False)
   c.model.update(activation='relu', bias=True, init='momentum_smoe')
   c.model.update(embed_std=1.0)
   c.model.attention = config.attend('span', span=256)

@@ -130,7 +130,9 @@ def jax_layer(size, gmm):
   rngs = nnx.Rngs(0)
   modules = nnx.Dict(
     router=routers.get('topk')(D, E, k=K, rngs=rngs),
-    experts=experts.Experts(E, D, F, activation='swiglu', gmm=gmm, rngs=rngs),
+    experts=experts.get('mlp')(
+      E, D, F, activation='swiglu', gmm=gmm, rngs=rngs
+    ),
   )
   graph, params = nnx.split(modules)
   params = nnx.to_pure_dict(params)

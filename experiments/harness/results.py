@@ -26,7 +26,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 FILE, COSTS, MEASURE = 'results.jsonl', 'cost.jsonl', 'measure.py'
 # Folders of moe_jax in which a config names the file that it uses.
 BY_NAME = (
-  *('routers', 'attention', 'models', 'residuals', 'objectives', 'schedules'),
+  *('routers', 'attention', 'models', 'blocks', 'experts', 'residuals'),
+  *('objectives', 'schedules'),
 )
 # Files of pallas_kernels that ops can come to; the others are commands.
 KERNELS = ('cpu', 'gpu', 'operands', 'shapes', 'tiling', 'tpu')

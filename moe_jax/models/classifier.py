@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe_jax import block, ranges, trunk
+from moe_jax import blocks, ranges, trunk
 from moe_jax import routers as routing
 from moe_jax.attention import View
 from moe_jax.parallel import Layout
@@ -108,7 +108,7 @@ class Classifier(nnx.Module):
     real_BxL = jnp.broadcast_to(segment_Bx1 >= 0, (B, L))
     ctx = ctx.over(zeros_BxL, pos_BxL, real_BxL)
     x_BxLxD += self.position_LxD[...].astype(x_BxLxD.dtype)[None]
-    x_TxD = block.drop(block.flat(x_BxLxD), c.dropout, ctx.at_layer(c.N), 0)
+    x_TxD = blocks.drop(blocks.flat(x_BxLxD), c.dropout, ctx.at_layer(c.N), 0)
     x_BxLxD, aux, _ = self.trunk(
       x_TxD.reshape(x_BxLxD.shape),
       ctx,

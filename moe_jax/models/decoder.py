@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe_jax import block, ranges, trunk
+from moe_jax import blocks, ranges, trunk
 from moe_jax import routers as routing
 from moe_jax.attention import View
 from moe_jax.parallel import Layout
@@ -46,7 +46,7 @@ class Decoder(nnx.Module):
       if c.bias:
         self.bias_V = nnx.Param(jnp.zeros((c.V,)))
     self.trunk = trunk.Trunk(c, layout, rngs=rngs)
-    if not block.BLOCKS[c.block].normalised:
+    if not blocks.get(c.block).normalised:
       self.norm = trunk.make_norm(c, c.D)
 
   def __call__(
@@ -103,11 +103,11 @@ class Decoder(nnx.Module):
     return jax.tree.map(lambda a: jnp.zeros((c.N, *a.shape), a.dtype), shapes)
 
   def _run(self, batch, ctx, view, cache):
-    c, layout = self.c, self.trunk.wiring.layout
+    c, layout = self.c, self.trunk.spec.layout
     x_BxLxD = layout.lookup(
       'embed_VxD', self.embed_VxD[...].astype(c.dtype), batch['ids_BxL']
     )
-    x_TxD = block.drop(block.flat(x_BxLxD), c.dropout, ctx.at_layer(c.N), 0)
+    x_TxD = blocks.drop(blocks.flat(x_BxLxD), c.dropout, ctx.at_layer(c.N), 0)
     x_BxLxD, aux, cache = self.trunk(
       x_TxD.reshape(x_BxLxD.shape), ctx, view, cache=cache
     )
@@ -126,13 +126,13 @@ class Decoder(nnx.Module):
 
   def _whole(self, name):
     w = getattr(self, name)[...].astype(self.c.dtype)
-    return self.trunk.wiring.layout.whole(name, w)
+    return self.trunk.spec.layout.whole(name, w)
 
   def blank(self, B: int) -> jax.Array | None:
     """The cache before the first block of B rows; None if there is none."""
     c = self.c
     layers = self.trunk.layers
-    if not (layers.attention.caches and block.BLOCKS[c.block].raw):
+    if not (layers.attention.caches and blocks.get(c.block).raw):
       return None
     return jnp.zeros((c.N, B, layers.attention.caches, c.D), c.dtype)
 

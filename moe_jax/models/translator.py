@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe_jax import block, ranges, trunk
+from moe_jax import blocks, ranges, trunk
 from moe_jax import routers as routing
 from moe_jax.attention import View
 from moe_jax.parallel import Layout
@@ -64,7 +64,7 @@ class Translator(nnx.Module):
     self.embed_VxD = nnx.Param(init(rngs.params(), (c.V, c.D)))
     self.encoder = trunk.Trunk(c.encoder, layout, rngs=rngs)
     self.decoder = trunk.Trunk(c, layout, cross=True, rngs=rngs)
-    if not block.BLOCKS[c.block].normalised:
+    if not blocks.get(c.block).normalised:
       self.norm_encoder = trunk.make_norm(c, c.D)
       self.norm_decoder = trunk.make_norm(c, c.D)
 
@@ -121,7 +121,7 @@ class Translator(nnx.Module):
     )
     if hasattr(self, 'norm_decoder'):
       x_BxLxD = self.norm_decoder(x_BxLxD)
-    layout = self.decoder.wiring.layout
+    layout = self.decoder.spec.layout
     logits_BxLxV = x_BxLxD @ layout.whole('embed_VxD', self._table()).T
     wide = np.promote_types(logits_BxLxV.dtype, jnp.float32)
     return logits_BxLxV.astype(wide), aux
@@ -130,12 +130,12 @@ class Translator(nnx.Module):
     return self.embed_VxD[...].astype(self.c.dtype)
 
   def _embed(self, ids_BxL, pos_BxL, seen_BxL, ctx):
-    c, layout = self.c, self.decoder.wiring.layout
+    c, layout = self.c, self.decoder.spec.layout
     x_BxLxD = layout.lookup('embed_VxD', self._table(), ids_BxL) * c.D**0.5
     sines_BxLxD = sinusoids(pos_BxL, c.D).astype(x_BxLxD.dtype)
     x_BxLxD += jnp.where(seen_BxL[..., None], sines_BxLxD, 0)
     here = ctx.at_layer(max(c.N, c.encoder_N))
-    x_TxD = block.drop(block.flat(x_BxLxD), c.dropout, here, 0)
+    x_TxD = blocks.drop(blocks.flat(x_BxLxD), c.dropout, here, 0)
     return x_TxD.reshape(x_BxLxD.shape)
 
   def updated_state(self, aux: list[dict[str, Any]]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax import attention, exact, models, parallel
-from moe_jax.experts import ACTIVATIONS
+from moe_jax.experts.mlp import ACTIVATIONS
 from moe_jax.optim import optimizer as optimizers
 
 GIB = 2**30

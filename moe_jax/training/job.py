@@ -148,7 +148,7 @@ def prepare(config: Any, workdir: str) -> Job | None:
       f"data.order='stream' needs a cache: model.name={c['model']['name']!r},"
       f' model.attention.name={c["model"]["attention"]["name"]!r} and'
       f' model.block={c["model"]["block"]!r} have none; decoder, span and'
-      ' authors_lm have one'
+      ' momentum_lm have one'
     )
   _check_groups(c, model)
   _check_writing(c, model)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe_jax import attention, block, config, models, parallel, trunk
+from moe_jax import attention, blocks, config, models, parallel, trunk
 from moe_jax import routers as routing
 from moe_jax.plan import ByToken
 
@@ -204,22 +204,22 @@ class Step:
 @contextlib.contextmanager
 def watched():
   """While it lasts, aux has `steps`: what each step saw, planned, answered."""
-  routed = block.Routed.__call__
+  routed = blocks.MoELayer.__call__
 
-  def call(self, h0_TxD, memory, experts, wiring, ctx):
+  def call(self, h0_TxD, memory, experts, spec, ctx):
     found = []
 
     def layout(h_TxD, plan, experts):
-      y_TxD, lost = wiring.layout(h_TxD, plan, experts)
+      y_TxD, lost = spec.layout(h_TxD, plan, experts)
       found.append((h_TxD, plan, y_TxD))
       return y_TxD, lost
 
-    watching = dataclasses.replace(wiring, layout=layout)
+    watching = dataclasses.replace(spec, layout=layout)
     h_TxD, memory, aux = routed(self, h0_TxD, memory, experts, watching, ctx)
     aux['steps'] = jax.tree.map(lambda *a: jnp.stack(a), *found)
     return h_TxD, memory, aux
 
-  with mock.patch.object(block.Routed, '__call__', call):
+  with mock.patch.object(blocks.MoELayer, '__call__', call):
     yield
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from moe_jax import (
-  block,
+  blocks,
   config,
   models,
   objectives,
@@ -85,7 +85,7 @@ def rule(meta: dict[str, Any]) -> dict[str, Any]:
 
 @dataclasses.dataclass
 class Seen:
-  """What passed through the wiring of one call, layer by layer.
+  """What passed through one call's layers, layer by layer.
 
   Attributes:
     h_TxD, gate_TxE, y_TxD: into the experts, and their answer.
@@ -101,11 +101,11 @@ class Seen:
 
 
 def watched(layers: trunk.Trunk) -> Callable[[], Seen]:
-  """Watches the layers' wiring; returns what gives the Seen of the last call.
+  """Watches the layers; returns what gives the Seen of the last call.
 
   The layers then are called in compiled functions alone.
   """
-  wiring, rule, log = layers.wiring, layers.wiring.residual, []
+  spec, rule, log = layers.spec, layers.spec.residual, []
 
   def note(kind, *arrays):
     keep = lambda *arrays: log.append((kind, jax.tree.map(_whole, arrays)))
@@ -142,8 +142,8 @@ def watched(layers: trunk.Trunk) -> Callable[[], Seen]:
     log.clear()
     return seen
 
-  layers.wiring = dataclasses.replace(
-    wiring,
+  layers.spec = dataclasses.replace(
+    spec,
     layout=Watching(),
     residual=residuals.Residual(rule.init, apply, peek),
   )
@@ -208,7 +208,7 @@ def _stack(meta: dict[str, Any]) -> trunk.Trunk:
     D=meta['D'],
     E=meta['E'],
     expert_F=meta['F'],
-    block='authors_lm_inside' if meta['preln'] else 'authors_lm',
+    block='momentum_lm_preln' if meta['preln'] else 'momentum_lm',
     residual=rule(meta),
     router=config.router('topk', k=meta['K'], bias=True, init='torch'),
     norm='layer',
@@ -305,7 +305,7 @@ def stack(g: golden.Golden) -> None:
   answers, memories = zip(*seen.joined, strict=True)
   if not meta['preln']:
     bound = models.bind(like, params, {})
-    layer = lambda n: block.at(block.at(bound.body.moe, n), 0)
+    layer = lambda n: blocks.at(blocks.at(bound.body.moe, n), 0)
     answers = [layer(n).norm_inner(x) for n, x in enumerate(answers)]
   golden.near(rows(answers), a.pop('smoe_out'), TOL)
   for name, memory in _states(meta, memories).items():
@@ -353,7 +353,7 @@ def _lm_fields(meta):
     E=meta['E'],
     expert_F=meta['F'],
     pattern='md' if 'd' in kinds else 'm',
-    block='authors_lm',
+    block='momentum_lm',
     residual=rule(meta),
     router=config.router('topk', k=meta['K'], bias=True, init='torch'),
     attention=config.attend('span', span=meta['span']),

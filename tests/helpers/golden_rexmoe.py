@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe_jax import block, config, models, objectives, routers, trunk
+from moe_jax import blocks, config, models, objectives, routers, trunk
 from moe_jax.routers import rexmoe
 from tests.helpers import golden
 from tests.helpers.golden import jit, Params, TOL_F32, TOL_LOSS
@@ -82,11 +82,11 @@ def _layer_program(mode, r, N, k, D, F):
 
   def forward(params, x_TxD, train):
     bound = models.bind(layers, params, {})
-    feed = block.at(block.at(bound.body.moe, 0), 0).feed
+    feed = blocks.at(blocks.at(bound.body.moe, 0), 0).feed
     ctx = golden.context(1, len(x_TxD), train=train).at_depth(0, None)
     with golden.watched():
       out_TxD, _, aux = feed(
-        x_TxD, (), block.at(bound.body.pools, 0), bound.wiring, ctx
+        x_TxD, (), blocks.at(bound.body.pools, 0), bound.spec, ctx
       )
     return out_TxD, jax.tree.map(lambda a: a[0], aux)  # of one iteration
 

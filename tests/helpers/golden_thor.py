@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe_jax import attention, block, config, models, objectives
+from moe_jax import attention, blocks, config, models, objectives
 from moe_jax import routers as routing
 from tests.helpers import golden
 
@@ -199,21 +199,21 @@ def _layer(cross, block_name, E, H, **router):
   def forward(inputs, pads, route_T, train):
     params, x_BxLxD, source_BxMxD = inputs
     layer = models.bind(model, params, state)
-    experts = block.at(layer.body.pools, 0)
+    experts = blocks.at(layer.body.pools, 0)
     seen = []
 
     def layout(x_TxD, plan, experts):
-      y_TxD, lost = layer.wiring.layout(x_TxD, plan, experts)
+      y_TxD, lost = layer.spec.layout(x_TxD, plan, experts)
       seen.append((x_TxD, y_TxD))
       return y_TxD, lost
 
     B, L, _ = x_BxLxD.shape
     view = lambda pad: _view(pad, L, causal=cross and pad is pads[0])
-    y_BxLxD, _, aux = block.at(block.at(layer.body.moe, 0), 0)(
+    y_BxLxD, _, aux = blocks.at(blocks.at(layer.body.moe, 0), 0)(
       x_BxLxD,
       ((), ()),
       experts,
-      dataclasses.replace(layer.wiring, layout=layout),
+      dataclasses.replace(layer.spec, layout=layout),
       golden.context(
         B,
         L,

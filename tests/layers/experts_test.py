@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from moe_jax import ops
-from moe_jax.experts import ACTIVATIONS, Dense, Experts
+from moe_jax.experts.mlp import ACTIVATIONS, Experts, Mlp
 from tests.helpers import oracle
 
 E, D, F, M = 4, 8, 6, 12
@@ -106,7 +106,7 @@ def test_a_gate_multiplies_and_is_what_is_activated():
 
 def test_a_dense_layer_is_one_expert_for_all_rows():
   dense = nnx.eval_shape(
-    lambda: Dense(D, F, activation='swiglu', bias=True, rngs=nnx.Rngs(0))
+    lambda: Mlp(D, F, activation='swiglu', bias=True, rngs=nnx.Rngs(0))
   )
   weights = _weights(dense)
   graph, state = nnx.split(dense)

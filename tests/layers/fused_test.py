@@ -11,7 +11,7 @@ from flax import nnx
 from experiments.benches.fused import layers, saved, seconds
 from moe_jax import ops, parallel
 from moe_jax import plan as plans
-from moe_jax.experts import ACTIVATIONS, Experts
+from moe_jax.experts.mlp import ACTIVATIONS, Experts
 from pallas_kernels import cpu
 from pallas_kernels.shapes import CASES
 from tests.helpers import oracle

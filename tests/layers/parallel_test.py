@@ -14,7 +14,7 @@ from flax import nnx
 
 from moe_jax import parallel
 from moe_jax import plan as plans
-from moe_jax.experts import Experts
+from moe_jax.experts.mlp import Experts
 from tests.helpers import oracle
 
 P = jax.sharding.PartitionSpec

@@ -18,7 +18,7 @@ from flax import nnx
 
 from moe_jax import config, parallel, routers, trunk
 from moe_jax import plan as plans
-from moe_jax.experts import Experts
+from moe_jax.experts.mlp import Experts
 from moe_jax.training import job, loop
 from tests.helpers import oracle, tiny
 from tests.helpers.small import lines_of, small_config, without_clocks

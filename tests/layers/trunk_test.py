@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe_jax import block, models, objectives, parallel, routers, trunk
+from moe_jax import blocks, models, objectives, parallel, routers, trunk
 from tests.helpers import tiny
 from tests.helpers.tiny import B, L, V
 
@@ -94,7 +94,7 @@ def test_without_a_rate_nothing_is_dropped():
 def test_dropout_keeps_the_mean_and_differs_by_token_and_place():
   ctx = routers.context(tiny.batch(), jax.random.key(0), 3, train=True)
   ones_TxD = jnp.ones((B * L, 64))
-  a, b = (np.asarray(block.drop(ones_TxD, 0.25, ctx, n)) for n in (0, 1))
+  a, b = (np.asarray(blocks.drop(ones_TxD, 0.25, ctx, n)) for n in (0, 1))
   assert set(np.unique(a)) == {0, np.float32(1 / 0.75)}
   assert a.mean() == pytest.approx(1, abs=0.06)
   assert len(np.unique(a, axis=0)) == B * L and (a != b).mean() > 0.2
@@ -148,7 +148,7 @@ def test_two_blocks_with_a_cache_are_one_long_block():
     N=3,
     first_dense=1,
     attention={'name': 'span', 'span': 5},
-    block='authors_lm',
+    block='momentum_lm',
     norm='layer',
   )
   params, batch = jax.tree.map(jnp.asarray, tiny.params(model)), tiny.batch()
@@ -268,8 +268,8 @@ def test_thor_with_one_expert_is_twice_the_plain_objective():
 
 
 def test_a_block_that_cannot_cross_says_so():
-  c = tiny.config(block='authors_lm')
-  with pytest.raises(ValueError, match=r"'authors_lm'.*pre, post"):
+  c = tiny.config(block='momentum_lm')
+  with pytest.raises(ValueError, match=r"'momentum_lm'.*post, pre"):
     trunk.Trunk(c, parallel.Layout(), cross=True, rngs=nnx.Rngs(0))
 
 

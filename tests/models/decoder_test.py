@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe_jax import attention, block, models, ops, parallel, routers
+from moe_jax import attention, blocks, models, ops, parallel, routers
 from moe_jax.models import decoder
 from moe_jax.plan import by_token, combine, dispatch, sort
 from tests.helpers import tiny
@@ -51,7 +51,7 @@ def _by_hand(model, params, batch):
     return x_BxLxD + call(layer.attention, h_BxLxD, view)
 
   for n in range(c.first):
-    x_BxLxD = dense(block.at(model.trunk.first, n), x_BxLxD)
+    x_BxLxD = dense(blocks.at(model.trunk.first, n), x_BxLxD)
   places = [
     (body, g, r)
     for body in model.trunk.segments().values()
@@ -59,19 +59,19 @@ def _by_hand(model, params, batch):
     for r in range(body.R)
   ]
   for body, g, r in places:
-    experts = block.at(body.pools, g)
-    at = lambda stacked, g=g, r=r: block.at(block.at(stacked, g), r)
+    experts = blocks.at(body.pools, g)
+    at = lambda stacked, g=g, r=r: blocks.at(blocks.at(stacked, g), r)
     d = 0
     for kind in c.pattern:
       if kind == 'd':
-        x_BxLxD, d = dense(block.at(at(body.dense), d), x_BxLxD), d + 1
+        x_BxLxD, d = dense(blocks.at(at(body.dense), d), x_BxLxD), d + 1
         continue
       layer = at(body.moe)
       x_BxLxD = attend(layer, x_BxLxD)
       h_TxD = h0_TxD = call(layer.norm_feed, x_BxLxD).reshape(T, c.D)
       for i in range(c.iterations):
         here = _context_at(ctx, np.int32(depth), np.int32(i))
-        plan, aux, _ = call(block.at(layer.feed.routers, i), h_TxD, here, ())
+        plan, aux, _ = call(blocks.at(layer.feed.routers, i), h_TxD, here, ())
         y_TxD = jax.device_get(_routed(experts, h_TxD, plan))
         if c.shared_F:
           y_TxD = y_TxD + call(layer.feed.shared, h_TxD)
@@ -493,8 +493,8 @@ def test_a_stack_is_made_of_different_modules():
 
   @jax.jit
   def stack():
-    stacked = block.stack(make, (2, 3), nnx.Rngs(0))
-    last = block.at(block.at(stacked, 1), 2)
+    stacked = blocks.stack(make, (2, 3), nnx.Rngs(0))
+    last = blocks.at(blocks.at(stacked, 1), 2)
     return stacked.w_DxE[...], last.w_DxE[...]
 
   stacked, last = jax.device_get(stack())
@@ -585,7 +585,7 @@ def test_a_dense_model_is_all_active():
     ({'N': 3, 'layers_per_pool': 2}, r'layers_per_pool \(2\) .* \(3\)'),
     ({'activation': 'tanh'}, "'tanh'; there are swiglu"),
     ({'dtype': 'float8'}, "'float8'; there are float32"),
-    ({'block': 'past'}, "'past'; there are pre"),
+    ({'block': 'past'}, "'past'; there are momentum_lm"),
     ({'link': 'sum'}, "'sum'; there are replace"),
     ({'residual': {'name': 'eve'}}, "'eve'; there are adam"),
     ({'link': 'add', 'residual': HEAVY}, "'add' with residual 'heavy_ball'"),

@@ -117,7 +117,7 @@ def test_after_skipped_steps_the_rate_is_the_one_that_is_logged(
 def test_streams_begin_anew_after_a_skipped_step(corpus, tmp_path):
   """What follows the skipped blocks does not follow those before them."""
   c = small_config(corpus, steps=8, data__order='stream', model__tied=False)
-  c.model.block, c.model.pattern = 'authors_lm', 'm'
+  c.model.block, c.model.pattern = 'momentum_lm', 'm'
   c.model.attention = config.attend('span', span=4)
   job = poisoned(c, tmp_path, {2})
   batches, step = job.train_batches(), train_step.make_step(job)

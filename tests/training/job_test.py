@@ -119,7 +119,7 @@ def test_a_router_of_the_users_that_looks_ahead_does_not_write():
 def test_a_router_is_tried_on_the_rows_that_it_will_see(corpus, tmp_path):
   """With options that are lists, and tokens in pieces of 64."""
   c = small_config(corpus)
-  c.model.router = config.router('job_test.Pieces', k=1, sizes=[4, 2])
+  c.model.router = config.router(f'{__name__}.Pieces', k=1, sizes=[4, 2])
   assert jobs.prepare(c, str(tmp_path / 'run'))
 
 

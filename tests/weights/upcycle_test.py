@@ -257,7 +257,7 @@ def test_what_cannot_grow_is_one_line(given, message, dense, tmp_path):
       "link 'upcycle' with residual 'heavy_ball'",
     ),
     (
-      {'pattern': 'd', 'block': 'authors_lm'},
+      {'pattern': 'd', 'block': 'momentum_lm'},
       {'E': 4},
       'the dense model has nothing for trunk.body.moe.norm_inner.scale_D',
     ),

@@ -9,7 +9,7 @@ from flax import nnx
 
 from moe_jax import ops, parallel
 from moe_jax import plan as plans
-from moe_jax.experts import Experts
+from moe_jax.experts.mlp import Experts
 from pallas_kernels import shapes
 
 STRATEGIES = ('local', 'fused')

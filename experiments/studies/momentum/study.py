@@ -51,7 +51,7 @@ def _language(data, rule, options):
   c = language.base(language.BY_MUON, language.novels(data))
   c.data.order = 'stream'
   c.model.update(N=3, E=16, expert_F=128, shared_F=0, tied=False, bias=True)
-  c.model.update(block='authors_lm', norm='layer', eps=1e-5)
+  c.model.update(block='momentum_lm', norm='layer', eps=1e-5)
   c.model.update(activation='relu', init='momentum_smoe', embed_std=1.0)
   c.model.attention = config.attend('span', span=128)
   c.model.router = config.router('topk', k=2, bias=True, init='torch')

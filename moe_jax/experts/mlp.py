@@ -1,4 +1,4 @@
-"""What an expert computes: rows_MxD, grouped by expert, to y_MxD."""
+"""Feed-forward experts: rows_MxD, grouped by expert, to y_MxD."""
 
 from collections.abc import Callable
 
@@ -110,7 +110,7 @@ def _per_row(bias_ExB, group_E, M):
   return bias_ExB.at[expert_M].get(mode='fill', fill_value=0)
 
 
-class Dense(nnx.Module):
+class Mlp(nnx.Module):
   """One feed-forward for all tokens: dense layers and shared experts.
 
   The same expert without routing: x_TxD to y_TxD.
