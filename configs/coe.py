@@ -13,7 +13,7 @@ def get_config():
   c = config.read('tiny')
   c.description = 'Chain-of-Experts on the Python standard library'
   c.model.router = config.router('topk', k=2, renormalise=False)
-  c.model.iterations, c.model.link = 2, 'add'
+  c.model.iterations, c.model.inner_residual = 2, 'add'
   c.model.residual = config.choice('residual', 'replace')
   c.model.shared_F = c.model.expert_F
   c.objective.losses.update(balance=0.0, sequence_balance=0.001)

@@ -17,7 +17,7 @@ def get_config():
   c.model.update(N=3, D=128, H=4, E=8, expert_F=128, tied=False, bias=True)
   c.model.update(block='momentum_lm', norm='layer', eps=1e-5)
   c.model.update(activation='relu', init='momentum_smoe', embed_std=1.0)
-  c.model.attention = config.attend('span', span=128)
+  c.model.attention = config.attend('adaptive_span', span=128)
   c.model.router = config.router('topk', k=2, bias=True, init='torch')
   c.model.residual = config.choice('residual', 'heavy_ball', mu=0.7, sign=-1.0)
   c.objective.losses.update(balance=0.0, z=0.0)

@@ -16,17 +16,17 @@ A model is an embedding, a trunk and a head. A trunk is plain loops:
   for pool in pools:                       # layers_per_pool > 1: ReXMoE
     for layer in layers of the pool:       # a block owns norms and attention
       x = x + attention(norm(x))
-      h = h0 = residual.peek(norm(x), memory)
+      h = h0 = residual.lookahead(norm(x), memory)
       for router in routers of the layer:  # iterations > 1: Chain-of-Experts
         y, memory = moe(h, router, pool, memory)
-        h = link(h0, h, y)
+        h = inner_residual(h0, h, y)
       x, memory = residual.apply(x, memory, h)  # plain, or with momentum
 
 A routed step, whole:
 
   plan, aux, memory = router(x_TxD, ctx, memory)       of the whole batch
   rows = sort(plan)                                    of what is on a device
-  y_TxD = combine(experts(dispatch(x_TxD, rows), rows.group_E), rows, T)
+  y_TxD = combine(experts(dispatch(x_TxD, rows), rows.group_sizes_E), rows, T)
 
 A strategy in parallel.py stands in the place of the last two lines: where
 experts are on other devices, of which nothing else knows, and where rows are
@@ -45,7 +45,7 @@ Who may import whom: each line what stands below it, never a part beside it
   routers, attention, experts, residuals, parallel
   fused, balance, norm, init
   ops, which alone knows pallas_kernels
-  plan, byname, exact, paths, ranges
+  plans, byname, exact, paths, ranges
 
 Two words that are never mixed: *memory* lives over depth inside one forward
 pass; *state* lives over training steps.

@@ -1,7 +1,8 @@
 """Balancing losses and bias updates: functions of a router's numbers.
 
-Every loss is unweighted, and 1 at perfect balance (the z-loss and `spread` are
-not), and sends gradients through the probabilities only: counts are constants.
+Every loss is unweighted, and 1 at perfect balance (the z-loss and `cv_squared`
+are not), and sends gradients through the probabilities only: counts are
+constants.
 """
 
 import jax
@@ -38,7 +39,7 @@ def sequence(
   return mean(_product(share_BxE, probs_BxE), jnp.any(real_BxL, axis=1))
 
 
-def kept(
+def switch_among(
   logits_TxE: jax.Array,
   load_E: jax.Array,
   keep_E: jax.Array,
@@ -57,7 +58,7 @@ def kept(
   return part * switch(jax.nn.softmax(kept_TxE, axis=-1), load_E, real_T)
 
 
-def spread(
+def cv_squared(
   score_GxTxE: jax.Array, count_G: jax.Array | None = None
 ) -> jax.Array:
   """Squared coefficient of variation over experts of their summed scores.
@@ -105,7 +106,9 @@ def mean(a_TxX: jax.Array, real_T: jax.Array | None = None) -> jax.Array:
   return jnp.sum(jnp.where(real_TxX, a_TxX, 0), axis=0) / count
 
 
-def nudge(bias_E: jax.Array, load_E: jax.Array, rate: float) -> jax.Array:
+def update_expert_bias(
+  bias_E: jax.Array, load_E: jax.Array, rate: float
+) -> jax.Array:
   """One loss-free step: more bias for experts below the mean load, less above.
 
   Wang et al. 2024, arXiv 2408.15664, algorithm 1.

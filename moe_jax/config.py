@@ -121,7 +121,7 @@ def default() -> ml_collections.ConfigDict:
     # How rows meet weights: local, fused, gather, all_to_all, ragged.
     strategy='auto',
     # Places for rows, times those that perfect balance needs; None: for all.
-    factor=config_dict.placeholder(float),
+    buffer_factor=config_dict.placeholder(float),
   )
   return c
 
@@ -145,7 +145,8 @@ LAYERS = dict(
   ragged_pool=False,  # the last pool may have fewer layers
   iterations=1,  # (router, same experts) steps in a layer (CoE)
   routing='each',  # a router an iteration; or shared, or once: the first plan
-  link='replace',  # how their answers join: replace, add, init or upcycle
+  # How their answers join: replace, add, init or upcycle.
+  inner_residual='replace',
   block='pre',  # where norms and residuals sit, see moe_jax/blocks/
   norm='rms',  # or layer
   eps=1e-6,  # of the norms
@@ -188,7 +189,7 @@ def model(name: str, **changes) -> ml_collections.ConfigDict:
   c = ml_collections.ConfigDict({'name': name, **LAYERS})
   c.router = router('topk')
   c.residual = choice('residual', 'plain')
-  c.attention = choice('attention', own.get('attention', 'rotary'))
+  c.attention = choice('attention', own.get('attention', 'gqa'))
   for key, value in {**own, 'attention': c.attention, **changes}.items():
     c[key] = value
   return c

@@ -56,11 +56,13 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # orbax tells of every file
   try:
     if _COORDINATOR.value:
-      distributed.meet(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+      distributed.initialize(
+        _COORDINATOR.value, _PROCESSES.value, _PROCESS.value
+      )
   except (ValueError, OSError) as error:
     commands.stop('moe-train', error)
   commands.check_devices('moe-train')
-  with distributed.together():
+  with distributed.run_together():
     _train()
 
 
@@ -83,10 +85,10 @@ def _print_config():
 def _train():
   import jax  # pylint: disable=g-import-not-at-top
 
-  from moe_jax.training import (  # pylint: disable=g-import-not-at-top
+  from moe_jax.training import (
     checkpoint,
     distributed,
-    job,
+    jobs,
     loop,
     malloc,
     train_step,
@@ -95,8 +97,8 @@ def _train():
   prepared, mistake = None, ''
   try:
     if jax.default_backend() == 'cpu':
-      malloc.keep()
-    prepared = job.prepare(_CONFIG.value, _WORKDIR.value)
+      malloc.retain_freed_memory()
+    prepared = jobs.prepare(_CONFIG.value, _WORKDIR.value)
     if prepared is not None:
       judge = train_step.trace if _DRY_RUN.value else train_step.check
       judge(prepared)

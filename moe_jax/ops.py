@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import plan as plans
+from moe_jax import plans
 
 GMM = ('cpu', 'tpu', 'interpret', 'gpu', 'xla', 'tokamax')
 _PACKAGES = {
@@ -85,20 +85,21 @@ def _hopper():
 def gmm(
   x_MxA: jax.Array,
   w_ExAxB: jax.Array,
-  group_E: jax.Array,
+  group_sizes_E: jax.Array,
   *,
   impl: str | None = None,
 ) -> jax.Array:
-  """y_MxB: the first group_E[0] rows times w[0], the next times w[1], ...
+  """y_MxB: the first group_sizes_E[0] rows times w[0], the next times w[1], ...
 
-  Rows from sum(group_E) on are undefined, in the result and in every gradient:
-  callers mask with `where`. What stands there in x, or in the gradient of y,
-  NaN included, reaches nothing else. The gradient of an empty expert is zero.
+  Rows from sum(group_sizes_E) on are undefined, in the result and in every
+  gradient: callers mask with `where`. What stands there in x, or in the
+  gradient of y, NaN included, reaches nothing else. The gradient of an empty
+  expert is zero.
 
   Args:
     x_MxA: float rows, grouped by expert.
     w_ExAxB: a matrix per expert, of the same dtype.
-    group_E: int32 rows per expert, with a sum of at most M.
+    group_sizes_E: int32 rows per expert, with a sum of at most M.
     impl: 'cpu' (plain JAX without E-fold work), 'tpu' (a Mosaic kernel),
       'interpret' (the same under Pallas' interpreter, on any platform), 'gpu'
       (a Mosaic kernel for Hopper), 'xla' (`jax.lax.ragged_dot`; on GPUs E-fold
@@ -112,19 +113,21 @@ def gmm(
   # Imported here, so that 'xla' works where pallas_kernels is absent.
   match impl:
     case 'xla':
-      return _inside(jax.lax.ragged_dot, x_MxA, w_ExAxB, group_E)
+      return _inside(jax.lax.ragged_dot, x_MxA, w_ExAxB, group_sizes_E)
     case 'cpu':
       kernel = importlib.import_module('pallas_kernels.cpu').gmm
-      return kernel(x_MxA, w_ExAxB, group_E)
+      return kernel(x_MxA, w_ExAxB, group_sizes_E)
     case 'tpu' | 'interpret':
       kernel = importlib.import_module('pallas_kernels.tpu').gmm
-      return kernel(x_MxA, w_ExAxB, group_E, interpret=impl == 'interpret')
+      return kernel(
+        x_MxA, w_ExAxB, group_sizes_E, interpret=impl == 'interpret'
+      )
     case 'gpu':
       kernel = importlib.import_module('pallas_kernels.gpu').gmm
-      return kernel(x_MxA, w_ExAxB, group_E)
+      return kernel(x_MxA, w_ExAxB, group_sizes_E)
     case 'tokamax':
       kernel = importlib.import_module('tokamax').ragged_dot
-      return _inside(kernel, x_MxA, w_ExAxB, group_E)
+      return _inside(kernel, x_MxA, w_ExAxB, group_sizes_E)
   raise ValueError(f'gmm is {impl!r}; there are {", ".join(GMM)}')
 
 
@@ -132,29 +135,31 @@ def gmm(
 class Products:
   """The products of a grouped matmul and of its gradients, each by itself.
 
-  For who has gradients of his own, `fused`. Rows from sum(group_E) on are
-  undefined in what fwd, dlhs, into and slope return, and reach nothing else.
-  With a token_M, int32 [M], the rows are x[token_M], and what it says past the
-  groups does not matter. Several matrices of the same experts are one product
-  where the implementation can.
+  Used by `fused`, which defines its own VJP. Rows from sum(group_sizes_E) on
+  are undefined in what fwd, dlhs, up_and_activate and down_vjp return, and
+  reach nothing else. With a token_M, int32 [M], the rows are x[token_M], and
+  what it says past the groups does not matter. Several matrices of the same
+  experts are one product where the implementation can.
 
   Attributes:
-    fwd: (x, ws, group_E, token_M=None) -> (y_MxB, ...), x w of each w.
-    dlhs: (dys, ws, group_E, token_M=None) -> dx_MxA, the sum of dy w^T.
-    drhs: (x, dys, group_E, x_token_M=None, dy_token_M=None) ->
+    fwd: (x, ws, group_sizes_E, token_M=None) -> (y_MxB, ...), x w of each w.
+    dlhs: (dys, ws, group_sizes_E, token_M=None) -> dx_MxA, the sum of dy w^T.
+    drhs: (x, dys, group_sizes_E, x_token_M=None, dy_token_M=None) ->
       (dw_ExAxB, ...), each expert's x^T dy, zero where it has no rows.
-    into: (of, x, ws, group_E, biases=(), token_M=None) -> hidden_MxB, pre:
-      those of fwd, with a bias_ExB for each or none, and of(*pre), elementwise.
-    slope: (of, dy, w, pre, weight_M, group_E, token_M=None) -> d_pre,
+    up_and_activate: (activation, x, ws, group_sizes_E, biases=(), token_M=None)
+      -> hidden_MxB, pre: those of fwd, with a bias_ExB for each or none, and
+      activation(*pre), elementwise.
+    down_vjp: (activation, dy, w, pre, gate_M, group_sizes_E, token_M=None) ->
+      d_pre,
       weight * hidden, sum over A of dh * hidden; with dh = dy w^T, hidden =
-      of(*pre), and d_pre what weight * dh is before `of`.
+      activation(*pre), and d_pre what weight * dh is before `activation`.
   """
 
   fwd: Callable[..., tuple[jax.Array, ...]]
   dlhs: Callable[..., jax.Array]
   drhs: Callable[..., tuple[jax.Array, ...]]
-  into: Callable[..., tuple[jax.Array, tuple[jax.Array, ...]]]
-  slope: Callable[..., tuple[tuple[jax.Array, ...], jax.Array, jax.Array]]
+  up_and_activate: Callable[..., tuple[jax.Array, tuple[jax.Array, ...]]]
+  down_vjp: Callable[..., tuple[tuple[jax.Array, ...], jax.Array, jax.Array]]
 
 
 def products(impl: str) -> Products:
@@ -175,51 +180,55 @@ def products(impl: str) -> Products:
 def composed(fwd, dlhs, drhs) -> Products:
   """Products of which nobody does elementwise work in their stores."""
 
-  def into(of, x, ws, group_E, biases=(), token_M=None):
-    pre = fwd(x, ws, group_E, token_M)
+  def up_and_activate(
+    activation, x, ws, group_sizes_E, biases=(), token_M=None
+  ):
+    pre = fwd(x, ws, group_sizes_E, token_M)
     if biases:
-      expert_M = plans.expert_of(group_E, len(pre[0]))
+      expert_M = plans.expert_of(group_sizes_E, len(pre[0]))
       pre = tuple(
         a_MxB + bias_ExB.at[expert_M].get(mode='fill', fill_value=0)
         for a_MxB, bias_ExB in zip(pre, biases, strict=True)
       )
-    return of(*pre), pre
+    return activation(*pre), pre
 
-  def slope(of, dy, w_ExAxB, pre, weight_M, group_E, token_M=None):
-    dh_MxA = dlhs([dy], [w_ExAxB], group_E, token_M)
-    wide = np.promote_types(dh_MxA.dtype, weight_M.dtype)
-    weight_Mx1 = weight_M[:, None].astype(wide)
+  def down_vjp(
+    activation, dy, w_ExAxB, pre, gate_M, group_sizes_E, token_M=None
+  ):
+    dh_MxA = dlhs([dy], [w_ExAxB], group_sizes_E, token_M)
+    wide = np.promote_types(dh_MxA.dtype, gate_M.dtype)
+    weight_Mx1 = gate_M[:, None].astype(wide)
     gated = lambda a_MxA: (a_MxA.astype(wide) * weight_Mx1).astype(a_MxA.dtype)
-    hidden_MxA, pull = jax.vjp(of, *pre)
-    d_weight_M = jnp.sum(dh_MxA.astype(wide) * hidden_MxA.astype(wide), axis=1)
-    return pull(gated(dh_MxA)), gated(hidden_MxA), d_weight_M
+    hidden_MxA, pull = jax.vjp(activation, *pre)
+    d_gate_M = jnp.sum(dh_MxA.astype(wide) * hidden_MxA.astype(wide), axis=1)
+    return pull(gated(dh_MxA)), gated(hidden_MxA), d_gate_M
 
-  return Products(fwd, dlhs, drhs, into, slope)
+  return Products(fwd, dlhs, drhs, up_and_activate, down_vjp)
 
 
 def by_gradients(gmm: Callable[..., jax.Array]) -> Products:
   """Those of any grouped matmul, one matrix after the other."""
 
-  def fwd(x, ws, group_E, token_M=None):
+  def fwd(x, ws, group_sizes_E, token_M=None):
     x_MxA = _taken(x, token_M)
-    return tuple(gmm(x_MxA, w_ExAxB, group_E) for w_ExAxB in ws)
+    return tuple(gmm(x_MxA, w_ExAxB, group_sizes_E) for w_ExAxB in ws)
 
-  def dlhs(dys, ws, group_E, token_M=None):
+  def dlhs(dys, ws, group_sizes_E, token_M=None):
     total = None
     for dy, w_ExAxB in zip(dys, ws, strict=True):
       dy_MxB = _taken(dy, token_M)
       zeros_MxA = jnp.zeros_like(dy_MxB, shape=(len(dy_MxB), w_ExAxB.shape[1]))
-      of_x = lambda x_MxA, w_ExAxB=w_ExAxB: gmm(x_MxA, w_ExAxB, group_E)
+      of_x = lambda x_MxA, w_ExAxB=w_ExAxB: gmm(x_MxA, w_ExAxB, group_sizes_E)
       (dx_MxA,) = jax.vjp(of_x, zeros_MxA)[1](dy_MxB)
       total = dx_MxA if total is None else total + dx_MxA
     return total
 
-  def drhs(x, dys, group_E, x_token_M=None, dy_token_M=None):
+  def drhs(x, dys, group_sizes_E, x_token_M=None, dy_token_M=None):
     x_MxA, found = _taken(x, x_token_M), []
-    of_w = lambda w_ExAxB: gmm(x_MxA, w_ExAxB, group_E)
+    of_w = lambda w_ExAxB: gmm(x_MxA, w_ExAxB, group_sizes_E)
     for dy in dys:
       dy_MxB = _taken(dy, dy_token_M)
-      E, A, B = len(group_E), x_MxA.shape[1], dy_MxB.shape[1]
+      E, A, B = len(group_sizes_E), x_MxA.shape[1], dy_MxB.shape[1]
       zeros_ExAxB = jnp.zeros_like(dy_MxB, shape=(E, A, B))
       found.extend(jax.vjp(of_w, zeros_ExAxB)[1](dy_MxB))
     return tuple(found)
@@ -231,42 +240,50 @@ def _mosaic(interpret: bool) -> Products:
   """Those of the TPU kernels, of which some do more than a product."""
   kernels = importlib.import_module('pallas_kernels.tpu')
 
-  def fwd(x, ws, group_E, token_M=None):
+  def fwd(x, ws, group_sizes_E, token_M=None):
     x_MxA = _taken(x, token_M)
     return tuple(
-      kernels.gmm(x_MxA, w_ExAxB, group_E, interpret=interpret)
+      kernels.gmm(x_MxA, w_ExAxB, group_sizes_E, interpret=interpret)
       for w_ExAxB in ws
     )
 
-  def dlhs(dys, ws, group_E, token_M=None):
+  def dlhs(dys, ws, group_sizes_E, token_M=None):
     rows = [_taken(dy, token_M) for dy in dys]
-    return kernels.dlhs(rows, ws, group_E, interpret=interpret)
+    return kernels.dlhs(rows, ws, group_sizes_E, interpret=interpret)
 
-  def drhs(x, dys, group_E, x_token_M=None, dy_token_M=None):
+  def drhs(x, dys, group_sizes_E, x_token_M=None, dy_token_M=None):
     x_MxA = _taken(x, x_token_M)
     return tuple(
-      kernels.drhs(x_MxA, _taken(dy, dy_token_M), group_E, interpret=interpret)
+      kernels.drhs(
+        x_MxA, _taken(dy, dy_token_M), group_sizes_E, interpret=interpret
+      )
       for dy in dys
     )
 
-  def into(of, x, ws, group_E, biases=(), token_M=None):
+  def up_and_activate(
+    activation, x, ws, group_sizes_E, biases=(), token_M=None
+  ):
     x_MxA = _taken(x, token_M)
-    return kernels.into(of, x_MxA, ws, group_E, biases, interpret=interpret)
+    return kernels.into(
+      activation, x_MxA, ws, group_sizes_E, biases, interpret=interpret
+    )
 
-  def slope(of, dy, w_ExAxB, pre, weight_M, group_E, token_M=None):
-    arrays = _taken(dy, token_M), w_ExAxB, pre, weight_M, group_E
-    return kernels.slope(of, *arrays, interpret=interpret)
+  def down_vjp(
+    activation, dy, w_ExAxB, pre, gate_M, group_sizes_E, token_M=None
+  ):
+    arrays = _taken(dy, token_M), w_ExAxB, pre, gate_M, group_sizes_E
+    return kernels.slope(activation, *arrays, interpret=interpret)
 
-  return Products(fwd, dlhs, drhs, into, slope)
+  return Products(fwd, dlhs, drhs, up_and_activate, down_vjp)
 
 
 def _taken(x, token_M):
   return x if token_M is None else x.at[token_M].get(mode='clip')
 
 
-def _inside(ragged_dot, x_MxA, w_ExAxB, group_E):
+def _inside(ragged_dot, x_MxA, w_ExAxB, group_sizes_E):
   """A product that reaches past the groups, kept inside, also backward."""
   row_Mx1 = jnp.arange(x_MxA.shape[0], dtype=jnp.int32)[:, None]
-  own_Mx1 = row_Mx1 < jnp.sum(group_E, dtype=jnp.int32)
-  y_MxB = ragged_dot(jnp.where(own_Mx1, x_MxA, 0), w_ExAxB, group_E)
+  own_Mx1 = row_Mx1 < jnp.sum(group_sizes_E, dtype=jnp.int32)
+  y_MxB = ragged_dot(jnp.where(own_Mx1, x_MxA, 0), w_ExAxB, group_sizes_E)
   return jnp.where(own_Mx1, y_MxB, 0)

@@ -13,9 +13,9 @@ alone is a `jax.shard_map`, because only a plan says where its rows have to go.
 By one alone: a gather from all devices of a torus is an all-reduce to the TPU's
 compiler, of twice the bytes.
 
-A strategy is (x_TxD, plan, experts, axis) -> y_TxD, lost: the tokens of this
-device and their plan for all experts, and `experts`, those that are here; the
-rows that found no place, a count.
+A strategy is (x_TxD, plan, experts, axis) -> y_TxD, overflow: the tokens of
+this device and their plan for all experts, and `experts`, those that are here;
+the rows that found no place in a buffer, a count.
 """
 
 import dataclasses
@@ -30,9 +30,8 @@ import numpy as np
 from flax import nnx
 from jax.experimental import mesh_utils
 
-from moe_jax import exact, ranges
-from moe_jax import plan as plans
-from moe_jax.plan import Plan
+from moe_jax import exact, plans, ranges
+from moe_jax.plans import Plan
 
 # -1: as many as the other axes leave.
 Size = Annotated[int, ranges.Within('[-1, 2^31)')]
@@ -50,7 +49,7 @@ class Sizes(TypedDict):
 AXES = ('data', 'fsdp', 'expert', 'tensor')
 P = jax.sharding.PartitionSpec
 ROWS = P(AXES)
-HERE = ('local', 'fused')  # strategies for which all experts are here
+LOCAL_STRATEGIES = ('local', 'fused')  # all experts are on the device
 # Of an array under `pools`: what cuts an axis, by the axis' letter.
 POOL = {'E': 'expert', 'D': 'fsdp', 'F': 'tensor'}
 REST = ('fsdp', 'expert', 'tensor')
@@ -65,13 +64,13 @@ class Axis:
 
   Attributes:
     n: its devices.
-    factor: places for rows, times those that perfect balance needs; None has
-      as many as could ever come.
+    buffer_factor: size of the receive buffer relative to balanced load; None
+      has a place for every row that could ever come.
     emulate: `ragged_all_to_all` is done with other collectives.
   """
 
   n: int = 1
-  factor: float | None = None
+  buffer_factor: float | None = None
   emulate: bool = True
 
 
@@ -87,51 +86,53 @@ def fused(x_TxD: jax.Array, plan: Plan, experts: Callable, axis: Axis):
   return experts.routed(x_TxD, plans.sort(plan)), jnp.int32(0)
 
 
-def gather(x_TxD: jax.Array, plan: Plan, experts: Callable, axis: Axis):
+def all_gather(x_TxD: jax.Array, plan: Plan, experts: Callable, axis: Axis):
   """Everybody's tokens come here and meet the experts that are here."""
   places = _places(plan, axis)
   x_NxD, plan = jax.tree.map(_gathered('expert'), (x_TxD, plan))
   E = plan.E // axis.n
-  plan = plan.of(jax.lax.axis_index('expert') * E, E)
-  y_NxD, lost = _within(x_NxD, plan, experts, places)
-  return jax.lax.psum_scatter(y_NxD, 'expert', tiled=True), lost
+  plan = plan.local_experts(jax.lax.axis_index('expert') * E, E)
+  y_NxD, overflow = _within(x_NxD, plan, experts, places)
+  return jax.lax.psum_scatter(y_NxD, 'expert', tiled=True), overflow
 
 
 def all_to_all(x_TxD: jax.Array, plan: Plan, experts: Callable, axis: Axis):
   """A device sends each expert the same number of rows, some of them empty."""
   (T, D), E, n = x_TxD.shape, plan.E // axis.n, axis.n
   rows = plans.sort(plan)
-  C = plan.most()
-  if axis.factor is not None:
-    C = min(C, exact.ceil(axis.factor, len(rows.token_M), plan.E))
-  lost = jnp.sum(jnp.maximum(rows.group_E - C, 0), dtype=jnp.int32)
-  rows = plans.spread(rows, C, T)
+  C = plan.max_rows(1)
+  if axis.buffer_factor is not None:
+    C = min(C, exact.ceil(axis.buffer_factor, len(rows.token_M), plan.E))
+  overflow = jnp.sum(jnp.maximum(rows.group_sizes_E - C, 0), dtype=jnp.int32)
+  rows = plans.pad_to_capacity(rows, C, T)
   exchange = functools.partial(
     jax.lax.all_to_all, axis_name='expert', split_axis=0, concat_axis=0
   )
   sent_NxExCxD = plans.dispatch(x_TxD, rows).reshape(n, E, C, D)
   rows_ExNxCxD = exchange(sent_NxExCxD).swapaxes(0, 1)
-  group_E = jnp.full((E,), n * C, jnp.int32)
-  y_MxD = experts(rows_ExNxCxD.reshape(E * n * C, D), group_E)
+  group_sizes_E = jnp.full((E,), n * C, jnp.int32)
+  y_MxD = experts(rows_ExNxCxD.reshape(E * n * C, D), group_sizes_E)
   y_NxExCxD = exchange(y_MxD.reshape(E, n, C, D).swapaxes(0, 1))
-  return plans.combine(y_NxExCxD.reshape(n * E * C, D), rows, T), lost
+  return plans.combine(y_NxExCxD.reshape(n * E * C, D), rows, T), overflow
 
 
 def ragged(x_TxD: jax.Array, plan: Plan, experts: Callable, axis: Axis):
   """Rows go straight to their places before their experts, and no others."""
   rows, places = plans.sort(plan), _places(plan, axis)
-  there, back, group_E, lost = _legs(rows.group_E, axis.n, places)
+  there, back, group_sizes_E, overflow = _ragged_all_to_all_args(
+    rows.group_sizes_E, axis.n, places
+  )
   rows_MxD = plans.dispatch(x_TxD, rows)
-  rows_RxD = _move(axis.emulate, places, rows_MxD, there, back)
-  y_RxD = experts(rows_RxD, group_E)
-  y_MxD = _move(axis.emulate, len(rows_MxD), y_RxD, back, there)
-  return plans.combine(y_MxD, rows, len(x_TxD)), lost
+  rows_RxD = _ragged_all_to_all(axis.emulate, places, rows_MxD, there, back)
+  y_RxD = experts(rows_RxD, group_sizes_E)
+  y_MxD = _ragged_all_to_all(axis.emulate, len(rows_MxD), y_RxD, back, there)
+  return plans.combine(y_MxD, rows, len(x_TxD)), overflow
 
 
 STRATEGIES = {
   'local': local,
   'fused': fused,
-  'gather': gather,
+  'all_gather': all_gather,
   'all_to_all': all_to_all,
   'ragged': ragged,
 }
@@ -140,20 +141,17 @@ STRATEGIES = {
 def _within(x_TxD, plan, experts, places):
   """The routed layer where all that it needs is here, and so many places."""
   rows = plans.sort(plan, places)
-  y_MxD = experts(plans.dispatch(x_TxD, rows), rows.group_E)
-  lost = plan.rows() - jnp.sum(rows.group_E, dtype=jnp.int32)
-  return plans.combine(y_MxD, rows, len(x_TxD)), lost
+  y_MxD = experts(plans.dispatch(x_TxD, rows), rows.group_sizes_E)
+  overflow = plan.num_routed() - jnp.sum(rows.group_sizes_E, dtype=jnp.int32)
+  return plans.combine(y_MxD, rows, len(x_TxD)), overflow
 
 
 def _places(plan, axis):
   """Rows for which one device has places; `plan` is of one device's tokens."""
-  most = axis.n * plan.most() * (plan.E // axis.n)
-  if isinstance(plan, plans.ByToken):
-    T, K = plan.expert_TxK.shape
-    most = min(most, axis.n * T * K)
-  if axis.factor is None:
+  most = axis.n * plan.max_rows(plan.E // axis.n)
+  if axis.buffer_factor is None:
     return most
-  return min(most, exact.ceil(axis.factor, plan.size()))
+  return min(most, exact.ceil(axis.buffer_factor, plan.num_choices()))
 
 
 def _gathered(axis, dim=0):
@@ -163,7 +161,7 @@ def _gathered(axis, dim=0):
 # --- ragged -------------------------------------------------------------------
 
 
-def _legs(group_E, n, places):
+def _ragged_all_to_all_args(group_sizes_E, n, places):
   """The way of the rows to the experts and back.
 
   A sender's rows for one expert are a segment; it arrives behind those of the
@@ -174,13 +172,14 @@ def _legs(group_E, n, places):
   those that come.
 
   Args:
-    group_E: rows here for each of the experts of all devices.
+    group_sizes_E: rows here for each of the experts of all devices.
 
   Returns:
-    there, back, the rows that come for each expert here, the rows lost here.
+    there, back, the rows that come for each expert here, and how many of those
+    here overflow.
   """
-  E = len(group_E) // n
-  count_SxRxE = jax.lax.all_gather(group_E, 'expert').reshape(n, n, E)
+  E = len(group_sizes_E) // n
+  count_SxRxE = jax.lax.all_gather(group_sizes_E, 'expert').reshape(n, n, E)
   by_arrival_RxM = count_SxRxE.transpose(1, 2, 0).reshape(n, E * n)
   end_RxM = jnp.minimum(
     jnp.cumsum(by_arrival_RxM, axis=1, dtype=jnp.int32), places
@@ -203,12 +202,12 @@ def _legs(group_E, n, places):
     come(arrive_SxRxE), come(size_SxRxE), come(leave_SxRxE), sent(size_SxRxE),
   )  # fmt: skip
   came_E = jnp.sum(size_SxRxE[:, me], axis=0, dtype=jnp.int32)
-  lost = jnp.sum((count_SxRxE - size_SxRxE)[me], dtype=jnp.int32)
-  return there, back, came_E, lost
+  overflow = jnp.sum((count_SxRxE - size_SxRxE)[me], dtype=jnp.int32)
+  return there, back, came_E, overflow
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _move(emulate, size, x_MxD, leg, other):
+def _ragged_all_to_all(emulate, size, x_MxD, leg, other):
   """[size, D]: the rows that one leg brings, zero where none arrives.
 
   The transpose of a leg is the other one.
@@ -220,18 +219,22 @@ def _move(emulate, size, x_MxD, leg, other):
   return jax.lax.ragged_all_to_all(x_MxD, y_RxD, *leg, axis_name='expert')
 
 
-def _move_fwd(emulate, size, x_MxD, leg, other):
-  return _move(emulate, size, x_MxD, leg, other), (x_MxD[:, :0], leg, other)
+def _ragged_fwd(emulate, size, x_MxD, leg, other):
+  return _ragged_all_to_all(emulate, size, x_MxD, leg, other), (
+    x_MxD[:, :0],
+    leg,
+    other,
+  )
 
 
-def _move_bwd(emulate, size, saved, d_y_RxD):
+def _ragged_bwd(emulate, size, saved, d_y_RxD):
   del size
   like_Mx0, leg, other = saved
-  d_x_MxD = _move(emulate, len(like_Mx0), d_y_RxD, other, leg)
+  d_x_MxD = _ragged_all_to_all(emulate, len(like_Mx0), d_y_RxD, other, leg)
   return d_x_MxD, None, None
 
 
-_move.defvjp(_move_fwd, _move_bwd)
+_ragged_all_to_all.defvjp(_ragged_fwd, _ragged_bwd)
 
 
 def _emulated(x_MxD, y_RxD, leg):
@@ -328,7 +331,7 @@ class Layout:
     self, x_TxD: jax.Array, plan: Plan, experts: nnx.Module
   ) -> tuple[jax.Array, jax.Array]:
     """y_TxD, and how many rows of all devices found no place."""
-    if self._alone() and self.strategy in HERE:
+    if self._alone() and self.strategy in LOCAL_STRATEGIES:
       return STRATEGIES[self.strategy](x_TxD, plan, experts, self.axis)
     for a in jax.tree.leaves((x_TxD, plan)):
       if len(a) % self.mesh.size:
@@ -357,13 +360,13 @@ class Layout:
     if parts > 1:
       x_TxD, plan = jax.tree.map(_gathered('tensor'), (x_TxD, plan))
     strategy = STRATEGIES[self.strategy]
-    y_TxD, lost = strategy(x_TxD, plan, experts, self.axis)
+    y_TxD, overflow = strategy(x_TxD, plan, experts, self.axis)
     if parts > 1:
       y_TxD = jax.lax.psum_scatter(y_TxD, 'tensor', tiled=True)
     # A plan by expert has a count that is typed as the same along some axes.
-    lost += _varying(jnp.int32(0))
+    overflow += _varying(jnp.int32(0))
     # All parts of an expert lose the same rows.
-    return y_TxD, jax.lax.psum(lost, AXES) // parts
+    return y_TxD, jax.lax.psum(overflow, AXES) // parts
 
   def _pool_spec(self, path, a):
     return spec(path, a.shape, self.mesh, pool=True)
@@ -434,36 +437,38 @@ def layout(
   k: float,
   *,
   strategy: Annotated[str, ranges.OneOf(('auto', *STRATEGIES))],
-  factor: ranges.Positive | None,
+  buffer_factor: ranges.Positive | None,
 ) -> tuple[Layout, str]:
   """The layout, and what a log says of it.
 
   Args:
     k, strategy: of `choose`.
-    factor: of `Axis`.
+    buffer_factor: of `Axis`.
 
   Raises:
     ValueError: there is no such strategy, or none on such a mesh.
   """
-  ranges.check(layout, {'strategy': strategy, 'factor': factor}, 'parallel.')
+  ranges.check(
+    layout, {'strategy': strategy, 'buffer_factor': buffer_factor}, 'parallel.'
+  )
   n, platform = mesh.shape['expert'], mesh.devices.flat[0].platform
   name = said = choose(strategy, n, k, platform)
   if name == 'ragged' and platform == 'tpu' and not _takes_ragged(mesh):
     name, said = 'all_to_all', 'all_to_all: this network takes no ragged one'
-  return Layout(mesh, name, Axis(n, factor, platform == 'cpu')), said
+  return Layout(mesh, name, Axis(n, buffer_factor, platform == 'cpu')), said
 
 
 def choose(strategy: str, n: int, k: float, platform: str) -> str:
   """The name in STRATEGIES, with n devices along the axis 'expert'.
 
-  'auto' is `local` where experts are not cut; `gather` on CPU, and where a
+  'auto' is `local` where experts are not cut; `all_gather` on CPU, where a
   token has as many experts, k, as there are devices, so that it would go almost
   everywhere anyway; else `ragged`.
 
   Raises:
     ValueError: there is no such strategy on such a mesh.
   """
-  if strategy in HERE and n > 1:
+  if strategy in LOCAL_STRATEGIES and n > 1:
     raise ValueError(
       f'parallel.strategy={strategy!r} has all experts here, mesh.expert={n}'
     )
@@ -471,7 +476,7 @@ def choose(strategy: str, n: int, k: float, platform: str) -> str:
     return strategy
   if n == 1:
     return 'local'
-  return 'gather' if platform == 'cpu' or k >= n else 'ragged'
+  return 'all_gather' if platform == 'cpu' or k >= n else 'ragged'
 
 
 def check(

@@ -52,7 +52,7 @@ class Config:
   ragged_pool: bool
   iterations: ranges.Count
   routing: Annotated[str, OneOf(blocks.ROUTINGS)]
-  link: Annotated[str, OneOf(residuals.LINKS)]
+  inner_residual: Annotated[str, OneOf(residuals.INNER_RESIDUALS)]
   residual: dict[str, Any]
   router: dict[str, Any]
   attention: dict[str, Any]
@@ -94,7 +94,7 @@ class Config:
       f'N={self.N} cuts pattern={self.pattern!r} off inside a pool of'
       f' layers_per_pool={self.layers_per_pool}',
     )
-    residuals.check(self.link, self.residual.get('name'))
+    residuals.check(self.inner_residual, self.residual.get('name'))
 
   @property
   def depth(self) -> int:
@@ -188,11 +188,11 @@ class Segment(nnx.Module):
 
     def one_period(experts, carry, scanned):
       """The layers of one pattern, with the pool that they share."""
-      (x, memory), (i, moe, dense, forced, cache) = carry, scanned
-      ctx = run.ctx.at_depth(run.ctx.depth + depth + i, forced)
+      (x, memory), (i, moe, dense, replay, cache) = carry, scanned
+      ctx = run.ctx.at(moe_layer=run.ctx.depth + depth + i, replay=replay)
       caches, d = [], 0
       for j, kind in enumerate(self.pattern):
-        here = ctx.at_layer(layer + i * period + j)
+        here = ctx.at(layer=layer + i * period + j)
         old = jax.tree.map(lambda a, j=j: a[j], cache)
         if kind == 'd':
           module, d = blocks.at(nnx.merge(graph_dense, dense), d), d + 1
@@ -210,7 +210,7 @@ class Segment(nnx.Module):
       with jax.named_scope('layer'):
         return jax.lax.scan(body, carry, layers)
 
-    layers = (order, moe, dense, run.ctx.forced, cache)
+    layers = (order, moe, dense, run.ctx.replay, cache)
     with jax.named_scope('pool'):
       (x_BxLxD, memory), (aux, cache) = jax.lax.scan(
         pool, (x_BxLxD, memory), (pools, layers)
@@ -260,8 +260,10 @@ class _Run:
     if cache is None or place_BxL is None:
       view = self.view.replace(cache_BxCxD=cache)
       return view, _next_cache(cache, x_BxLxD)
-    kept = module.attention.keep(cache, module.reads(x_BxLxD), place_BxL)
-    return self.view.replace(kept=kept), kept
+    kv_cache = module.attention.update_kv_cache(
+      cache, module.reads(x_BxLxD), place_BxL
+    )
+    return self.view.replace(kv_cache=kv_cache), kv_cache
 
 
 class Trunk(nnx.Module):
@@ -288,7 +290,7 @@ class Trunk(nnx.Module):
     self.c = c
     self.spec = blocks.LayerSpec(
       residual=residuals.get(**c.residual),
-      link=residuals.LINKS[c.link],
+      inner_residual=residuals.INNER_RESIDUALS[c.inner_residual],
       iterations=c.iterations,
       routing=c.routing,
       dropout=c.dropout,
@@ -320,11 +322,11 @@ class Trunk(nnx.Module):
     view: attention.View,
     source: blocks.Source = None,
     cache: Any = None,
-  ) -> tuple[jax.Array, list[dict[str, Any]], Any]:
+  ) -> tuple[jax.Array, routers.Aux, Any]:
     """Returns x, aux and the cache of the next block of the same rows.
 
     aux has one dict for each segment, what the routers report with leading
-    axes [G, R, I]; it is empty in a dense model. `ctx.forced`, where given, is
+    axes [G, R, I]; it is empty in a dense model. `ctx.replay`, where given, is
     a list of such dicts' 'route'. `ctx.depth` counts the MoE layers of the
     model below this trunk.
 
@@ -339,15 +341,15 @@ class Trunk(nnx.Module):
     view = view.replace(shared=shared)
     x_BxLxD = self.spec.layout.rows(x_BxLxD)
     run = _Run(self.spec, ctx, view, source)
-    memory, aux, caches = self._memory(x_BxLxD), [], []
+    memory, aux, caches = self._memory(x_BxLxD), routers.Aux(), []
     cut = lambda first, n: jax.tree.map(lambda a: a[first:][:n], cache)
     if c.first:
       x_BxLxD, memory, new = self._first(x_BxLxD, memory, cut(0, c.first), run)
       caches.append(new)
-    layer, depth, routes = c.first, 0, ctx.forced or [None] * len(c.segments)
+    layer, depth, routes = c.first, 0, ctx.replay or [None] * len(c.segments)
     for segment, route in zip(self.segments().values(), routes, strict=True):
       layers = segment.G * segment.R * len(segment.pattern)
-      here = dataclasses.replace(run, ctx=ctx.replace(forced=route))
+      here = dataclasses.replace(run, ctx=ctx.replace(replay=route))
       x_BxLxD, memory, found, new = segment(
         x_BxLxD, memory, cut(layer, layers), layer, depth, here
       )
@@ -376,7 +378,7 @@ class Trunk(nnx.Module):
 
     def layer(carry, scanned):
       (x, memory), (i, state, old) = carry, scanned
-      module, ctx = nnx.merge(graph, state), run.ctx.at_layer(i)
+      module, ctx = nnx.merge(graph, state), run.ctx.at(layer=i)
       x, memory, _, new = run.layer(module, x, memory, None, ctx, old)
       return (x, memory), new
 
@@ -387,7 +389,7 @@ class Trunk(nnx.Module):
       )
     return x_BxLxD, memory, cache
 
-  def updated_state(self, aux: list[dict[str, Any]]) -> dict[str, Any]:
+  def updated_state(self, aux: routers.Aux) -> dict[str, Any]:
     """The router state after an optimiser step with the load in aux."""
     if not jax.tree.leaves(nnx.state(self, routers.RouterState)):
       return {}
@@ -481,7 +483,7 @@ def _routed(c, candidates, rngs):
   make_router = lambda rngs: router(c.D, candidates, rngs=rngs, **options)
   count = c.iterations if c.routing == 'each' else 1
   scale_I = None
-  if residuals.LINKS[c.link].learned:
+  if residuals.INNER_RESIDUALS[c.inner_residual].learned:
     scale_I = nnx.Param(jnp.zeros((c.iterations,)))
   return blocks.MoELayer(
     blocks.stack(make_router, (count,), rngs),

@@ -19,19 +19,19 @@ from pallas_kernels import operands
 _DTYPES = ('float32', 'bfloat16', 'float64')
 
 
-def gmm(x_MxA, w_ExAxB, group_E):
+def gmm(x_MxA, w_ExAxB, group_sizes_E):
   """Multiplies consecutive groups of rows by one matrix each.
 
-  The first group_E[0] rows of x meet w[0], the next group_E[1] rows w[1], and
-  so on. Rows from sum(group_E) on are undefined in y and in the gradient of x;
-  whatever stands there in x or in dy, NaN included, reaches nothing else. The
-  gradient of w is exactly zero for an empty expert. Under vmap the instances
-  run one after the other. Reverse mode only.
+  The first group_sizes_E[0] rows of x meet w[0], the next group_sizes_E[1] rows
+  w[1], and so on. Rows from sum(group_sizes_E) on are undefined in y and in the
+  gradient of x; their values in x or in dy, NaN included, reach nothing else.
+  The gradient of w is exactly zero for an empty expert. Under vmap the
+  instances run one after the other. Reverse mode only.
 
   Args:
     x_MxA: rows sorted by expert; float32, bfloat16 or float64.
     w_ExAxB: one matrix per expert, of the dtype of x.
-    group_E: int32 rows per expert, none negative, their sum at most M.
+    group_sizes_E: int32 rows per expert, none negative, their sum at most M.
 
   Returns:
     y_MxB in the dtype of x, accumulated in float32 or wider.
@@ -40,23 +40,23 @@ def gmm(x_MxA, w_ExAxB, group_E):
     ValueError: the shapes do not fit together.
     NotImplementedError: a dtype is not one of the above.
   """
-  operands.check(x_MxA, w_ExAxB, group_E, _DTYPES, 'cpu')
-  return _gmm(*operands.same_axes(x_MxA, w_ExAxB, group_E))
+  operands.check(x_MxA, w_ExAxB, group_sizes_E, _DTYPES, 'cpu')
+  return _gmm(*operands.same_axes(x_MxA, w_ExAxB, group_sizes_E))
 
 
 @jax.custom_vjp
-def _gmm(x_MxA, w_ExAxB, group_E):
-  return fwd(x_MxA, (w_ExAxB,), group_E)[0]
+def _gmm(x_MxA, w_ExAxB, group_sizes_E):
+  return fwd(x_MxA, (w_ExAxB,), group_sizes_E)[0]
 
 
-def _gmm_fwd(x_MxA, w_ExAxB, group_E):
-  return _gmm(x_MxA, w_ExAxB, group_E), (x_MxA, w_ExAxB, group_E)
+def _gmm_fwd(x_MxA, w_ExAxB, group_sizes_E):
+  return _gmm(x_MxA, w_ExAxB, group_sizes_E), (x_MxA, w_ExAxB, group_sizes_E)
 
 
 def _gmm_bwd(saved, dy_MxB):
-  x_MxA, w_ExAxB, group_E = saved
-  dx_MxA = dlhs((dy_MxB,), (w_ExAxB,), group_E)
-  return dx_MxA, *drhs(x_MxA, (dy_MxB,), group_E), None
+  x_MxA, w_ExAxB, group_sizes_E = saved
+  dx_MxA = dlhs((dy_MxB,), (w_ExAxB,), group_sizes_E)
+  return dx_MxA, *drhs(x_MxA, (dy_MxB,), group_sizes_E), None
 
 
 _gmm.defvjp(_gmm_fwd, _gmm_bwd)
@@ -68,44 +68,46 @@ _gmm.defvjp(_gmm_fwd, _gmm_bwd)
 # as a whole; what it says past the groups does not matter.
 
 
-def fwd(x, ws, group_E, token_M=None):
+def fwd(x, ws, group_sizes_E, token_M=None):
   """(y_MxB, ...): the rows times their expert's matrix of each w.
 
   Args:
     x: x_MxA, or x_TxA with a token_M.
     ws: of (w_ExAxB, ...), of one A and of the dtype of x.
-    group_E: as of `gmm`; so is what is undefined.
+    group_sizes_E: as of `gmm`; so is what is undefined.
     token_M: int32, each row's own in x.
   """
-  arrays = operands.same_axes((x,), tuple(ws), group_E, token_M)
+  arrays = operands.same_axes((x,), tuple(ws), group_sizes_E, token_M)
   return _product(*arrays, transpose=False)
 
 
-def dlhs(dys, ws, group_E, token_M=None):
+def dlhs(dys, ws, group_sizes_E, token_M=None):
   """dx_MxA: the sum of dy w^T over the pairs of a dy and a w, as one product.
 
   Args:
     dys: (dy_MxB, ...), or (dy_TxB, ...) with a token_M.
-    ws, group_E, token_M: as of `fwd`.
+    ws, group_sizes_E, token_M: as of `fwd`.
   """
-  arrays = operands.same_axes(tuple(dys), tuple(ws), group_E, token_M)
+  arrays = operands.same_axes(tuple(dys), tuple(ws), group_sizes_E, token_M)
   return _product(*arrays, transpose=True)[0]
 
 
-def drhs(x, dys, group_E, x_token_M=None, dy_token_M=None):
+def drhs(x, dys, group_sizes_E, x_token_M=None, dy_token_M=None):
   """(dw_ExAxB, ...): each expert's x^T dy, zero where it has no rows.
 
   Args:
     x: x_MxA, or x_TxA with an x_token_M.
     dys: (dy_MxB, ...), or (dy_TxB, ...) with a dy_token_M.
-    group_E: as of `gmm`.
+    group_sizes_E: as of `gmm`.
     x_token_M, dy_token_M: as token_M of `fwd`.
   """
-  arrays = operands.same_axes(x, tuple(dys), group_E, x_token_M, dy_token_M)
+  arrays = operands.same_axes(
+    x, tuple(dys), group_sizes_E, x_token_M, dy_token_M
+  )
   return _drhs(*arrays)
 
 
-def _product(xs, ws, group_E, token_M, transpose):
+def _product(xs, ws, group_sizes_E, token_M, transpose):
   """The products of `fwd`, or with transpose of `dlhs`, as a tuple."""
   M = (xs[0] if token_M is None else token_M).shape[0]
   E, A = ws[0].shape[:2]
@@ -121,11 +123,11 @@ def _product(xs, ws, group_E, token_M, transpose):
   tiles = sorted({max(top // d, 1) for d in (1, 2, 4, 8)}, reverse=True)
 
   @jax.custom_batching.sequential_vmap
-  def product(xs, ws, group_E, token_M):
-    end_E = lax.cumsum(group_E)
+  def product(xs, ws, group_sizes_E, token_M):
+    end_E = lax.cumsum(group_sizes_E)
 
     def expert(e, ys):
-      row, end = end_E[e] - group_E[e], end_E[e]
+      row, end = end_E[e] - group_sizes_E[e], end_E[e]
       w_AxB = _side_by_side(
         lax.dynamic_index_in_dim(w_ExAxB, e, keepdims=False) for w_ExAxB in ws
       )
@@ -160,19 +162,19 @@ def _product(xs, ws, group_E, token_M, transpose):
     ys = lax.fori_loop(0, E, expert, ys) if M else ys
     return tuple(y_MxB.astype(dtype) for y_MxB in ys)
 
-  return product(xs, ws, group_E, token_M)
+  return product(xs, ws, group_sizes_E, token_M)
 
 
 @jax.custom_batching.sequential_vmap
-def _drhs(x, dys, group_E, x_token_M, dy_token_M):
+def _drhs(x, dys, group_sizes_E, x_token_M, dy_token_M):
   """The products of `drhs`."""
-  A, E = x.shape[1], group_E.shape[0]
+  A, E = x.shape[1], group_sizes_E.shape[0]
   M = (x if x_token_M is None else x_token_M).shape[0]
   widths = [dy.shape[1] for dy in dys]
   wide = _wide(x.dtype)
   top = _top_tile(M, E)
   tiles = sorted({-(-top * d // 4) for d in (1, 2, 3, 4)})
-  end_E = lax.cumsum(group_E)
+  end_E = lax.cumsum(group_sizes_E)
 
   def tile(row, end, R):
     first, own_Rx1 = _own_rows(row, end, R, M)
@@ -194,11 +196,11 @@ def _drhs(x, dys, group_E, x_token_M, dy_token_M):
     return jnp.zeros_like(x, shape=(A, sum(widths)), dtype=wide)
 
   def expert(e, dws):
-    row, end = end_E[e] - group_E[e], end_E[e]
+    row, end = end_E[e] - group_sizes_E[e], end_E[e]
     # Adding is a pass over A x B, so the first product, the one that need not
     # be full, starts the sum; most experts have no other.
-    n = jnp.maximum(group_E[e] - 1, 0) // top
-    rest = group_E[e] - n * top
+    n = jnp.maximum(group_sizes_E[e] - 1, 0) // top
+    rest = group_sizes_E[e] - n * top
     size = sum((rest > R).astype(jnp.int32) for R in [0, *tiles[:-1]])
     dw_AxB = lax.switch(
       size,

@@ -58,19 +58,19 @@ class Tiles(NamedTuple):
   drhs: Tile
 
 
-def gmm(x_MxA, w_ExAxB, group_E, *, tiles=None, sms=None, interpret=None):
+def gmm(x_MxA, w_ExAxB, group_sizes_E, *, tiles=None, sms=None, interpret=None):
   """Multiplies consecutive groups of rows by one matrix each.
 
-  The contract is that of `tpu.gmm`: rows from sum(group_E) on are undefined in
-  y and in the gradient of x, and reach nothing else, NaN included; the gradient
-  of an empty expert is exactly zero; under vmap the instances run one after the
-  other; reverse mode only.
+  The contract is that of `tpu.gmm`: rows from sum(group_sizes_E) on are
+  undefined in y and in the gradient of x, and reach nothing else, NaN included;
+  the gradient of an empty expert is exactly zero; under vmap the instances run
+  one after the other; reverse mode only.
 
   Args:
     x_MxA: bfloat16 rows sorted by expert. Where M is no multiple of 8 they are
       padded, which is a copy.
     w_ExAxB: one matrix per expert, bfloat16.
-    group_E: int32 rows per expert, none negative, their sum at most M.
+    group_sizes_E: int32 rows per expert, none negative, their sum at most M.
     tiles: `Tiles`; None for those of `choose`.
     sms: thread blocks; None for the multiprocessors of the GPU that this is
       lowered for, an H100's where none is known.
@@ -85,7 +85,7 @@ def gmm(x_MxA, w_ExAxB, group_E, *, tiles=None, sms=None, interpret=None):
     NotImplementedError: the dtype is not bfloat16, or A or B is not a multiple
       of 64.
   """
-  operands.check(x_MxA, w_ExAxB, group_E, _DTYPES, 'gpu')
+  operands.check(x_MxA, w_ExAxB, group_sizes_E, _DTYPES, 'gpu')
   M, (_, A, B) = x_MxA.shape[0], w_ExAxB.shape
   if A % _WIDTH or B % _WIDTH:
     raise NotImplementedError(
@@ -96,7 +96,7 @@ def gmm(x_MxA, w_ExAxB, group_E, *, tiles=None, sms=None, interpret=None):
   tiles = tiles or choose(A, B)
   sms = sms or (2 if interpret else _multiprocessors())
   padded_MxA = jnp.pad(x_MxA, ((0, -M % _ALIGN), (0, 0)))
-  arrays = operands.same_axes(padded_MxA, w_ExAxB, group_E)
+  arrays = operands.same_axes(padded_MxA, w_ExAxB, group_sizes_E)
   return _gmm(*arrays, tiles, _Options(sms, interpret))[:M]
 
 
@@ -106,21 +106,21 @@ class _Options(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _gmm(x_MxA, w_ExAxB, group_E, tiles, options):
-  return product(x_MxA, w_ExAxB, group_E, tiles.fwd, *options)
+def _gmm(x_MxA, w_ExAxB, group_sizes_E, tiles, options):
+  return product(x_MxA, w_ExAxB, group_sizes_E, tiles.fwd, *options)
 
 
-def _gmm_fwd(x_MxA, w_ExAxB, group_E, tiles, options):
-  y_MxB = _gmm(x_MxA, w_ExAxB, group_E, tiles, options)
-  return y_MxB, (x_MxA, w_ExAxB, group_E)
+def _gmm_fwd(x_MxA, w_ExAxB, group_sizes_E, tiles, options):
+  y_MxB = _gmm(x_MxA, w_ExAxB, group_sizes_E, tiles, options)
+  return y_MxB, (x_MxA, w_ExAxB, group_sizes_E)
 
 
 def _gmm_bwd(tiles, options, saved, dy_MxB):
-  x_MxA, w_ExAxB, group_E = saved
+  x_MxA, w_ExAxB, group_sizes_E = saved
   dx_MxA = product(
-    dy_MxB, w_ExAxB, group_E, tiles.dlhs, *options, transpose=True
+    dy_MxB, w_ExAxB, group_sizes_E, tiles.dlhs, *options, transpose=True
   )
-  dw_ExAxB = drhs(x_MxA, dy_MxB, group_E, tiles.drhs, *options)
+  dw_ExAxB = drhs(x_MxA, dy_MxB, group_sizes_E, tiles.drhs, *options)
   return dx_MxA, dw_ExAxB, None
 
 
@@ -148,13 +148,13 @@ def choose(A, B):
 
 
 def product(
-  x_MxA, w_ExAxB, group_E, tile, sms, interpret=None, *, transpose=False
+  x_MxA, w_ExAxB, group_sizes_E, tile, sms, interpret=None, *, transpose=False
 ):
   """Rows times their expert's matrix, or its transpose (dlhs).
 
   Args:
-    x_MxA, w_ExAxB, group_E: as for `gmm`, M a multiple of 8; with transpose, x
-      is [M, B].
+    x_MxA, w_ExAxB, group_sizes_E: as for `gmm`, M a multiple of 8; with
+      transpose, x is [M, B].
     tile: `Tile`.
     sms, interpret: as for `gmm`.
     transpose: contracts the last axis of w instead of the middle one.
@@ -167,7 +167,7 @@ def product(
   )
 
   @jax.custom_batching.sequential_vmap
-  def run(x_MxA, w_ExAxB, group_E):
+  def run(x_MxA, w_ExAxB, group_sizes_E):
     return _kernel(
       body,
       operands.like(x_MxA, (M, B)),
@@ -177,10 +177,10 @@ def product(
       tile,
       sms,
       interpret,
-    )(*visits(group_E, tile.rows, M), x_MxA, w_ExAxB)
+    )(*visits(group_sizes_E, tile.rows, M), x_MxA, w_ExAxB)
 
   # jax forgets over which mesh axes a kernel's result varies.
-  return operands.same_axes(run(x_MxA, w_ExAxB, group_E), x_MxA)[0]
+  return operands.same_axes(run(x_MxA, w_ExAxB, group_sizes_E), x_MxA)[0]
 
 
 def _product_kernel(
@@ -255,22 +255,22 @@ def _product_kernel(
   _deal(count[0] * blocks, sms, load, multiply)
 
 
-def drhs(x_MxA, dy_MxB, group_E, tile, sms, interpret=None):
+def drhs(x_MxA, dy_MxB, group_sizes_E, tile, sms, interpret=None):
   """[E, A, B]: each expert's x^T dy, zero where it has no rows.
 
   Args:
-    x_MxA, dy_MxB, group_E: as for `gmm`, M a multiple of 8.
+    x_MxA, dy_MxB, group_sizes_E: as for `gmm`, M a multiple of 8.
     tile: `Tile`.
     sms, interpret: as for `gmm`.
   """
-  A, B, E = x_MxA.shape[1], dy_MxB.shape[1], group_E.shape[0]
+  A, B, E = x_MxA.shape[1], dy_MxB.shape[1], group_sizes_E.shape[0]
   body = functools.partial(_drhs_kernel, tile=tile, sms=sms)
 
   @jax.custom_batching.sequential_vmap
-  def run(x_MxA, dy_MxB, group_E):
-    end_E = lax.cumsum(group_E)
+  def run(x_MxA, dy_MxB, group_sizes_E):
+    end_E = lax.cumsum(group_sizes_E)
     # Dealt out back and forth by size, all get about as many rows.
-    order_E = jnp.argsort(group_E, descending=True).astype(jnp.int32)
+    order_E = jnp.argsort(group_sizes_E, descending=True).astype(jnp.int32)
     return _kernel(
       body,
       operands.like(x_MxA, (E, A, B)),
@@ -280,9 +280,9 @@ def drhs(x_MxA, dy_MxB, group_E, tile, sms, interpret=None):
       tile,
       sms,
       interpret,
-    )(order_E, end_E - group_E, end_E, x_MxA, dy_MxB)
+    )(order_E, end_E - group_sizes_E, end_E, x_MxA, dy_MxB)
 
-  return operands.same_axes(run(x_MxA, dy_MxB, group_E), x_MxA)[0]
+  return operands.same_axes(run(x_MxA, dy_MxB, group_sizes_E), x_MxA)[0]
 
 
 def _drhs_kernel(order_E, first_E, end_E, x, dy, dw, *scratch, tile, sms):
@@ -380,13 +380,13 @@ class Visits(NamedTuple):
   high_V: jax.Array  # int32, one past the last
 
 
-def visits(group_E, rows, M):
+def visits(group_sizes_E, rows, M):
   """V is static; an expert without rows has no visit."""
-  E = group_E.shape[0]
-  end_E = lax.cumsum(group_E)
-  first_E = end_E - group_E
+  E = group_sizes_E.shape[0]
+  end_E = lax.cumsum(group_sizes_E)
+  first_E = end_E - group_sizes_E
   start_E = first_E // _ALIGN * _ALIGN
-  visits_E = jnp.where(group_E > 0, pl.cdiv(end_E - start_E, rows), 0)
+  visits_E = jnp.where(group_sizes_E > 0, pl.cdiv(end_E - start_E, rows), 0)
   until_E = lax.cumsum(visits_E)
   # Each expert has a part of a block more, at most, than its share of M.
   v_V = lax.iota(jnp.int32, pl.cdiv(M, rows) + E)

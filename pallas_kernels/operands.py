@@ -5,22 +5,22 @@ import jax.numpy as jnp
 from jax import lax
 
 
-def check(x_MxA, w_ExAxB, group_E, dtypes, platform):
+def check(x_MxA, w_ExAxB, group_sizes_E, dtypes, platform):
   """ValueError for shapes, NotImplementedError for dtypes that do not fit."""
-  if (x_MxA.ndim, w_ExAxB.ndim, group_E.ndim) != (2, 3, 1) or (
-    x_MxA.shape[1:] + group_E.shape != w_ExAxB.shape[1::-1]
+  if (x_MxA.ndim, w_ExAxB.ndim, group_sizes_E.ndim) != (2, 3, 1) or (
+    x_MxA.shape[1:] + group_sizes_E.shape != w_ExAxB.shape[1::-1]
   ):
     raise ValueError(
       'gmm wants x (M, A), w (E, A, B), group (E,), not '
-      f'{x_MxA.shape}, {w_ExAxB.shape}, {group_E.shape}'
+      f'{x_MxA.shape}, {w_ExAxB.shape}, {group_sizes_E.shape}'
     )
   if x_MxA.dtype.name not in dtypes or w_ExAxB.dtype != x_MxA.dtype:
     raise NotImplementedError(
       f'gmm on {platform} takes x and w of one dtype among '
       f'{dtypes}, not {x_MxA.dtype}, {w_ExAxB.dtype}'
     )
-  if group_E.dtype != jnp.int32:
-    raise NotImplementedError(f'group must be int32, not {group_E.dtype}')
+  if group_sizes_E.dtype != jnp.int32:
+    raise NotImplementedError(f'group must be int32, not {group_sizes_E.dtype}')
 
 
 def same_axes(*trees):

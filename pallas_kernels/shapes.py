@@ -40,7 +40,7 @@ LAYERS = {
   for side, widths in (('up', (D, F)), ('down', (F, D)))
 }
 
-# name: (M, A, B, group_E). Each holds what has broken some kernel before.
+# name: (M, A, B, group_sizes_E). Each holds what has broken some kernel before.
 CASES = {
   'even': (256, 32, 48, (64, 64, 64, 64)),
   'skewed': (300, 32, 24, (3, 251, 17, 1, 28)),
@@ -76,8 +76,8 @@ def zipf(M: int, E: int) -> np.ndarray:
   """
   share_E = 1 / np.arange(1, E + 1)
   edge_E = np.round(np.cumsum(share_E) / share_E.sum() * M).astype(np.int32)
-  group_E = np.diff(edge_E, prepend=np.int32(0))
-  return np.random.default_rng(0).permutation(group_E)
+  group_sizes_E = np.diff(edge_E, prepend=np.int32(0))
+  return np.random.default_rng(0).permutation(group_sizes_E)
 
 
 GROUPS = {'even': even, 'zipf': zipf}

@@ -186,20 +186,20 @@ def windows(tile):
   return sizes
 
 
-def visit(group_E, tile):
+def visit(group_sizes_E, tile):
   """Which tile meets which expert, and how many rows are computed.
 
   Returns int arrays (expert_V, tile_V, window_V); an expert without rows has no
   visit.
   """
   rows = tile.rows
-  end_E = np.cumsum(group_E)
-  first_E = (end_E - group_E) // rows
-  visits_E = np.where(group_E > 0, -(-end_E // rows) - first_E, 0)
-  expert_V = np.repeat(np.arange(len(group_E)), visits_E)
+  end_E = np.cumsum(group_sizes_E)
+  first_E = (end_E - group_sizes_E) // rows
+  visits_E = np.where(group_sizes_E > 0, -(-end_E // rows) - first_E, 0)
+  expert_V = np.repeat(np.arange(len(group_sizes_E)), visits_E)
   start_E = np.cumsum(visits_E) - visits_E
   tile_V = first_E[expert_V] + np.arange(len(expert_V)) - start_E[expert_V]
-  low_V = np.maximum((end_E - group_E)[expert_V] - tile_V * rows, 0)
+  low_V = np.maximum((end_E - group_sizes_E)[expert_V] - tile_V * rows, 0)
   high_V = np.minimum(end_E[expert_V] - tile_V * rows, rows)
   return expert_V, tile_V, window_of(low_V, high_V, tile)
 
@@ -216,10 +216,10 @@ def parts(window_V, tile):
   return (window_V[:, None] // tile.step & sizes // tile.step) * tile.step
 
 
-def _cycles(kernel, tile, width, depth, itemsize, group_E, chip):
+def _cycles(kernel, tile, width, depth, itemsize, group_sizes_E, chip):
   """Modelled cycles of one kernel: each visit the largest of its bounds."""
   kind = kernel.kind
-  expert_V, tile_V, window_V = visit(group_E, tile)
+  expert_V, tile_V, window_V = visit(group_sizes_E, tile)
   new_tile_V = np.diff(tile_V, prepend=-1) != 0
   new_expert_V = np.diff(expert_V, prepend=-1) != 0
   held = tile.rows * (kernel.xs * tile.depth + kernel.ys * tile.cols)

@@ -27,20 +27,20 @@ from pallas_kernels import operands, tiling
 _DTYPES = ('float32', 'bfloat16')
 
 
-def gmm(x_MxA, w_ExAxB, group_E, *, tiles=None, interpret=False):
+def gmm(x_MxA, w_ExAxB, group_sizes_E, *, tiles=None, interpret=False):
   """Multiplies consecutive groups of rows by one matrix each.
 
-  The first group_E[0] rows of x meet w[0], the next group_E[1] rows w[1], and
-  so on. Rows from sum(group_E) on are undefined in y and in the gradient of x;
-  whatever stands there in x or in dy, NaN included, reaches nothing else. The
-  gradient of w is exactly zero for an empty expert. Products of float32 are
+  The first group_sizes_E[0] rows of x meet w[0], the next group_sizes_E[1] rows
+  w[1], and so on. Rows from sum(group_sizes_E) on are undefined in y and in the
+  gradient of x; their values in x or in dy, NaN included, reach nothing else.
+  The gradient of w is exactly zero for an empty expert. Products of float32 are
   exact to float32. Under vmap the instances run one after the other. Reverse
   mode only.
 
   Args:
     x_MxA: rows sorted by expert; float32 or bfloat16.
     w_ExAxB: one matrix per expert, of the dtype of x.
-    group_E: int32 rows per expert, none negative, their sum at most M.
+    group_sizes_E: int32 rows per expert, none negative, their sum at most M.
     tiles: `tiling.Tiles` of the forward, dlhs and drhs; None lets the model in
       `tiling` choose for the chip that this is lowered for.
     interpret: runs the kernel under Pallas' interpreter, on any platform: True,
@@ -54,7 +54,7 @@ def gmm(x_MxA, w_ExAxB, group_E, *, tiles=None, interpret=False):
     NotImplementedError: a dtype is not one of the above, no tile of this shape
       fits the chip's memory, or Mosaic has not the shape.
   """
-  operands.check(x_MxA, w_ExAxB, group_E, _DTYPES, 'tpu')
+  operands.check(x_MxA, w_ExAxB, group_sizes_E, _DTYPES, 'tpu')
   (M, _), B = x_MxA.shape, w_ExAxB.shape[2]
   _check_widths(w_ExAxB, interpret)
   if not M:
@@ -66,7 +66,9 @@ def gmm(x_MxA, w_ExAxB, group_E, *, tiles=None, interpret=False):
         for kernel in (tiling.FWD, tiling.DLHS, tiling.DRHS)
       )
     )
-  return _gmm(*operands.same_axes(x_MxA, w_ExAxB, group_E), tiles, interpret)
+  return _gmm(
+    *operands.same_axes(x_MxA, w_ExAxB, group_sizes_E), tiles, interpret
+  )
 
 
 def _check_widths(w_ExAxB, interpret):
@@ -86,21 +88,26 @@ def _tile(kernel, M, w_ExAxB, interpret):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _gmm(x_MxA, w_ExAxB, group_E, tiles, interpret):
-  return product(x_MxA, w_ExAxB, group_E, tiles.fwd, interpret=interpret)
+def _gmm(x_MxA, w_ExAxB, group_sizes_E, tiles, interpret):
+  return product(x_MxA, w_ExAxB, group_sizes_E, tiles.fwd, interpret=interpret)
 
 
-def _gmm_fwd(x_MxA, w_ExAxB, group_E, tiles, interpret):
-  y_MxB = _gmm(x_MxA, w_ExAxB, group_E, tiles, interpret)
-  return y_MxB, (x_MxA, w_ExAxB, group_E)
+def _gmm_fwd(x_MxA, w_ExAxB, group_sizes_E, tiles, interpret):
+  y_MxB = _gmm(x_MxA, w_ExAxB, group_sizes_E, tiles, interpret)
+  return y_MxB, (x_MxA, w_ExAxB, group_sizes_E)
 
 
 def _gmm_bwd(tiles, interpret, saved, dy_MxB):
-  x_MxA, w_ExAxB, group_E = saved
+  x_MxA, w_ExAxB, group_sizes_E = saved
   dx_MxA = product(
-    dy_MxB, w_ExAxB, group_E, tiles.dlhs, transpose=True, interpret=interpret
+    dy_MxB,
+    w_ExAxB,
+    group_sizes_E,
+    tiles.dlhs,
+    transpose=True,
+    interpret=interpret,
   )
-  dw_ExAxB = drhs(x_MxA, dy_MxB, group_E, tiles.drhs, interpret=interpret)
+  dw_ExAxB = drhs(x_MxA, dy_MxB, group_sizes_E, tiles.drhs, interpret=interpret)
   return dx_MxA, dw_ExAxB, None
 
 
@@ -112,12 +119,14 @@ _gmm.defvjp(_gmm_fwd, _gmm_bwd)
 # gradients; rows past the groups are as those of `gmm`.
 
 
-def into(of, x_MxA, ws, group_E, biases=(), *, tile=None, interpret=False):
+def into(
+  of, x_MxA, ws, group_sizes_E, biases=(), *, tile=None, interpret=False
+):
   """The pre-activations of the rows, of each w, and the hidden rows of them.
 
   Args:
     of: (pre, ...) -> hidden, elementwise; it gets and returns float32.
-    x_MxA, group_E: as for `gmm`.
+    x_MxA, group_sizes_E: as for `gmm`.
     ws: (w_ExAxB, ...), of one shape and of the dtype of x.
     biases: none, or for each w a bias_ExB.
     tile: a `tiling.Tile`; None lets the model in `tiling` choose.
@@ -130,7 +139,7 @@ def into(of, x_MxA, ws, group_E, biases=(), *, tile=None, interpret=False):
     ValueError, NotImplementedError: as `gmm`.
   """
   for w_ExAxB in ws:
-    operands.check(x_MxA, w_ExAxB, group_E, _DTYPES, 'tpu')
+    operands.check(x_MxA, w_ExAxB, group_sizes_E, _DTYPES, 'tpu')
   _check_widths(ws[0], interpret)
   M, B = len(x_MxA), ws[0].shape[2]
   if not M:
@@ -145,13 +154,13 @@ def into(of, x_MxA, ws, group_E, biases=(), *, tile=None, interpret=False):
 
   form = _Form('into', False, finish, ys=1 + len(ws))
   sides = [bias_ExB[:, None, :] for bias_ExB in biases]
-  arrays = operands.same_axes((x_MxA,), tuple(ws), sides, group_E)
+  arrays = operands.same_axes((x_MxA,), tuple(ws), sides, group_sizes_E)
   (hidden_MxB, *pre), _ = _products(form, *arrays, tile, interpret)
   return hidden_MxB, tuple(pre)
 
 
 def slope(
-  of, dy_MxB, w_ExAxB, pre, weight_M, group_E, *, tile=None, interpret=False
+  of, dy_MxB, w_ExAxB, pre, gate_M, group_sizes_E, *, tile=None, interpret=False
 ):
   """Back through hidden w, times a weight for each row, and through `of`.
 
@@ -162,8 +171,8 @@ def slope(
     dy_MxB: of the rows, as if each weight were 1.
     w_ExAxB: what hidden rows of width A meet.
     pre: (pre_MxA, ...), as `into` returns them.
-    weight_M: float.
-    group_E, tile, interpret: as of `into`.
+    gate_M: float.
+    group_sizes_E, tile, interpret: as of `into`.
 
   Returns:
     (weight * dh * d of each), weight * hidden, sum of dh * hidden over A; the
@@ -175,7 +184,7 @@ def slope(
   turned = jax.ShapeDtypeStruct(
     (w_ExAxB.shape[0], *w_ExAxB.shape[:0:-1]), w_ExAxB.dtype
   )
-  operands.check(dy_MxB, turned, group_E, _DTYPES, 'tpu')
+  operands.check(dy_MxB, turned, group_sizes_E, _DTYPES, 'tpu')
   _check_widths(w_ExAxB, interpret)
   M = len(dy_MxB)
   if not M:
@@ -188,13 +197,13 @@ def slope(
     return (*pull(dh * weight), hidden * weight), (dh * hidden,)
 
   form = _Form('slope', True, finish, ys=len(pre) + 1, sums=1)
-  sides = (*pre, weight_M.astype(jnp.float32)[:, None])
-  arrays = operands.same_axes((dy_MxB,), (w_ExAxB,), sides, group_E)
-  ys, (d_weight_M,) = _products(form, *arrays, tile, interpret)
-  return ys[:-1], ys[-1], d_weight_M
+  sides = (*pre, gate_M.astype(jnp.float32)[:, None])
+  arrays = operands.same_axes((dy_MxB,), (w_ExAxB,), sides, group_sizes_E)
+  ys, (d_gate_M,) = _products(form, *arrays, tile, interpret)
+  return ys[:-1], ys[-1], d_gate_M
 
 
-def dlhs(dys, ws, group_E, *, tile=None, interpret=False):
+def dlhs(dys, ws, group_sizes_E, *, tile=None, interpret=False):
   """dx_MxA: the sum of dy w^T over pairs of a dy_MxB and a w_ExAxB.
 
   Accumulated as one product; other arguments are those of `into`.
@@ -203,20 +212,27 @@ def dlhs(dys, ws, group_E, *, tile=None, interpret=False):
     (ws[0].shape[0], *ws[0].shape[:0:-1]), ws[0].dtype
   )
   for dy_MxB in dys:
-    operands.check(dy_MxB, turned, group_E, _DTYPES, 'tpu')
+    operands.check(dy_MxB, turned, group_sizes_E, _DTYPES, 'tpu')
   _check_widths(ws[0], interpret)
   M = len(dys[0])
   if not M:
     return jnp.zeros((M, ws[0].shape[1]), dys[0].dtype)
   tile = tile or _tile(tiling.dlhs(len(ws)), M, ws[0], interpret)
   form = _Form('dlhs', True, _as_they_are, ys=1)
-  arrays = operands.same_axes(tuple(dys), tuple(ws), (), group_E)
+  arrays = operands.same_axes(tuple(dys), tuple(ws), (), group_sizes_E)
   (dx_MxA,), _ = _products(form, *arrays, tile, interpret)
   return dx_MxA
 
 
 def gathered(
-  x_TxA, token_M, w_ExAxB, group_E, tile, *, transpose=False, interpret=False
+  x_TxA,
+  token_M,
+  w_ExAxB,
+  group_sizes_E,
+  tile,
+  *,
+  transpose=False,
+  interpret=False,
 ):
   """`product` of the rows x[token_M], which are never copied as a whole.
 
@@ -228,7 +244,7 @@ def gathered(
   Args:
     x_TxA: A is a multiple of 128, in bfloat16 of 256.
     token_M: int32; past the groups any.
-    w_ExAxB, group_E, tile, transpose, interpret: as for `product`.
+    w_ExAxB, group_sizes_E, tile, transpose, interpret: as for `product`.
   """
   R, cols = tile.rows, tile.cols
   (T, A), (M,) = x_TxA.shape, token_M.shape
@@ -255,8 +271,8 @@ def gathered(
     return tile_V[v], j
 
   @jax.custom_batching.sequential_vmap
-  def run(words_TxSx128, token_M, w_ExAxB, group_E):
-    visits = _visits(group_E, R, M, empty=0)
+  def run(words_TxSx128, token_M, w_ExAxB, group_sizes_E):
+    visits = _visits(group_sizes_E, R, M, empty=0)
     token_M = jnp.pad(jnp.clip(token_M, 0, T - 1), (0, tiles * R - M))
     token_Nx1xR = token_M.reshape(tiles, 1, R)
     tokens = functools.partial(pl.BlockSpec, (1, 1, R), memory_space=pltpu.SMEM)
@@ -292,7 +308,7 @@ def gathered(
       *(token_Nx1xR, token_Nx1xR, words_TxSx128, w_ExAxB),
     )
 
-  return run(words_TxSx128, token_M, w_ExAxB, group_E)
+  return run(words_TxSx128, token_M, w_ExAxB, group_sizes_E)
 
 
 def _gathered_kernel(
@@ -367,19 +383,21 @@ def _unpack(words_Px128, x_RxA):
         x_RxA[rows, pl.ds(at, 128)] = pltpu.bitcast(word, x_RxA.dtype)
 
 
-def product(x_MxA, w_ExAxB, group_E, tile, *, transpose=False, interpret=False):
+def product(
+  x_MxA, w_ExAxB, group_sizes_E, tile, *, transpose=False, interpret=False
+):
   """Rows times their expert's matrix, or its transpose (dlhs).
 
   Args:
     x_MxA, w_ExAxB: as for `gmm`; with transpose, x is [M, B].
-    group_E: as for `gmm`.
+    group_sizes_E: as for `gmm`.
     tile: `tiling.Tile`: rows R of one visit, columns of one block of y.
     transpose: contracts the last axis of w instead of the middle one.
     interpret: as for `gmm`.
   """
   form = _Form('dlhs' if transpose else 'gmm', transpose, _as_they_are, ys=1)
   arrays = (x_MxA,), (w_ExAxB,), ()
-  return _products(form, *arrays, group_E, tile, interpret)[0][0]
+  return _products(form, *arrays, group_sizes_E, tile, interpret)[0][0]
 
 
 class _Form(NamedTuple):
@@ -402,7 +420,7 @@ def _as_they_are(products, sides):
   return products, ()
 
 
-def _products(form, xs, ws, sides, group_E, tile, interpret):
+def _products(form, xs, ws, sides, group_sizes_E, tile, interpret):
   """([M, B] in the dtype of x, ...), (float32 [M], ...): what `form` writes.
 
   One x meets each w, or each x its own w, and then it is one product, the sum.
@@ -445,8 +463,8 @@ def _products(form, xs, ws, sides, group_E, tile, interpret):
   blocks = pl.cdiv(B, cols)
 
   @jax.custom_batching.sequential_vmap
-  def run(xs, ws, sides, group_E):
-    visits = _visits(group_E, R, M, empty=0)
+  def run(xs, ws, sides, group_sizes_E):
+    visits = _visits(group_sizes_E, R, M, empty=0)
     y_MxB = operands.like(xs[0], (M, B))
     sum_JxMxL = operands.like(xs[0], (blocks, M, lanes))
     found = pl.pallas_call(
@@ -484,7 +502,7 @@ def _products(form, xs, ws, sides, group_E, tile, interpret):
     sums = [jnp.sum(part, axis=(0, 2)) for part in found[form.ys :]]
     return tuple(found[: form.ys]), tuple(sums)
 
-  return run(tuple(xs), tuple(ws), tuple(sides), group_E)
+  return run(tuple(xs), tuple(ws), tuple(sides), group_sizes_E)
 
 
 def _product_kernel(
@@ -572,16 +590,16 @@ def _write(own, window, head, y_RxB, cols, y):
     y_RxB[rest, cols] = y[head:]
 
 
-def drhs(x_MxA, dy_MxB, group_E, tile=None, *, interpret=False):
+def drhs(x_MxA, dy_MxB, group_sizes_E, tile=None, *, interpret=False):
   """[E, A, B]: each expert's x^T dy, zero where it has no rows.
 
   Args:
-    x_MxA, dy_MxB, group_E: as for `gmm`.
+    x_MxA, dy_MxB, group_sizes_E: as for `gmm`.
     tile: `tiling.Tile`: rows R of one visit, and the part of A x B that one
       block of the result holds; None lets the model in `tiling` choose.
     interpret: as for `gmm`.
   """
-  (M, A), B, E = x_MxA.shape, dy_MxB.shape[1], group_E.shape[0]
+  (M, A), B, E = x_MxA.shape, dy_MxB.shape[1], group_sizes_E.shape[0]
   if not M:
     return jnp.zeros((E, A, B), x_MxA.dtype)
   w_ExAxB = jax.ShapeDtypeStruct((E, A, B), dy_MxB.dtype)
@@ -602,8 +620,8 @@ def drhs(x_MxA, dy_MxB, group_E, tile=None, *, interpret=False):
     return expert_V[v], i, j
 
   @jax.custom_batching.sequential_vmap
-  def run(x_MxA, dy_MxB, group_E):
-    visits = _visits(group_E, R, M, empty=1)
+  def run(x_MxA, dy_MxB, group_sizes_E):
+    visits = _visits(group_sizes_E, R, M, empty=1)
     return pl.pallas_call(
       functools.partial(_drhs_kernel, tile=tile),
       grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -625,7 +643,7 @@ def drhs(x_MxA, dy_MxB, group_E, tile=None, *, interpret=False):
       name='drhs',
     )(visits.edge_E, visits.expert_V, visits.tile_V, x_MxA, dy_MxB)
 
-  return run(*operands.same_axes(x_MxA, dy_MxB, group_E))
+  return run(*operands.same_axes(x_MxA, dy_MxB, group_sizes_E))
 
 
 def _drhs_kernel(
@@ -676,15 +694,15 @@ class _Visits(NamedTuple):
   count: jax.Array  # int32 scalar: the visits that exist; the rest is padding
 
 
-def _visits(group_E, R, M, empty):
+def _visits(group_sizes_E, R, M, empty):
   """Each expert visits the tiles that hold its rows; V is static.
 
   An expert without rows makes `empty` visits, 0 or 1.
   """
-  E, tiles = group_E.shape[0], pl.cdiv(M, R)
-  end_E = lax.cumsum(group_E)
-  first_E = (end_E - group_E) // R
-  visits_E = jnp.where(group_E > 0, pl.cdiv(end_E, R) - first_E, empty)
+  E, tiles = group_sizes_E.shape[0], pl.cdiv(M, R)
+  end_E = lax.cumsum(group_sizes_E)
+  first_E = (end_E - group_sizes_E) // R
+  visits_E = jnp.where(group_sizes_E > 0, pl.cdiv(end_E, R) - first_E, empty)
   until_E = lax.cumsum(visits_E)
   # Two neighbours share one tile at most.
   v_V = lax.iota(jnp.int32, tiles + E)

@@ -17,10 +17,10 @@ def get_config():
   c.model.update(N=4, D=1024, H=8, E=63, expert_F=704, shared_F=704)
   c.model.update(tied=False, init='normal', dtype='bfloat16', remat=True)
   c.model.attention = config.attend(
-    'latent', yarn_factor=40.0, yarn_mscale=0.707, yarn_mscale_all_dim=0.707
+    'mla', yarn_factor=40.0, yarn_mscale=0.707, yarn_mscale_all_dim=0.707
   )
   c.model.router = config.router('topk', k=8, renormalise=False, init='torch')
-  c.model.iterations, c.model.link = 2, 'add'
+  c.model.iterations, c.model.inner_residual = 2, 'add'
   c.model.residual = config.choice('residual', 'replace')
   c.objective.losses.update(balance=0.0, sequence_balance=0.001, z=0.0)
   c.optimizer.update(learning_rate=3e-4, schedule='constant', warmup=0.1)

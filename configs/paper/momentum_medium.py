@@ -14,7 +14,7 @@ def get_config():
   c.description = 'AdamSMoE-medium'
   c.steps, c.batch_size, c.seq_len = 80_000, 48, 512
   c.model.update(N=6, D=352, F=352, expert_F=352, dropout=0.1)
-  c.model.attention = config.attend('span', span=1024)
+  c.model.attention = config.attend('adaptive_span', span=1024)
   c.model.residual = config.choice('residual', 'adam')
   c.optimizer.warmup = 4000 / c.steps
   return c

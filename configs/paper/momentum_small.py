@@ -18,7 +18,7 @@ def get_config():
   c.model.update(block='momentum_lm', norm='layer', eps=1e-5, tied=False)
   c.model.update(activation='relu', bias=True, init='momentum_smoe')
   c.model.update(embed_std=1.0)
-  c.model.attention = config.attend('span', span=256)
+  c.model.attention = config.attend('adaptive_span', span=256)
   c.model.router = config.router('topk', k=2, bias=True, init='torch')
   c.model.residual = config.choice('residual', 'heavy_ball', mu=0.7, sign=-1.0)
   c.objective.losses.update(balance=0.0, z=0.0)

@@ -16,7 +16,7 @@ def get_config():
   c.data = config.source('text', vocab_size=32_000, field='text')
   c.model.update(N=16, D=768, H=16, E=32, expert_F=384, layers_per_pool=4)
   c.model.update(init='megatron', dtype='bfloat16', remat=True)
-  c.model.attention = config.attend('rotary', J=2)
+  c.model.attention = config.attend('gqa', num_kv_heads=2)
   c.model.router = config.router('rexmoe', k=4, first=32)
   c.objective.losses.update(balance=0.01, z=0.0)
   c.optimizer.update(learning_rate=3e-4, warmup=100 / c.steps)

@@ -25,7 +25,7 @@ def get_config():
   c.model.update(E=256, expert_F=2048, shared_F=2048)
   c.model.update(tied=False, dtype='bfloat16', remat=True)
   c.model.attention = config.attend(
-    'latent', nope=128, rope=64, value=128, rank=512, query_rank=1536
+    'mla', nope=128, rope=64, value=128, rank=512, query_rank=1536
   )
   c.model.router = config.router(
     'topk', k=8, score='sigmoid', scale=2.5, bias_rate=0.001
@@ -33,5 +33,5 @@ def get_config():
   c.objective.losses.update(balance=0.0, sequence_balance=1e-4, z=0.0)
   c.optimizer.update(learning_rate=2.2e-4)
   c.mesh.update(fsdp=8, expert=64)
-  c.parallel.update(strategy='ragged', factor=1.5)
+  c.parallel.update(strategy='ragged', buffer_factor=1.5)
   return c

@@ -24,10 +24,10 @@ def get_config():
   )
   c.model.update(N=48, D=2048, H=16, E=128, expert_F=768)
   c.model.update(tied=False, dtype='bfloat16', remat=True)
-  c.model.attention = config.attend('rotary', J=4, theta=1_000_000.0)
+  c.model.attention = config.attend('gqa', num_kv_heads=4, theta=1_000_000.0)
   c.model.router = config.router('topk', k=8)
   c.objective.losses.update(balance=0.001, z=0.0)
   c.optimizer.update(learning_rate=3e-4)
   c.mesh.update(fsdp=8, expert=32)
-  c.parallel.update(strategy='ragged', factor=1.5)
+  c.parallel.update(strategy='ragged', buffer_factor=1.5)
   return c

@@ -16,8 +16,9 @@ differs: Qwen3 normalises queries and keys, which cannot be turned off; ours
 adds a z-loss and keeps documents apart. PyTorch runs eagerly, as transformers
 comes. The row `bfloat16` computes in it, from float32 parameters.
 
-Both keep the memory that they free, as moe-train does (malloc.keep): without
-it, each step takes it from the operating system again, page by page.
+Both keep the memory that they free, as moe-train does
+(malloc.retain_freed_memory): without it, each step takes it from the operating
+system again, page by page.
 
 Each framework has a process of its own, which sleeps on a pipe until it is told
 to do a turn, so that one of them works at a time, with a thread for each core.
@@ -216,7 +217,7 @@ def qwen_config(size, experts, **more):
 
 def jax_job(size, dtype):
   from moe_jax import config
-  from moe_jax.training import job
+  from moe_jax.training import jobs
 
   c = config.default()
   c.batch_size, c.seq_len = size.B, size.L
@@ -228,7 +229,7 @@ def jax_job(size, dtype):
   c.optimizer.update(schedule='constant', warmup=0.0, learning_rate=RATE)
   c.optimizer.update(weight_decay=DECAY, clip=CLIP, b1=BETAS[0], b2=BETAS[1])
   with tempfile.TemporaryDirectory() as workdir:
-    return job.prepare(c, workdir)
+    return jobs.prepare(c, workdir)
 
 
 def jax_batches(size):
@@ -244,17 +245,17 @@ def jax_step(size, batches, dtype):
   from moe_jax.models import decoder
   from moe_jax.training import train_step
 
-  job = jax_job(size, dtype)
-  step = train_step.make_step(job)
+  jobs = jax_job(size, dtype)
+  step = train_step.make_step(jobs)
 
   def steps():
-    state = train_step.initial_state(job)
+    state = train_step.initial_state(jobs)
     for batch in itertools.cycle(batches):
-      state, found = step(state, job.put(batch))
+      state, found = step(state, jobs.put(batch))
       jax.block_until_ready(state)
       yield float(found['nll_sum'] / found['tokens'])
 
-  parameters = decoder.cost(job.model, size.L)['params_total']
+  parameters = decoder.cost(jobs.model, size.L)['params_total']
   return functools.partial(next, steps()), {'parameters': parameters}
 
 
@@ -343,7 +344,7 @@ class Worker:
 def _obey(pipe):
   from moe_jax.training import malloc
 
-  malloc.keep()
+  malloc.retain_freed_memory()
   calls = {}
   while True:
     try:

@@ -50,7 +50,7 @@ SWAPS = {
 
 
 class Mutant(NamedTuple):
-  """A place, as in 'moe_jax/plan.py', and what stands there instead."""
+  """A place, as in 'moe_jax/plans.py', and what stands there instead."""
 
   path: str
   function: str

@@ -11,8 +11,7 @@ import ml_collections
 import numpy as np
 
 from moe_jax.sizing import aot
-from moe_jax.training import job as jobs
-from moe_jax.training import train_step
+from moe_jax.training import jobs, train_step
 
 ROUNDS = 7
 SAMPLE = 0.3  # seconds that the steps of a round take at least, or it is one

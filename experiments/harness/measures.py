@@ -5,8 +5,7 @@ from typing import Any
 
 import ml_collections
 
-from moe_jax.training import job as jobs
-from moe_jax.training import train_step
+from moe_jax.training import jobs, train_step
 
 
 def changed(job: jobs.Job, **changes: Any) -> jobs.Job:

@@ -17,7 +17,7 @@ import ml_collections
 
 from experiments import studies
 from experiments.harness import sources
-from moe_jax import config as configs
+from moe_jax import config
 from moe_jax.data import cache
 from moe_jax.report import metrics
 from moe_jax.training import loop
@@ -76,7 +76,7 @@ def made_with(
   read, versions = sources.digests(data, study.DATA), loop.versions()
   found = {}
   for arm, c in arms.items():
-    values = configs.resolve(c)
+    values = config.resolve(c)
     text = json.dumps({**values, 'seed': None}, sort_keys=True)
     for place in data, cache.directory():
       text = text.replace(str(place), '')  # wherever it lies
@@ -160,7 +160,7 @@ def _apart(old, new):
 
 def _code(study, values):
   """A digest of the sources that a run of these values can come to."""
-  named = {v for v in configs.flat(values).values() if isinstance(v, str)}
+  named = {v for v in config.flat(values).values() if isinstance(v, str)}
   named.add('__init__')
   whole = hashlib.sha256()
   for path in sorted(ROOT.glob('moe_jax/**/*.py')):

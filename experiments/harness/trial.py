@@ -18,8 +18,7 @@ from absl import logging
 
 from experiments.harness import results
 from moe_jax.report import metrics
-from moe_jax.training import checkpoint, loop, malloc, train_step
-from moe_jax.training import job as jobs
+from moe_jax.training import checkpoint, jobs, loop, malloc, train_step
 
 ROW = 'row.json'
 KEPT = (
@@ -73,7 +72,7 @@ def _curve(workdir):
 def main() -> None:
   name, data = sys.argv[1:]
   logging.set_verbosity(logging.WARNING)
-  malloc.keep()
+  malloc.retain_freed_memory()
   # What a run prints is not an answer.
   answers = os.fdopen(os.dup(1), 'w')
   os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

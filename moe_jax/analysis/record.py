@@ -20,14 +20,13 @@ from moe_jax import (
   models,
   objectives,
   paths,
-  plan,
   routers,
 )
 from moe_jax.analysis import measures, page
 from moe_jax.data import corpus, dataset, packing
 from moe_jax.report import metrics
 from moe_jax.training import saved_run, train_step
-from moe_jax.training.job import Job
+from moe_jax.training.jobs import Job
 
 HELD_OUT = 'held out'  # the name of the run's own text
 
@@ -179,9 +178,7 @@ def recorder(job: Job) -> Callable[..., dict[str, Any]]:
     )
     logits_BxLxV, aux = model(batch, ctx)
     nll_BxL = objectives.cross_entropy(logits_BxLxV, batch['target_BxL'])
-    keep = ('plan', 'route', 'entropy')
-    aux = [{name: found[name] for name in keep} for found in aux]
-    return {'nll_BxL': nll_BxL, 'aux': aux}
+    return {'nll_BxL': nll_BxL, 'aux': aux.select('plan', 'route', 'entropy')}
 
   return jax.jit(routed)
 
@@ -216,63 +213,15 @@ def record(
 
 def _steps(aux):
   """A dict for each routed step of a model's aux, from below."""
-  steps, layer = [], 0
-  for found in aux:
-    G, R, I = found['entropy'].shape
-    for g, r, i in np.ndindex(G, R, I):
-      here = jax.tree.map(lambda a, at=(g, r, i): np.asarray(a[at]), found)
-      name = f'MoE layer {layer + g * R + r}'
-      name += f', iteration {i}' if I > 1 else ''
-      made = _by_token if isinstance(here['plan'], plan.ByToken) else _by_expert
-      choice = made(here['plan'], here['route'])
-      entropy = float(here['entropy'])
-      steps.append({'name': name, 'entropy': entropy, **choice})
-    layer += G * R
+  steps = []
+  for layer, iterations in enumerate(aux.layers()):
+    for i, found in enumerate(iterations):
+      name = f'MoE layer {layer}'
+      name += f', iteration {i}' if len(iterations) > 1 else ''
+      entropy, plan = float(found['entropy']), found['plan']
+      choices = plan.choices(np.asarray(found['route']))
+      steps.append({'name': name, 'E': plan.E, 'entropy': entropy, **choices})
   return steps
-
-
-def _by_token(decision, route_TxK):
-  """A choice that the plan has not was dropped."""
-  E = decision.E
-  kept_TxK = decision.expert_TxK < E
-  there_TxK = route_TxK < E
-  return {
-    'E': E,
-    'expert_TxK': np.where(there_TxK, route_TxK, -1),
-    'kept_TxK': kept_TxK,
-    'gate_TxK': np.where(there_TxK, decision.weight_TxK, 0),
-  }
-
-
-def _by_expert(decision, route):
-  """The experts that chose a token are its choices, by their gates."""
-  del route  # the plan's own places
-  place_NxExC, gate_NxExC = decision.place_NxExC, decision.weight_NxExC
-  N, E, _ = place_NxExC.shape
-  T = N * decision.span
-  group_N, expert_E = np.arange(N), np.arange(E)
-  token_NxExC = place_NxExC + group_N[:, None, None] * decision.span
-  expert_NxExC = np.broadcast_to(expert_E[None, :, None], place_NxExC.shape)
-  taken = place_NxExC < decision.span
-  token_M, expert_M, gate_M = (
-    a[taken] for a in (token_NxExC, expert_NxExC, gate_NxExC)
-  )
-  order_M = np.lexsort((-gate_M, token_M))
-  token_M = token_M[order_M]
-  count_T = np.bincount(token_M, minlength=T)
-  first_T = np.cumsum(count_T) - count_T
-  slot_M = np.arange(len(token_M)) - first_T[token_M]
-  K = max(int(count_T.max()), 1)
-  expert_TxK = np.full((T, K), -1)
-  gate_TxK = np.zeros((T, K))
-  expert_TxK[token_M, slot_M] = expert_M[order_M]
-  gate_TxK[token_M, slot_M] = gate_M[order_M]
-  return {
-    'E': E,
-    'expert_TxK': expert_TxK,
-    'kept_TxK': expert_TxK >= 0,
-    'gate_TxK': gate_TxK,
-  }
 
 
 TYPES = {'expert_TxK': np.int16, 'kept_TxK': bool, 'gate_TxK': np.float32}

@@ -1,8 +1,8 @@
 """Attention: how tokens meet. One kind per file, found by its name.
 
 A file here defines one class `Attention(attention.Attention)`; `{'name':
-'rotary', 'J': 2}` in a config makes `rotary.Attention(D, H, scheme=scheme,
-rngs=rngs, J=2)`. Nothing else has to be edited.
+'gqa', 'num_kv_heads': 2}` in a config makes `gqa.Attention(D, H, scheme=scheme,
+rngs=rngs, num_kv_heads=2)`. Nothing else has to be edited.
 """
 
 import dataclasses
@@ -35,9 +35,9 @@ class View:
   shared: Any = None  # arrays of what `Attention.shared` made for all layers
   cache_BxCxD: jax.Array | None = None  # inputs before the first of these
   # Of a text that is being written: the place of each query in its row, and
-  # `entries` of the tokens up to it by their places, [B, M, ...].
+  # `kv_entries` of the tokens up to it by their places, [B, M, ...].
   place_BxL: jax.Array | None = None
-  kept: Any = None
+  kv_cache: Any = None
 
 
 class Attention(nnx.Module):
@@ -89,7 +89,7 @@ class Attention(nnx.Module):
     """
     raise NotImplementedError
 
-  def entries(
+  def kv_entries(
     self, x_BxLxD: jax.Array, place_BxL: jax.Array | None
   ) -> dict[str, jax.Array]:
     """What later queries need of these tokens, [B, L, ...].
@@ -103,13 +103,13 @@ class Attention(nnx.Module):
     kind = type(self).__module__.rpartition('.')[2]
     raise ValueError(f'attention {kind!r} keeps no keys, and writes no texts')
 
-  def keep(
-    self, kept: Any, x_BxLxD: jax.Array, place_BxL: jax.Array
+  def update_kv_cache(
+    self, kv_cache: Any, x_BxLxD: jax.Array, place_BxL: jax.Array
   ) -> dict[str, jax.Array]:
-    """`kept` with the entries of these tokens at their places."""
+    """`kv_cache` with the entries of these tokens at their places."""
     row_Bx1 = jnp.arange(len(x_BxLxD), dtype=jnp.int32)[:, None]
     put = lambda old, new: old.at[row_Bx1, place_BxL].set(new, mode='drop')
-    return jax.tree.map(put, kept, self.entries(x_BxLxD, place_BxL))
+    return jax.tree.map(put, kv_cache, self.kv_entries(x_BxLxD, place_BxL))
 
 
 def keys_seen(L: int, M: int, causal: bool, window: int | None = None) -> float:

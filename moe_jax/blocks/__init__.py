@@ -41,7 +41,7 @@ class LayerSpec:
   """
 
   residual: residuals.Residual
-  link: residuals.Link
+  inner_residual: residuals.InnerResidual
   iterations: int
   routing: str
   dropout: float
@@ -82,7 +82,7 @@ class MoELayer(nnx.Module):
   Args:
     routers: one, or one for each of the I iterations, stacked.
     shared: experts that see every token in every iteration, or None.
-    scale_I: what a learned link multiplies answers by, or None.
+    scale_I: what a learned inner residual multiplies answers by, or None.
   """
 
   routed = True
@@ -102,34 +102,34 @@ class MoELayer(nnx.Module):
   ) -> tuple[jax.Array, Any, dict[str, Any]]:
     """Returns h_TxD, the router memory, and aux with a leading axis I.
 
-    `ctx.forced` has that axis too. With routing 'once' it is 1 long, and
-    `lost`, the rows for which the layout had no place, is summed over
+    `ctx.replay` has that axis too. With routing 'once' it is 1 long, and
+    `overflow`, the rows for which the layout had no place, is summed over
     iterations. Out of training aux also has the `plan`.
     """
-    h_TxD, reports, losts, plan = h0_TxD, [], [], None
+    h_TxD, reports, overflows, plan = h0_TxD, [], [], None
     for i in range(spec.iterations):
       if plan is None or spec.routing != 'once':
         router = at(self.routers, i if spec.routing == 'each' else 0)
-        plan, aux, memory = router(h_TxD, ctx.at_iteration(i), memory)
+        plan, aux, memory = router(h_TxD, ctx.at(iteration=i), memory)
         # Not in training, where the gradient would carry it through the scans.
         reports.append(aux if ctx.train else {**aux, 'plan': plan})
-      y_TxD, lost = spec.layout(h_TxD, plan, experts)
-      losts.append(lost)
+      y_TxD, overflow = spec.layout(h_TxD, plan, experts)
+      overflows.append(overflow)
       if self.shared is not None:
         y_TxD += self.shared(h_TxD)
       y_TxD = drop(y_TxD, spec.dropout, ctx, 2 + i)
       scale = None if self.scale_I is None else self.scale_I[...][i]
       last = i == spec.iterations - 1
-      h_TxD = spec.link.join(h0_TxD, h_TxD, y_TxD, scale, last)
+      h_TxD = spec.inner_residual.join(h0_TxD, h_TxD, y_TxD, scale, last)
     aux = jax.tree.map(lambda *a: jnp.stack(a), *reports)
-    lost_I = jnp.stack(losts).reshape(len(reports), -1).sum(axis=1)
-    return h_TxD, memory, {**aux, 'lost': lost_I}
+    overflow_I = jnp.stack(overflows).reshape(len(reports), -1).sum(axis=1)
+    return h_TxD, memory, {**aux, 'overflow': overflow_I}
 
   def lookahead(
     self, h_TxD: jax.Array, memory: Memory, spec: LayerSpec
   ) -> jax.Array:
     """What the residual rule makes of h before the experts see it."""
-    return spec.residual.peek(h_TxD, memory[0])
+    return spec.residual.lookahead(h_TxD, memory[0])
 
   def join(
     self,

@@ -18,6 +18,6 @@ class Block(blocks.Block):
     del source
     x += self._attend(self.norm_attention(x), spec, ctx, view)
     h = blocks.flat(self.norm_feed(x))
-    h = spec.residual.peek(h, memory[0]).reshape(x.shape)
+    h = spec.residual.lookahead(h, memory[0]).reshape(x.shape)
     x, memory, aux = self._join(x, h, memory, experts, spec, ctx)
     return self.norm_after(x), memory, aux

@@ -32,7 +32,7 @@ def of_batch(batch_size: int, row_B: np.ndarray | None) -> np.ndarray:
   return row_B.astype(np.int64)
 
 
-def spread(rows: int, wanted: int, batch_size: int) -> np.ndarray:
+def evenly_spaced(rows: int, wanted: int, batch_size: int) -> np.ndarray:
   """int64 [n]: the rows of as many full batches as `wanted` rows need.
 
   Spread evenly, each at most once, in order; all where `wanted` is as many.

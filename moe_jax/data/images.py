@@ -31,7 +31,7 @@ import numpy as np
 
 from moe_jax import exact, ranges
 from moe_jax.data import corpus
-from moe_jax.data.batches import Batch, Batches, of_batch, READ, spread
+from moe_jax.data.batches import Batch, Batches, evenly_spaced, of_batch, READ
 from moe_jax.data.corpus import DataError, in_range
 
 logger = logging.getLogger(__name__)
@@ -217,7 +217,7 @@ class Images:
       label_B = self._held.label_n[image_B]
       return self._batch(pixels, label_B, image_B >= 0, row_B)
 
-    chosen = spread(n, exact.nearest(share, n), batch_size)
+    chosen = evenly_spaced(n, exact.nearest(share, n), batch_size)
     return Batches(batch, chosen, batch_size, row_B)
 
   def save(self, workdir: str | os.PathLike) -> None:

@@ -37,7 +37,7 @@ import numpy as np
 
 from moe_jax import exact
 from moe_jax.data import cache
-from moe_jax.data.batches import Batch, of_batch, READ, spread
+from moe_jax.data.batches import Batch, evenly_spaced, of_batch, READ
 from moe_jax.data.corpus import Corpus, DataConfig, DataError, load, TextConfig
 from moe_jax.data.tokenizer import Tokenizer
 
@@ -273,7 +273,7 @@ def eval_batches(
   row_B = of_batch(batch_size, row_B)
   _check_sizes('held-out', eval_N, batch_size, seq_len)
   rows = -(-(len(eval_N) - 1) // seq_len)
-  row_n = spread(rows, exact.nearest(share, rows), batch_size)
+  row_n = evenly_spaced(rows, exact.nearest(share, rows), batch_size)
   if streams:  # a track of consecutive rows for each row of the batch
     batches = -(-len(row_n) // batch_size)
     tracks = np.arange(batch_size)[None] * -(-rows // batch_size)

@@ -40,7 +40,7 @@ import numpy as np
 
 from moe_jax import exact, ranges
 from moe_jax.data import cache, corpus, tokenizer
-from moe_jax.data.batches import Batch, Batches, of_batch, READ, spread
+from moe_jax.data.batches import Batch, Batches, evenly_spaced, of_batch, READ
 from moe_jax.data.corpus import DataError, in_range
 
 logger = logging.getLogger(__name__)
@@ -256,7 +256,7 @@ class Pairs:
   def _spread(self, share: float, batch_size: int) -> np.ndarray:
     """int64 [n]: which held-out pairs to read."""
     pairs = len(self.eval_pairs)
-    return spread(pairs, exact.nearest(share, pairs), batch_size)
+    return evenly_spaced(pairs, exact.nearest(share, pairs), batch_size)
 
   def _batch(
     self, split: Split, pair_B: np.ndarray, row_B: np.ndarray

@@ -20,7 +20,7 @@ import numpy as np
 
 from moe_jax import models, parallel, paths, routers
 from moe_jax.training import checkpoint, saved_run, train_step
-from moe_jax.training.job import Job
+from moe_jax.training.jobs import Job
 
 
 class Written(NamedTuple):
@@ -97,7 +97,7 @@ def writer(
         longest = ids_BxL.shape[1] + new
         like = _routes(job, weights, rows, longest)
         routes = _fitting(job, routes, like, len(prompts))
-      found = run(weights, **batch, seed=jnp.uint32(seed), forced=routes)
+      found = run(weights, **batch, seed=jnp.uint32(seed), replay=routes)
       new_BxN, made = jax.device_get(found)
     return Written(
       [_until(row.tolist(), stop) for row in new_BxN[: len(prompts)]],
@@ -107,15 +107,15 @@ def writer(
   return write
 
 
-def _write(job, weights, *, ids_BxL, length_B, seed, forced, new, sample, stop):
+def _write(job, weights, *, ids_BxL, length_B, seed, replay, new, sample, stop):
   """new_BxN, and the routes of all places."""
   B, L = ids_BxL.shape
   model = models.bind(job.model, weights.params, weights.router_state)
   key = jax.random.key(seed)
   row_B = jnp.arange(B, dtype=jnp.int32)
 
-  def see(ids_BxL, place_BxL, length_B, kept, routes):
-    """logits, and all that is kept with these tokens."""
+  def see(ids_BxL, place_BxL, length_B, kv_cache, routes):
+    """logits, and the cache with these tokens."""
     batch = {
       'ids_BxL': ids_BxL,
       'pos_BxL': place_BxL,
@@ -127,27 +127,27 @@ def _write(job, weights, *, ids_BxL, length_B, seed, forced, new, sample, stop):
       key,
       weights.step,
       train=False,
-      forced=forced and [_at(a, place_BxL) for a in forced],
+      replay=replay and [_at(a, place_BxL) for a in replay],
       steps=job.config['steps'],
       writes=True,
     )
-    logits_BxLxV, aux, kept = model.write(batch, ctx, kept)
+    logits_BxLxV, aux, kv_cache = model.decode(batch, ctx, kv_cache)
     routes = [
-      _put(a, place_BxL, found['route'])
-      for a, found in zip(routes, aux, strict=True)
+      _put(a, place_BxL, new)
+      for a, new in zip(routes, aux.routes(), strict=True)
     ]
-    return logits_BxLxV, kept, routes
+    return logits_BxLxV, kv_cache, routes
 
   def step(carry, _):
-    kept, routes, id_B, place_B, done_B = carry
+    kv_cache, routes, id_B, place_B, done_B = carry
     # What is written after the end is padding.
     length_B = jnp.where(done_B, 0, place_B + 1)
-    logits_Bx1xV, kept, routes = see(
-      id_B[:, None], place_B[:, None], length_B, kept, routes
+    logits_Bx1xV, kv_cache, routes = see(
+      id_B[:, None], place_B[:, None], length_B, kv_cache, routes
     )
     id_B = pick(logits_Bx1xV[:, 0], place_B + 1)
     done_B = done_B | stops(id_B)
-    return (kept, routes, id_B, place_B + 1, done_B), id_B
+    return (kv_cache, routes, id_B, place_B + 1, done_B), id_B
 
   def pick(logits_BxV, place_B):
     fold = jax.vmap(jax.random.fold_in)
@@ -159,13 +159,13 @@ def _write(job, weights, *, ids_BxL, length_B, seed, forced, new, sample, stop):
   routes = [
     jnp.zeros(a.shape, a.dtype) for a in _routes(job, weights, B, L + new)
   ]
-  logits_BxLxV, kept, routes = see(
-    ids_BxL, place_BxL, length_B, model.room(B, L + new), routes
+  logits_BxLxV, kv_cache, routes = see(
+    ids_BxL, place_BxL, length_B, model.init_kv_cache(B, L + new), routes
   )
   last_Bx1x1 = jnp.maximum(length_B - 1, 0)[:, None, None]
   logits_BxV = jnp.take_along_axis(logits_BxLxV, last_Bx1x1, axis=1)[:, 0]
   id_B = pick(logits_BxV, length_B)
-  carry = kept, routes, id_B, length_B, stops(id_B) | (length_B == 0)
+  carry = kv_cache, routes, id_B, length_B, stops(id_B) | (length_B == 0)
   (_, routes, *_), ids_NxB = jax.lax.scan(step, carry, length=new - 1)
   return jnp.concatenate([id_B[None], ids_NxB]).T, routes
 
@@ -186,8 +186,8 @@ def _routes(job, weights, B, M):
       steps=job.config['steps'],
       writes=True,
     )
-    _, aux, _ = model.write(batch, ctx, model.room(B, M))
-    return [found['route'] for found in aux]
+    _, aux, _ = model.decode(batch, ctx, model.init_kv_cache(B, M))
+    return aux.routes()
 
   of_a_place = jax.eval_shape(route, weights)
   return [
@@ -243,7 +243,7 @@ def _check(job, new, temperature, top_p):
         f'the router {job.config["model"]["router"]["name"]!r} looks at later'
         ' tokens, and cannot write'
       )
-  job.model.room(1, 1)  # does attention keep anything?
+  job.model.init_kv_cache(1, 1)  # does attention keep anything?
 
 
 def _check_prompts(job, prompts):

@@ -4,7 +4,7 @@ A file defines a class `Experts`: the E experts of a pool, of which each routed
 row meets one. `{'name': 'mlp'}` in a config makes `mlp.Experts(E, D, F, ...)`;
 the arguments are those of `mlp.Experts`, and options of its own.
 
-  experts(rows_MxD, group_E) -> y_MxD   rows sorted by expert
+  experts(rows_MxD, group_sizes_E) -> y_MxD   rows sorted by expert
   experts.routed(x_TxD, rows) -> y_TxD  with dispatch and combine, or absent
 
 Parameters have the axis E first, `up_ExDxF`, so that meshes can cut them.

@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax import fused, ops
-from moe_jax import plan as plans
+from moe_jax import fused, ops, plans
 from moe_jax.init import Init, LECUN
-from moe_jax.plan import Rows
+from moe_jax.plans import Rows
 
 ACTIVATIONS = {
   'swiglu': (jax.nn.silu, True),
@@ -28,7 +27,7 @@ class Experts(nnx.Module):
     activation: a name in ACTIVATIONS.
     bias: whether each expert has biases.
     init: of the weights and biases.
-    gmm: (x_MxA, w_ExAxB, group_E) -> y_MxB, see ops.gmm.
+    gmm: (x_MxA, w_ExAxB, group_sizes_E) -> y_MxB, see ops.gmm.
     products: of that gmm, for `routed`; None takes those that its gradients
       have, and copies rows for them.
     out_scale: factor on the initial down projection.
@@ -64,24 +63,30 @@ class Experts(nnx.Module):
       if gated:
         self.bias_gate_ExF = bias_of(D, F)
 
-  def __call__(self, rows_MxD: jax.Array, group_E: jax.Array) -> jax.Array:
-    """y_MxD; rows from sum(group_E) on are undefined."""
+  def __call__(
+    self, rows_MxD: jax.Array, group_sizes_E: jax.Array
+  ) -> jax.Array:
+    """y_MxD; rows from sum(group_sizes_E) on are undefined."""
     act, gated = ACTIVATIONS[self.activation]
-    up_MxF = self._linear(rows_MxD, 'up_ExDxF', 'bias_up_ExF', group_E)
+    up_MxF = self._linear(rows_MxD, 'up_ExDxF', 'bias_up_ExF', group_sizes_E)
     gate_MxF = None
     if gated:
-      gate_MxF = self._linear(rows_MxD, 'gate_ExDxF', 'bias_gate_ExF', group_E)
+      gate_MxF = self._linear(
+        rows_MxD, 'gate_ExDxF', 'bias_gate_ExF', group_sizes_E
+      )
 
     # Computed again for the gradient: cheaper than to keep another [M, F].
     @jax.checkpoint
     def down(up_MxF, gate_MxF):
       hidden_MxF = act(gate_MxF) * up_MxF if gated else act(up_MxF)
-      return self._linear(hidden_MxF, 'down_ExFxD', 'bias_down_ExD', group_E)
+      return self._linear(
+        hidden_MxF, 'down_ExFxD', 'bias_down_ExD', group_sizes_E
+      )
 
     return down(up_MxF, gate_MxF)
 
   def routed(self, x_TxD: jax.Array, rows: Rows) -> jax.Array:
-    """y_TxD: combine(self(dispatch(x_TxD, rows), rows.group_E), rows, T).
+    """y_TxD: combine(self(dispatch(x_TxD, rows), rows.group_sizes_E), rows, T).
 
     The same to rounding, by `fused.experts`.
     """
@@ -93,20 +98,20 @@ class Experts(nnx.Module):
     act, _ = ACTIVATIONS[self.activation]
     return fused.experts(act, self.products, weights, x_TxD, rows)
 
-  def _linear(self, x_MxA, weight, bias, group_E):
+  def _linear(self, x_MxA, weight, bias, group_sizes_E):
     """One grouped matmul; the rows past the groups are undefined."""
     dtype = x_MxA.dtype
     w_ExAxB = getattr(self, weight)[...].astype(dtype)
-    y_MxB = self.gmm(x_MxA, w_ExAxB, group_E)
+    y_MxB = self.gmm(x_MxA, w_ExAxB, group_sizes_E)
     if self.bias:
       bias_ExB = getattr(self, bias)[...].astype(dtype)
-      y_MxB += _per_row(bias_ExB, group_E, y_MxB.shape[0])
+      y_MxB += _per_row(bias_ExB, group_sizes_E, y_MxB.shape[0])
     return y_MxB
 
 
-def _per_row(bias_ExB, group_E, M):
+def _per_row(bias_ExB, group_sizes_E, M):
   """[M, B]: the bias of each row's expert, zero past the groups."""
-  expert_M = plans.expert_of(group_E, M)
+  expert_M = plans.expert_of(group_sizes_E, M)
   return bias_ExB.at[expert_M].get(mode='fill', fill_value=0)
 
 
@@ -143,6 +148,6 @@ class Mlp(nnx.Module):
     return self.one(x_TxD, jnp.full((1,), x_TxD.shape[0], jnp.int32))
 
 
-def _dense(x_TxA, w_1xAxB, group_E):
-  del group_E  # all rows
+def _dense(x_TxA, w_1xAxB, group_sizes_E):
+  del group_sizes_E  # all rows
   return x_TxA @ w_1xAxB[0]

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe_jax import blocks, ranges, trunk
-from moe_jax import routers as routing
+from moe_jax import blocks, ranges, routers, trunk
 from moe_jax.attention import View
 from moe_jax.parallel import Layout
 
@@ -70,8 +69,8 @@ class Classifier(nnx.Module):
     self.norm = trunk.make_norm(c, c.D)
 
   def __call__(
-    self, batch: dict[str, jax.Array], ctx: routing.Ctx
-  ) -> tuple[jax.Array, list[dict[str, Any]]]:
+    self, batch: dict[str, jax.Array], ctx: routers.Ctx
+  ) -> tuple[jax.Array, routers.Aux]:
     """Returns logits_Bx1xV, in at least float32, and aux, see trunk.Trunk.
 
     Args:
@@ -98,17 +97,17 @@ class Classifier(nnx.Module):
   def encode(
     self,
     x_BxLxD: jax.Array,
-    ctx: routing.Ctx,
+    ctx: routers.Ctx,
     segment_Bx1: jax.Array,
-  ) -> tuple[jax.Array, list[dict[str, Any]]]:
+  ) -> tuple[jax.Array, routers.Aux]:
     """The tokens after all layers and the last norm, and aux."""
     c, (B, L) = self.c, x_BxLxD.shape[:2]
     zeros_BxL = jnp.zeros((B, L), jnp.int32)
     pos_BxL = zeros_BxL + jnp.arange(L, dtype=jnp.int32)[None]
     real_BxL = jnp.broadcast_to(segment_Bx1 >= 0, (B, L))
-    ctx = ctx.over(zeros_BxL, pos_BxL, real_BxL)
+    ctx = ctx.for_tokens(zeros_BxL, pos_BxL, real_BxL)
     x_BxLxD += self.position_LxD[...].astype(x_BxLxD.dtype)[None]
-    x_TxD = blocks.drop(blocks.flat(x_BxLxD), c.dropout, ctx.at_layer(c.N), 0)
+    x_TxD = blocks.drop(blocks.flat(x_BxLxD), c.dropout, ctx.at(layer=c.N), 0)
     x_BxLxD, aux, _ = self.trunk(
       x_TxD.reshape(x_BxLxD.shape),
       ctx,
@@ -116,7 +115,7 @@ class Classifier(nnx.Module):
     )
     return self.norm(x_BxLxD), aux
 
-  def updated_state(self, aux: list[dict[str, Any]]) -> dict[str, Any]:
+  def updated_state(self, aux: routers.Aux) -> dict[str, Any]:
     """The router state after an optimiser step with the load in aux."""
     new = self.trunk.updated_state(aux)
     return {'trunk': new} if new else {}

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe_jax import blocks, ranges, trunk
-from moe_jax import routers as routing
+from moe_jax import blocks, ranges, routers, trunk
 from moe_jax.attention import View
 from moe_jax.parallel import Layout
 
@@ -50,8 +49,8 @@ class Decoder(nnx.Module):
       self.norm = trunk.make_norm(c, c.D)
 
   def __call__(
-    self, batch: dict[str, jax.Array], ctx: routing.Ctx
-  ) -> tuple[jax.Array, list[dict[str, Any]]]:
+    self, batch: dict[str, jax.Array], ctx: routers.Ctx
+  ) -> tuple[jax.Array, routers.Aux]:
     """Returns logits_BxLxV, in at least float32, and aux, see trunk.Trunk.
 
     Args:
@@ -59,13 +58,13 @@ class Decoder(nnx.Module):
         -1 is padding.
       ctx: from routers.context.
     """
-    logits_BxLxV, aux, _ = self.advance(batch, ctx, None)
+    logits_BxLxV, aux, _ = self.forward_with_cache(batch, ctx, None)
     return logits_BxLxV, aux
 
-  def advance(
+  def forward_with_cache(
     self,
     batch: dict[str, jax.Array],
-    ctx: routing.Ctx,
+    ctx: routers.Ctx,
     cache_NxBxCxD: jax.Array | None,
   ) -> tuple[jax.Array, list[dict[str, Any]], jax.Array | None]:
     """The same for the next block of each row; also returns its cache."""
@@ -73,20 +72,21 @@ class Decoder(nnx.Module):
     view = View(segment_BxL, segment_BxL, causal=True)
     return self._run(batch, ctx, view, cache_NxBxCxD)
 
-  def write(
-    self, batch: dict[str, jax.Array], ctx: routing.Ctx, kept: Any
-  ) -> tuple[jax.Array, list[dict[str, Any]], Any]:
+  def decode(
+    self, batch: dict[str, jax.Array], ctx: routers.Ctx, kv_cache: Any
+  ) -> tuple[jax.Array, routers.Aux, Any]:
     """The same for tokens of one text a row, at the places `pos_BxL`.
 
-    A token sees those at places up to its own in `kept`, which `room` made and
-    earlier calls filled. Returns logits_BxLxV, aux and `kept` with these.
+    A token sees those at places up to its own in `kv_cache`, which
+    `init_kv_cache` made and earlier calls filled. Returns logits_BxLxV, aux and
+    `kv_cache` with these.
     """
     zero_BxL = jnp.zeros_like(batch['ids_BxL'])
     view = View(zero_BxL, zero_BxL, causal=True, place_BxL=batch['pos_BxL'])
-    return self._run(batch, ctx, view, kept)
+    return self._run(batch, ctx, view, kv_cache)
 
-  def room(self, B: int, M: int) -> dict[str, jax.Array]:
-    """What is kept of M tokens in each of B rows, [N, B, M, ...], empty.
+  def init_kv_cache(self, B: int, M: int) -> dict[str, jax.Array]:
+    """A cache for M tokens in each of B rows, [N, B, M, ...], empty.
 
     Raises:
       ValueError: the attention writes no texts.
@@ -97,7 +97,7 @@ class Decoder(nnx.Module):
     def entries(state):
       one = jax.tree.map(lambda a: a[0] if c.first else a[0, 0], state)
       x_BxMxD = jnp.zeros((B, M, c.D), c.dtype)
-      return nnx.merge(graph, one).entries(x_BxMxD, None)
+      return nnx.merge(graph, one).kv_entries(x_BxMxD, None)
 
     shapes = jax.eval_shape(entries, state)
     return jax.tree.map(lambda a: jnp.zeros((c.N, *a.shape), a.dtype), shapes)
@@ -107,7 +107,7 @@ class Decoder(nnx.Module):
     x_BxLxD = layout.lookup(
       'embed_VxD', self.embed_VxD[...].astype(c.dtype), batch['ids_BxL']
     )
-    x_TxD = blocks.drop(blocks.flat(x_BxLxD), c.dropout, ctx.at_layer(c.N), 0)
+    x_TxD = blocks.drop(blocks.flat(x_BxLxD), c.dropout, ctx.at(layer=c.N), 0)
     x_BxLxD, aux, cache = self.trunk(
       x_TxD.reshape(x_BxLxD.shape), ctx, view, cache=cache
     )
@@ -128,7 +128,7 @@ class Decoder(nnx.Module):
     w = getattr(self, name)[...].astype(self.c.dtype)
     return self.trunk.spec.layout.whole(name, w)
 
-  def blank(self, B: int) -> jax.Array | None:
+  def init_stream_cache(self, B: int) -> jax.Array | None:
     """The cache before the first block of B rows; None if there is none."""
     c = self.c
     layers = self.trunk.layers
@@ -136,7 +136,7 @@ class Decoder(nnx.Module):
       return None
     return jnp.zeros((c.N, B, layers.attention.caches, c.D), c.dtype)
 
-  def updated_state(self, aux: list[dict[str, Any]]) -> dict[str, Any]:
+  def updated_state(self, aux: routers.Aux) -> dict[str, Any]:
     """The router state after an optimiser step with the load in aux."""
     new = self.trunk.updated_state(aux)
     return {'trunk': new} if new else {}

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe_jax import blocks, ranges, trunk
-from moe_jax import routers as routing
+from moe_jax import blocks, ranges, routers, trunk
 from moe_jax.attention import View
 from moe_jax.parallel import Layout
 
@@ -69,8 +68,8 @@ class Translator(nnx.Module):
       self.norm_decoder = trunk.make_norm(c, c.D)
 
   def __call__(
-    self, batch: dict[str, jax.Array], ctx: routing.Ctx
-  ) -> tuple[jax.Array, list[dict[str, Any]]]:
+    self, batch: dict[str, jax.Array], ctx: routers.Ctx
+  ) -> tuple[jax.Array, routers.Aux]:
     """Returns logits_BxLxV, in at least float32, and aux.
 
     aux is the encoder's and then the decoder's, see trunk.Trunk.
@@ -81,21 +80,21 @@ class Translator(nnx.Module):
     """
     pools = len(self.encoder.c.segments)
     first, second = None, None
-    if ctx.forced is not None:
-      first, second = ctx.forced[:pools], ctx.forced[pools:]
-    encoded, aux = self.encode(batch, ctx.replace(forced=first))
-    logits_BxLxV, more = self.decode(batch, encoded, ctx.replace(forced=second))
+    if ctx.replay is not None:
+      first, second = ctx.replay[:pools], ctx.replay[pools:]
+    encoded, aux = self.encode(batch, ctx.replace(replay=first))
+    logits_BxLxV, more = self.decode(batch, encoded, ctx.replace(replay=second))
     return logits_BxLxV, aux + more
 
   def encode(
-    self, batch: dict[str, jax.Array], ctx: routing.Ctx
-  ) -> tuple[Encoded, list[dict[str, Any]]]:
+    self, batch: dict[str, jax.Array], ctx: routers.Ctx
+  ) -> tuple[Encoded, routers.Aux]:
     """The source, and aux."""
     ids_BxS, mask_BxS = batch['source_BxS'], batch['source_mask_BxS']
     seen_BxS = mask_BxS > 0
     # Padding stands on either side and is not counted.
     pos_BxS = jnp.cumsum(seen_BxS, axis=1, dtype=jnp.int32) - 1
-    ctx = ctx.over(ids_BxS, pos_BxS, seen_BxS)
+    ctx = ctx.for_tokens(ids_BxS, pos_BxS, seen_BxS)
     x_BxSxD = self._embed(ids_BxS, pos_BxS, seen_BxS, ctx)
     view = _view(seen_BxS, seen_BxS, causal=False)
     x_BxSxD, aux, _ = self.encoder(x_BxSxD, ctx, view)
@@ -104,13 +103,13 @@ class Translator(nnx.Module):
     return (x_BxSxD, view), aux
 
   def decode(
-    self, batch: dict[str, jax.Array], encoded: Encoded, ctx: routing.Ctx
-  ) -> tuple[jax.Array, list[dict[str, Any]]]:
+    self, batch: dict[str, jax.Array], encoded: Encoded, ctx: routers.Ctx
+  ) -> tuple[jax.Array, routers.Aux]:
     """logits_BxLxV of the next target token, and aux."""
     source_BxSxD, view = encoded
     ids_BxL, seen_BxL = batch['ids_BxL'], batch['segment_BxL'] >= 0
-    ctx = ctx.over(ids_BxL, batch['pos_BxL'], seen_BxL)
-    ctx = ctx.at_layer(_DECODER).replace(depth=jnp.int32(self.encoder.c.depth))
+    ctx = ctx.for_tokens(ids_BxL, batch['pos_BxL'], seen_BxL)
+    ctx = ctx.at(layer=_DECODER).replace(depth=jnp.int32(self.encoder.c.depth))
     x_BxLxD = self._embed(ids_BxL, batch['pos_BxL'], seen_BxL, ctx)
     cross = _view(seen_BxL, view.key_BxL == 0, causal=False)
     x_BxLxD, aux, _ = self.decoder(
@@ -134,11 +133,11 @@ class Translator(nnx.Module):
     x_BxLxD = layout.lookup('embed_VxD', self._table(), ids_BxL) * c.D**0.5
     sines_BxLxD = sinusoids(pos_BxL, c.D).astype(x_BxLxD.dtype)
     x_BxLxD += jnp.where(seen_BxL[..., None], sines_BxLxD, 0)
-    here = ctx.at_layer(max(c.N, c.encoder_N))
+    here = ctx.at(layer=max(c.N, c.encoder_N))
     x_TxD = blocks.drop(blocks.flat(x_BxLxD), c.dropout, here, 0)
     return x_TxD.reshape(x_BxLxD.shape)
 
-  def updated_state(self, aux: list[dict[str, Any]]) -> dict[str, Any]:
+  def updated_state(self, aux: routers.Aux) -> dict[str, Any]:
     """The router state after an optimiser step with the load in aux."""
     pools = len(self.encoder.c.segments)
     new = {

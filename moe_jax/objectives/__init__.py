@@ -15,14 +15,13 @@ whatever else an objective counts, and the model's `aux`.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from moe_jax import byname, ranges
+from moe_jax import byname, ranges, routers
 
-Forward = Callable[..., tuple[jax.Array, list[dict[str, Any]]]]
+Forward = Callable[..., tuple[jax.Array, routers.Aux]]
 Losses = dict[str, ranges.NonNegative]
 
 
@@ -51,7 +50,7 @@ def smoothed(
   return (1 - smoothing - each) * nll_BxL + each * all_BxL
 
 
-def weighted(losses: Losses, aux: list[dict[str, Any]]) -> jax.Array | float:
+def weighted(losses: Losses, aux: routers.Aux) -> jax.Array | float:
   """The router losses of all layers, each times its weight."""
   total = 0.0
   for found in aux:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from moe_jax import objectives, ranges
+from moe_jax import objectives, ranges, routers
 
 
 def objective(
@@ -37,10 +37,10 @@ def objective(
     loss += objectives.weighted(losses, aux) + objectives.weighted(
       losses, other
     )
-    aux = [
+    aux = routers.Aux(
       {**a, 'load_E': a['load_E'] + b['load_E']}
       for a, b in zip(aux, other, strict=True)
-    ]
+    )
     return loss, {**found, 'consistency_sum': apart, 'aux': aux}
 
   return loss_of

@@ -165,7 +165,11 @@ def _load_maps(lines, config):
 PER_LAYER = {  # key of a line: title, hint, options of the chart
   'entropy': ('Router entropy', '1 = all experts equally likely', {}),
   'dropped': ('Dropped', 'share of the assignments', {'zero': True}),
-  'lost': ('Lost', 'rows without a place on another device', {'zero': True}),
+  'overflow': (
+    'Overflow',
+    'rows without a place on another device',
+    {'zero': True},
+  ),
   'balance': ('Balance loss', '1 = perfect balance', {}),
   'z': ('Router z-loss', '', {}),
 }
@@ -174,7 +178,7 @@ PER_LAYER = {  # key of a line: title, hint, options of the chart
 # What is said where a count is 0 throughout.
 NOTHING = {
   'dropped': 'No assignment was dropped.',
-  'lost': 'No row was lost on its way.',
+  'overflow': 'No buffer overflowed.',
 }
 
 

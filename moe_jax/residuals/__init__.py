@@ -1,20 +1,20 @@
 """How a layer's answer joins the stream, with memory over depth.
 
 A file here defines `rule(...)`, a function of the rule's options to a
-`Residual`, and MOMENTUM, whether it averages answers: then no link may carry
-the stream. It is found by its name, as a router is.
+`Residual`, and MOMENTUM, whether it averages answers: then no inner residual
+may carry the stream. It is found by its name, as a router is.
 
 A rule is three functions, as optax's transformations are two:
 
   init(x) -> memory              for the first layer, all zeros
-  peek(h, memory) -> h           what the layer looks at, the identity for most
+  lookahead(h, memory) -> h      what the layer looks at, the identity for most
   apply(x, memory, h, depth) -> x, memory
 
 `depth` is int32, traced, and counts MoE layers from 0; memory has the shape of
 x. The momentum rules are of MomentumSMoE (Teo and Nguyen 2024,
 arXiv 2410.14574): depth is time, a layer's answer is a negative gradient.
 
-A link is how the answers of several iterations join inside one layer.
+An inner residual is how the answers of several iterations join in one layer.
 """
 
 from collections.abc import Callable
@@ -30,10 +30,10 @@ from moe_jax import byname, ranges
 class Residual(NamedTuple):
   init: Callable[[jax.Array], Any]
   apply: Callable[[jax.Array, Any, jax.Array, jax.Array], tuple]
-  peek: Callable[[jax.Array, Any], jax.Array] = lambda h, memory: h
+  lookahead: Callable[[jax.Array, Any], jax.Array] = lambda h, memory: h
 
 
-class Link(NamedTuple):
+class InnerResidual(NamedTuple):
   """join(h0, h, y, scale, last) -> h of the next iteration, or the answer.
 
   h0 is the layer's input, h the iteration's, y its answer; last is a bool.
@@ -44,12 +44,12 @@ class Link(NamedTuple):
   learned: bool = False
 
 
-LINKS = {
-  'replace': Link(lambda h0, h, y, scale, last: y),
-  'add': Link(lambda h0, h, y, scale, last: h + y),
-  'init': Link(lambda h0, h, y, scale, last: h0 + y),
+INNER_RESIDUALS = {
+  'replace': InnerResidual(lambda h0, h, y, scale, last: y),
+  'add': InnerResidual(lambda h0, h, y, scale, last: h + y),
+  'init': InnerResidual(lambda h0, h, y, scale, last: h0 + y),
   # At first every iteration sees h0, so the last answers as a plain layer does.
-  'upcycle': Link(
+  'upcycle': InnerResidual(
     lambda h0, h, y, scale, last: y if last else h0 + scale.astype(y.dtype) * y,
     learned=True,
   ),
@@ -87,22 +87,24 @@ def _wide(rule):
   are 1 in bfloat16."""
   wide = lambda a: a.astype(np.promote_types(a.dtype, jnp.float32))
 
-  def peek(h, memory):
-    return rule.peek(wide(h), memory).astype(h.dtype)
+  def lookahead(h, memory):
+    return rule.lookahead(wide(h), memory).astype(h.dtype)
 
   def apply(x, memory, h, depth):
     new, memory = rule.apply(wide(x), memory, wide(h), depth)
     return new.astype(x.dtype), memory
 
-  return Residual(lambda x: rule.init(wide(x)), apply, peek)
+  return Residual(lambda x: rule.init(wide(x)), apply, lookahead)
 
 
-def check(link: str, rule: str) -> None:
-  """ValueError for an unknown link, or one that the rule cannot be with."""
-  if link not in LINKS:
-    raise ValueError(f'no link {link!r}; there are {", ".join(LINKS)}')
-  if link in CARRIERS and momentum(rule):
+def check(inner: str, rule: str) -> None:
+  """ValueError for an unknown inner residual, or one that the rule refuses."""
+  if inner not in INNER_RESIDUALS:
     raise ValueError(
-      f'link {link!r} with residual {rule!r}: momentum acts on answers, not on'
-      ' a carried input'
+      f'no inner_residual {inner!r}; there are {", ".join(INNER_RESIDUALS)}'
+    )
+  if inner in CARRIERS and momentum(rule):
+    raise ValueError(
+      f'inner_residual {inner!r} with residual {rule!r}: momentum acts on'
+      ' answers, not on a carried input'
     )

@@ -1,4 +1,4 @@
-"""The stream is what the link carries: Chain-of-Experts."""
+"""The stream is what the inner residual carries: Chain-of-Experts."""
 
 from moe_jax.residuals import Residual
 
@@ -6,7 +6,7 @@ MOMENTUM = False
 
 
 def rule() -> Residual:
-  """h: the stream is carried by the link (Chain-of-Experts, 2506.18945)."""
+  """h: the stream is carried inside a layer (Chain-of-Experts, 2506.18945)."""
   return Residual(
     init=lambda x: (),
     apply=lambda x, memory, h, depth: (h, memory),

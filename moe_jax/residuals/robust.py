@@ -14,7 +14,7 @@ def rule(
   rho: Annotated[float, ranges.Within('(0, 1)')] = 0.2,
   kappa: Annotated[float, ranges.Within('(1, inf)')] = 1.25,
 ) -> Residual:
-  """m = alpha m - h; x + beta m, with h answered at what peek shows.
+  """m = alpha m - h; x + beta m, with h answered at what lookahead shows.
 
   The robust momentum method (Cyrus et al. 2018, arXiv 1710.04753) of rate rho
   for condition numbers up to kappa and curvatures up to 1: ValueError unless

@@ -22,9 +22,8 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax import balance, byname, exact, ranges
-from moe_jax import plan as plans
-from moe_jax.plan import Plan
+from moe_jax import balance, byname, exact, plans, ranges
+from moe_jax.plans import Plan
 
 
 @flax.struct.dataclass
@@ -49,7 +48,7 @@ class Ctx:
   place_T: jax.Array | None = None  # int32, in the row, without padding
   real_T: jax.Array | None = None  # bool, no padding
   context: jax.Array | None = None  # a conditioning vector, [T, any]
-  forced: jax.Array | None = None  # a recorded routing to replay
+  replay: jax.Array | None = None  # a recorded routing to replay
   train: bool = flax.struct.field(pytree_node=False, default=True)
   length: int = flax.struct.field(pytree_node=False, default=1)  # L
   steps: int = flax.struct.field(pytree_node=False, default=1)  # of the run
@@ -57,7 +56,7 @@ class Ctx:
   # capacity, since the tokens to come are not known.
   writes: bool = flax.struct.field(pytree_node=False, default=False)
 
-  def over(
+  def for_tokens(
     self,
     ids_BxL: jax.Array,
     pos_BxL: jax.Array,
@@ -81,27 +80,36 @@ class Ctx:
       length=L,
     )
 
-  def at_depth(self, depth: jax.Array, forced: Any) -> 'Ctx':
-    """The Ctx of the router of one MoE layer."""
-    return self.replace(
-      key=jax.random.fold_in(self.key, depth),
-      batch_key=jax.random.fold_in(self.batch_key, depth),
-      step_key=jax.random.fold_in(self.step_key, depth),
-      depth=depth,
-      forced=forced,
-    )
+  def at(
+    self,
+    *,
+    layer: jax.Array | int | None = None,
+    moe_layer: jax.Array | int | None = None,
+    iteration: int | None = None,
+    replay: Any = None,
+  ) -> 'Ctx':
+    """The Ctx of a place in the model, from that of the place around it.
 
-  def at_iteration(self, i: int) -> 'Ctx':
-    """The Ctx of one iteration of a MoE layer."""
-    return self.replace(
-      key=jax.random.fold_in(self.key, i),
-      batch_key=jax.random.fold_in(self.batch_key, i),
-      forced=None if self.forced is None else self.forced[i],
-    )
+    Args:
+      layer: dense or MoE, from 0; dropout differs by it.
+      moe_layer: from 0; with it, `replay` is the recorded routing of that
+        layer's iterations, or None.
+      iteration: of a MoE layer, from 0.
+    """
+    ctx = self
+    if layer is not None:
+      ctx = ctx._fold(layer, 'layer_key')
+    if moe_layer is not None:
+      ctx = ctx._fold(moe_layer, 'key', 'batch_key', 'step_key')
+      ctx = ctx.replace(depth=moe_layer, replay=replay)
+    if iteration is not None:
+      here = None if ctx.replay is None else ctx.replay[iteration]
+      ctx = ctx._fold(iteration, 'key', 'batch_key').replace(replay=here)
+    return ctx
 
-  def at_layer(self, layer: jax.Array | int) -> 'Ctx':
-    """The same with the dropout key of one layer, dense or MoE."""
-    return self.replace(layer_key=jax.random.fold_in(self.layer_key, layer))
+  def _fold(self, index, *names):
+    fold = lambda name: jax.random.fold_in(getattr(self, name), index)
+    return self.replace(**{name: fold(name) for name in names})
 
   def token_keys(self, key: jax.Array | None = None) -> jax.Array:
     """[T] keys, one for each token of the global batch, from `key`.
@@ -121,7 +129,7 @@ def context(
   train: bool,
   microbatch: jax.Array | int = 0,
   pass_: int = 0,
-  forced: Any = None,
+  replay: Any = None,
   steps: int = 1,
   writes: bool = False,
 ) -> Ctx:
@@ -130,7 +138,7 @@ def context(
   Args:
     batch: `row_B` is read and, where tokens have them, `ids_BxL`, `pos_BxL` and
       `segment_BxL`, which is below 0 for padding.
-    forced: recorded routing of all layers, as the model's aux has it.
+    replay: recorded routing of all layers, as the model's aux has it.
     steps: optimiser steps of the whole run.
     writes: see Ctx.
   """
@@ -144,7 +152,7 @@ def context(
     step=jnp.asarray(step, jnp.int32),
     depth=jnp.zeros((), jnp.int32),
     row_B=batch['row_B'],
-    forced=forced,
+    replay=replay,
     train=train,
     steps=steps,
     writes=writes,
@@ -152,12 +160,54 @@ def context(
   if 'ids_BxL' in batch:
     segment_BxL = batch.get('segment_BxL')
     real_BxL = None if segment_BxL is None else segment_BxL >= 0
-    ctx = ctx.over(batch['ids_BxL'], batch['pos_BxL'], real_BxL)
+    ctx = ctx.for_tokens(batch['ids_BxL'], batch['pos_BxL'], real_BxL)
   return ctx
 
 
 # Folds that no layer or pass reaches.
 _BATCH, _STEP, _LAYER = 2**31 - 1, 2**31 - 2, 2**31 - 3
+
+
+class Aux(list):
+  """What a model's routers report: a dict for each segment, from below.
+
+  A segment is a stretch of layers that are stacked: its arrays have leading
+  axes [G, R, I], its pools, the MoE layers of a pool, and their iterations. A
+  dict has what Router.__call__ reports, and `overflow`. A dense model has none.
+  """
+
+  def __add__(self, other: 'Aux') -> 'Aux':
+    return Aux([*self, *other])
+
+  def layers(self) -> list[list[dict[str, Any]]]:
+    """For each MoE layer, from below, a dict for each of its iterations."""
+    found = []
+    for segment in self:
+      G, R, I = segment['entropy'].shape[:3]
+      for g, r in np.ndindex(G, R):
+        layer = jax.tree.map(lambda a, at=(g, r): a[at], segment)
+        found.append(
+          [jax.tree.map(lambda a, i=i: a[i], layer) for i in range(I)]
+        )
+    return found
+
+  def routes(self) -> list[jax.Array]:
+    """`route` of each segment, as Ctx.replay takes it."""
+    return [segment['route'] for segment in self]
+
+  def select(self, *names: str) -> 'Aux':
+    """These entries alone."""
+    return Aux({name: segment[name] for name in names} for segment in self)
+
+  def without(self, *names: str) -> 'Aux':
+    """All but these entries."""
+    keep = lambda segment: {k: v for k, v in segment.items() if k not in names}
+    return Aux(map(keep, self))
+
+
+jax.tree_util.register_pytree_node(
+  Aux, lambda aux: (list(aux), None), lambda _, segments: Aux(segments)
+)
 
 
 class RouterState(nnx.Variable):
@@ -206,7 +256,7 @@ class Router(nnx.Module):
 
     `aux` has `load_E` (assignments per expert before dropping), `dropped` (the
     fraction of them without a row; where experts choose, of tokens that none
-    took), `route` (what `ctx.forced` replays), `entropy`, and the router's
+    took), `route` (what `ctx.replay` replays), `entropy`, and the router's
     losses, unweighted, in `losses`.
     """
     raise NotImplementedError
@@ -310,12 +360,12 @@ def logits(x_TxD: jax.Array, w_DxE: jax.Array) -> jax.Array:
 
 
 def choose(score_TxE: jax.Array, k: int, ctx: Ctx) -> jax.Array:
-  """int32 [T, K]: the k best experts of each token, or the forced ones."""
-  if ctx.forced is None:
+  """int32 [T, K]: the k best experts of each token, or the replay ones."""
+  if ctx.replay is None:
     expert_TxK = jax.lax.top_k(jax.lax.stop_gradient(score_TxE), k)[1]
   else:
     # What chose no expert, as padding, has the id E.
-    expert_TxK = jnp.minimum(ctx.forced, score_TxE.shape[1] - 1)
+    expert_TxK = jnp.minimum(ctx.replay, score_TxE.shape[1] - 1)
   # Saved under rematerialisation: recomputing must never re-route a token.
   return checkpoint_name(expert_TxK, 'route')
 
@@ -343,13 +393,13 @@ def capacity_rows(
 
 def by_token(
   expert_TxK: jax.Array,
-  weight_TxK: jax.Array,
+  gate_TxK: jax.Array,
   E: int,
   ctx: Ctx,
   *,
   rows: Callable[[int], int | None] = lambda tokens: None,
   group: int | None = None,
-) -> plans.ByToken:
+) -> plans.TokenChoice:
   """The plan in which tokens chose experts, without padding.
 
   Args:
@@ -359,12 +409,12 @@ def by_token(
     group: of `groups`.
   """
   if rows(1) is None or ctx.writes:
-    return plans.by_token(expert_TxK, weight_TxK, E, ctx.real_T)
+    return plans.by_token(expert_TxK, gate_TxK, E, ctx.real_T)
   shared = groups(ctx, group)
   rows_n = jnp.asarray([rows(n) for n in range(shared.size + 1)], jnp.int32)
   return plans.by_token(
     expert_TxK,
-    weight_TxK,
+    gate_TxK,
     E,
     ctx.real_T,
     capacity_N=rows_n[shared.count()],
@@ -373,7 +423,7 @@ def by_token(
 
 
 def report(
-  plan: plans.ByToken,
+  plan: plans.TokenChoice,
   expert_TxK: jax.Array,
   probs_TxE: jax.Array,
   ctx: Ctx,

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from moe_jax import balance, plan, ranges, routers
+from moe_jax import balance, plans, ranges, routers
 
 
 class Router(routers.Router):
@@ -41,10 +41,10 @@ class Router(routers.Router):
     probs_TxE = jax.nn.softmax(logits_TxE, axis=-1)
     groups = routers.groups(ctx, self.group)
     S, P = groups.real_SxP.shape
-    if ctx.forced is None:
+    if ctx.replay is None:
       place_SxExC = self._choose(jax.lax.stop_gradient(probs_TxE), groups)
     else:
-      place_SxExC = ctx.forced
+      place_SxExC = ctx.replay
     place_SxExC = checkpoint_name(place_SxExC, 'route')
     pad = (0, S * P - len(probs_TxE)), (0, 0)
     probs_SxExP = jnp.pad(probs_TxE, pad).reshape(S, P, E).swapaxes(1, 2)
@@ -60,7 +60,7 @@ class Router(routers.Router):
       'entropy': balance.entropy(jax.lax.stop_gradient(probs_TxE), ctx.real_T),
       'losses': {'z': balance.z(logits_TxE, ctx.real_T)},
     }
-    return plan.ByExpert(place_SxExC, gate_SxExC, P), aux, memory
+    return plans.ExpertChoice(place_SxExC, gate_SxExC, P), aux, memory
 
   def _choose(self, probs_TxE, groups):
     """int32 [S, E, C]: places in the spans of `groups`; P is none."""

@@ -83,7 +83,7 @@ class Router(routers.Router):
     aux = routers.report(decision, expert_TxK, probs_TxE, ctx)
     load_E = aux['load_E']
     aux['losses']['z'] = balance.z(logits_TxE, ctx.real_T)
-    aux['losses']['balance_kept'] = balance.kept(
+    aux['losses']['balance_kept'] = balance.switch_among(
       logits_TxE, load_E, keep_E, ctx.real_T
     )
     return decision, aux, memory

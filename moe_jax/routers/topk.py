@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax import balance, ranges, routers
-from moe_jax import init as inits
+from moe_jax.init import NORMAL, TORCH
 
-INITS = {'normal': inits.NORMAL, 'torch': inits.TORCH}
+INITS = {'normal': NORMAL, 'torch': TORCH}
 
 
 class Router(routers.Router):
@@ -122,7 +122,7 @@ class Router(routers.Router):
   def update(self, state, load_E):
     if not self.bias_rate:
       return state
-    bias_E = balance.nudge(state['bias_E'], load_E, self.bias_rate)
+    bias_E = balance.update_expert_bias(state['bias_E'], load_E, self.bias_rate)
     return {'bias_E': bias_E}
 
 

@@ -67,7 +67,7 @@ class Router(routers.Router):
     probs_TxE = jax.nn.softmax(logits_TxE, axis=-1)
     aux = routers.report(decision, expert_TxK, probs_TxE, ctx)
     groups = routers.groups(ctx, self.group)
-    spread = lambda a: balance.spread(groups.cut(a, 0), groups.count())
+    spread = lambda a: balance.cv_squared(groups.cut(a, 0), groups.count())
     aux['losses']['z'] = balance.z(logits_TxE, ctx.real_T)
     aux['losses']['importance'] = spread(probs_TxE)
     if noise:

@@ -21,7 +21,7 @@ from jax.experimental import topologies
 from moe_jax import parallel, paths
 from moe_jax.sizing import estimate
 from moe_jax.training import train_step
-from moe_jax.training.job import assemble, Job
+from moe_jax.training.jobs import assemble, Job
 
 # With these libtpu compiles without a TPU, in many processes at a time.
 ENVIRONMENT = {

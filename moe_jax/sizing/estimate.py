@@ -19,7 +19,7 @@ from flax import nnx
 
 from moe_jax import attention, exact, models, parallel
 from moe_jax.experts.mlp import ACTIVATIONS
-from moe_jax.optim import optimizer as optimizers
+from moe_jax.optim import optimizer
 
 GIB = 2**30
 GAPS = 16  # of what a step needs, such a part is lost between its arrays
@@ -127,8 +127,8 @@ def _ids(c):
   return c['data']['padded_size'] or c['data']['vocab_size']
 
 
-def optimizer(c: dict[str, Any]) -> Any:
-  return optimizers.make(optimizers.Config(**c['optimizer']), c['steps'])
+def make_optimizer(c: dict[str, Any]) -> Any:
+  return optimizer.make(optimizer.Config(**c['optimizer']), c['steps'])
 
 
 def batch(c: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
@@ -160,7 +160,7 @@ def held(c: dict[str, Any], where: jax.sharding.AbstractMesh) -> Held:
   """Exact, from the shapes of the train state and `parallel.spec`."""
   init = model(c, parallel.Layout(), 'tpu')
   params, _ = models.split(models.abstract(init))
-  moments = jax.eval_shape(optimizer(c).init, params)
+  moments = jax.eval_shape(make_optimizer(c).init, params)
   here = lambda tree: [
     (path, a, math.prod(cut.shard_shape(a.shape)))
     for (path, a), cut in zip(
@@ -210,7 +210,7 @@ class _Sizes(NamedTuple):
   V: int
   N: int
   I: int
-  M: int  # rows that leave; by `gather` the tokens and answers of all
+  M: int  # rows that leave; by `all_gather` the tokens and answers of all
   R: int  # places for rows that come
   F: int
   a: int  # bytes of a number in the computation
@@ -257,11 +257,11 @@ def _sizes(c, where, strategy):
   T = c['batch_size'] * c['seq_len'] // where.size
   T //= c['optimizer']['accumulate']
   n, E = axis['expert'], m['E'] * m['layers_per_pool']
-  factor, K = c['parallel']['factor'], m['router'].get('k', 1)
+  factor, K = c['parallel']['buffer_factor'], m['router'].get('k', 1)
   come = T * axis['tensor']  # all meet each part of an expert
   M = R = round(come * K)
   most = n * come * min(K, E // n)
-  if strategy == 'gather':
+  if strategy == 'all_gather':
     R = most if factor is None else min(most, exact.ceil(factor, n * M))
     M = 2 * n * come
   elif strategy == 'ragged':
@@ -350,9 +350,9 @@ def _attention(m, s):
   options, H = m['attention'], m['H']
   S = options.get('size') or s.D // H
   q, k, v, y = H * S, H * S, H * S, H * S
-  if options['name'] == 'rotary':
-    k = v = (options['J'] or H) * S
-  elif options['name'] == 'latent':
+  if options['name'] == 'gqa':
+    k = v = (options['num_kv_heads'] or H) * S
+  elif options['name'] == 'mla':
     q = k = H * (options['nope'] + options['rope'])
     v = y = H * options['value']
   size = min(attention.block(s.L), s.L)
@@ -385,7 +385,7 @@ def _traffic(c, kept, s, where, strategy):
     reduce['all others'] = s.a * (kept.layers + kept.table)
   # Rows, or tokens, of one way of all layers; each pass has two ways.
   way = s.moe * s.I * s.a * s.D
-  if strategy == 'gather':
+  if strategy == 'all_gather':
     gather['tokens'] = (passes + 1) * way * s.M // 2
     scatter['answers'] = way * s.M  # not computed again
   elif strategy == 'all_to_all':

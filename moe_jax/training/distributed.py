@@ -26,7 +26,9 @@ BEAT = 5  # seconds between signs of life
 _leaving = threading.Event()
 
 
-def meet(coordinator: str, processes: int | None, process: int | None) -> None:
+def initialize(
+  coordinator: str, processes: int | None, process: int | None
+) -> None:
   """Waits for the others; before jax is used for anything else.
 
   Args:
@@ -111,7 +113,7 @@ def agree(mistake: str, identity: str) -> str:
 
 
 @contextlib.contextmanager
-def together():
+def run_together():
   """What all processes do, to its end; an error of one ends all of them.
 
   SystemExit is no error: all have agreed on it.

@@ -7,6 +7,7 @@ stands in every checkpoint beside the state and the place in the data.
 
 import contextlib
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -21,13 +22,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moe_jax import config as configs
-from moe_jax import models, paths, routers
+from moe_jax import config, models, paths, routers
 from moe_jax.data import pairs
 from moe_jax.evaluators import translation
 from moe_jax.report import metrics, page
 from moe_jax.training import checkpoint, health, lock, preemption, train_step
-from moe_jax.training.job import check_place, Job, NOT_FINITE
+from moe_jax.training.jobs import check_place, Job, NOT_FINITE
 
 
 class Stopped(Exception):
@@ -108,7 +108,7 @@ class _Run:
     self.run_eval = train_step.make_eval(job)
     module = models.get(c['model']['name'])
     self.cost = module.cost(job.model, job.dataset.length)
-    self.lost = False  # rows, and told so
+    self.overflow = False  # rows, and told so
     self.tokens_per_step = c['batch_size'] * job.dataset.length
 
   def finish(self):
@@ -201,12 +201,13 @@ class _Run:
     line = {**line, 'tokens_per_second': rate or None}
     self.writer.write(self.step, line)
     told = self.routing.see({'step': self.step, **line})
-    lost = sum(line.get('lost', ()))
-    if lost and not self.lost:
-      self.lost = True
+    overflow = sum(line.get('overflow', ()))
+    if overflow and not self.overflow:
+      self.overflow = True
       told.append(
-        f'step {self.step}: {lost} rows found no place, metrics.jsonl counts'
-        f' them; parallel.factor={self.c["parallel"]["factor"]}'
+        f'step {self.step}: {overflow} rows found no place, metrics.jsonl'
+        ' counts them; parallel.buffer_factor='
+        f'{self.c["parallel"]["buffer_factor"]}'
       )
     for text in told:
       self.progress.note(text)
@@ -405,13 +406,11 @@ def _line(job, step, found):
     **({'bad': True} if found['row'] else {}),
     'tokens': step * c['batch_size'] * job.dataset.length,
   }
-  for aux in found['aux']:
-    load = aux['load_E'].reshape(-1, aux['load_E'].shape[-1])
-    rows = {'load': load / load.sum(axis=1, keepdims=True)}
-    rows |= {k: aux[k].reshape(-1) for k in ('entropy', 'dropped', 'lost')}
-    rows |= {k: v.reshape(-1) for k, v in aux['losses'].items()}
-    for name, value in rows.items():  # of one segment after another
-      line[name] = [*line.get(name, []), *value]
+  for aux in itertools.chain(*found['aux'].layers()):
+    told = {k: aux[k] for k in ('entropy', 'dropped', 'overflow')}
+    told |= {'load': aux['load_E'] / aux['load_E'].sum(), **aux['losses']}
+    for name, value in told.items():
+      line.setdefault(name, []).append(value)
   return line
 
 
@@ -431,7 +430,7 @@ def introduction(job: Job, start: int) -> Iterator[str]:
     f'{metrics.si(cost["params_active"])} active,'
     f' {metrics.si(cost["expert_params"])} in experts'
   )
-  own = {k: v for k, v in configs.set_in(c).items() if k not in _SAID}
+  own = {k: v for k, v in config.set_in(c).items() if k not in _SAID}
   if own:
     yield 'set: ' + ', '.join(f'{k}={v}' for k, v in own.items())
   for loss in job.unweighted:

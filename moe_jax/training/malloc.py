@@ -7,7 +7,7 @@ import sys
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 
 
-def keep() -> bool:
+def retain_freed_memory() -> bool:
   """Lets freed memory stay with this process; False where malloc cannot.
 
   XLA takes all temporaries of a program in one piece, which glibc gets fresh

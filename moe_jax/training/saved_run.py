@@ -13,7 +13,7 @@ import jax
 from moe_jax import config, models, ops, parallel, paths
 from moe_jax.data import tokenizer
 from moe_jax.training import checkpoint, train_step
-from moe_jax.training.job import assemble, Job
+from moe_jax.training.jobs import assemble, Job
 
 MODEL = 'decoder'  # what reads text
 
@@ -61,7 +61,7 @@ def _job(folder, c, sizes):
       F=values['expert_F'],
     )
     k = c['model']['router'].get('k', 1)
-    layout, said = parallel.layout(mesh, k, strategy='auto', factor=None)
+    layout, said = parallel.layout(mesh, k, strategy='auto', buffer_factor=None)
   return assemble(
     c,
     workdir=folder,

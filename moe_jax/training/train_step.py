@@ -15,7 +15,7 @@ import optax
 from moe_jax import models, parallel, paths, routers
 from moe_jax.optim import guard
 from moe_jax.training import checkpoint, distributed, nonfinite
-from moe_jax.training.job import Job
+from moe_jax.training.jobs import Job
 
 
 class TrainState(NamedTuple):
@@ -169,7 +169,7 @@ def _loss(job, state, params, tokens, batch, microbatch):
   state = state._replace(params=params)
   forward, kept = _forward(job, state, microbatch, True)
   loss, found = job.objective(forward, batch, tokens)
-  found = {'loss': loss, **found, 'aux': _fixed_size(found['aux'])}
+  found = {'loss': loss, **found, 'aux': found['aux'].without('route')}
   return loss, (found, kept)
 
 
@@ -196,7 +196,9 @@ def _forward(job, state, microbatch, train):
     if 'cache_BxNxCxD' not in batch:
       return model(batch, ctx)
     cache_NxBxCxD = batch['cache_BxNxCxD'].swapaxes(0, 1)
-    logits_BxLxV, aux, cache = model.advance(batch, ctx, cache_NxBxCxD)
+    logits_BxLxV, aux, cache = model.forward_with_cache(
+      batch, ctx, cache_NxBxCxD
+    )
     kept['cache'] = cache.swapaxes(0, 1)
     return logits_BxLxV, aux
 
@@ -207,7 +209,7 @@ def _blank(job):
   """The cache before the first block of a stream; None without one."""
   if not job.dataset.streams:
     return None
-  return job.model.blank(job.config['batch_size']).swapaxes(0, 1)
+  return job.model.init_stream_cache(job.config['batch_size']).swapaxes(0, 1)
 
 
 def _with_cache(batch, cache_BxNxCxD):
@@ -325,14 +327,9 @@ def precision(job: Job) -> contextlib.AbstractContextManager[None]:
   return jax.enable_x64(job.config['model']['dtype'] == 'float64')
 
 
-def _fixed_size(aux):
-  """What is logged of a model's aux: nothing that grows with the batch."""
-  return [{k: v for k, v in a.items() if k != 'route'} for a in aux]
-
-
 def _join(found):
   """Metrics of a whole batch from those of its microbatches."""
-  sums = ('load_E', 'lost', 'tokens')
+  sums = ('load_E', 'overflow', 'tokens')
 
   def join(path, a):
     name = str(path[-1].key)

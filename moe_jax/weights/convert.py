@@ -51,11 +51,11 @@ def take(
   Raises:
     ValueError, OSError: one line; nothing is left in `workdir`.
   """
-  alone()
+  require_single_process()
   folder, target = paths.absolute(source), paths.absolute(workdir)
   check_vacant(target)
   family, keys, values = read_config(folder)
-  with aside(target) as part:
+  with atomic_directory(target) as part:
     _carry(folder, part / checkpoint.ASIDE)
     c, told = _run_config(folder, part, target, keys, values)
     mesh = (
@@ -333,7 +333,7 @@ def give(
     ValueError, OSError: one line; nothing is left in `target`. A variant that
       no family can express is refused with the keys that none has.
   """
-  alone()
+  require_single_process()
   folder = paths.absolute(target)
   check_vacant(folder)
   job = saved_run.load(workdir)
@@ -361,7 +361,7 @@ def give(
     own_dtypes = json.loads(path.read_text(encoding='utf-8'))
   usual = lambda piece: _usual(piece, values['torch_dtype'])
   dtypes = [np.dtype(own_dtypes.get(p.name, usual(p))) for p in own]
-  with aside(folder) as part:
+  with atomic_directory(folder) as part:
     kept = _beside(job, part)
     kept = {k: v for k, v in kept.items() if k in family.kept}
     _write(part / 'config.json', {**kept, **values})
@@ -397,9 +397,9 @@ def expressed(
   """
   keys = {**config.flat(c['model']), 'V': V}
   keys.pop('name')
-  if keys['attention.name'] == 'rotary':
+  if keys['attention.name'] == 'gqa':
     H, D = keys['H'], keys['D']
-    keys['attention.J'] = keys['attention.J'] or H
+    keys['attention.num_kv_heads'] = keys['attention.num_kv_heads'] or H
     keys['attention.size'] = keys['attention.size'] or D // H
   wanted, others = _meaning(keys), []
   for family in families.FAMILIES.values():
@@ -433,15 +433,15 @@ _TRAINING = {
 # Those that say nothing of a dense model's.
 _ROUTED = {
   *('E', 'expert_F', 'shared_F', 'layers_per_pool', 'iterations', 'routing'),
-  *('link', 'residual', 'router'),
+  *('inner_residual', 'residual', 'router'),
 }
 
 
 def _meaning(keys):
   """Keys that make the outputs, with values that mean the same made equal."""
   keys = {k: v for k, v in keys.items() if k not in _TRAINING}
-  if keys['attention.name'] == 'rotary':
-    keys['attention.J'] = keys['attention.J'] or keys['H']
+  if keys['attention.name'] == 'gqa':
+    keys['attention.num_kv_heads'] = keys['attention.num_kv_heads'] or keys['H']
     size = keys['attention.size'] or keys['D'] // keys['H']
     keys['attention.size'] = size
     if keys['attention.qk_norm'] == 'none':
@@ -473,7 +473,7 @@ def _by_layer(own):
 # --- folders ------------------------------------------------------------------
 
 
-def alone() -> None:
+def require_single_process() -> None:
   """ValueError if there are several processes: each would make the folder."""
   if jax.process_count() > 1:
     raise ValueError(
@@ -490,7 +490,7 @@ def check_vacant(target: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def aside(target: pathlib.Path) -> Iterator[pathlib.Path]:
+def atomic_directory(target: pathlib.Path) -> Iterator[pathlib.Path]:
   """A folder that becomes `target` at the end; nothing is left if it fails.
 
   An empty folder that is there is filled, not replaced: a disk may be mounted

@@ -38,17 +38,17 @@ class Rule:
   Attributes:
     fields: name -> what a config.json without it means; REQUIRED where the
       Hub's always have it, for defaults differ between families and versions.
-    ours: fields' values -> our keys' values, 'E' and 'router.k', of a model.
-    theirs: all our keys -> fields' values.
+    from_hf: fields' values -> our keys' values, 'E' and 'router.k', of a model.
+    to_hf: all our keys -> fields' values.
     null: fields that may be null though that is not their default.
 
   Raises:
-    ValueError: by `ours`, one line, for values that we cannot follow.
+    ValueError: by `from_hf`, one line, for values that we cannot follow.
   """
 
   fields: Mapping[str, Any]
-  ours: Callable[[Mapping[str, Any]], dict[str, Any]]
-  theirs: Callable[[Mapping[str, Any]], dict[str, Any]]
+  from_hf: Callable[[Mapping[str, Any]], dict[str, Any]]
+  to_hf: Callable[[Mapping[str, Any]], dict[str, Any]]
   null: frozenset[str] = frozenset()
 
 
@@ -156,7 +156,7 @@ def _grouped(default_theta, heads=REQUIRED):
     return found
 
   return (
-    same('num_key_value_heads', 'attention.J', heads, null=True),
+    same('num_key_value_heads', 'attention.num_kv_heads', heads, null=True),
     same('rope.rope_theta', 'attention.theta', default_theta),
     Rule({**_YARN, **_LLAMA3, 'rope.attention_factor': None}, extended, back),
   )
@@ -431,7 +431,7 @@ def ours(theirs: Mapping[str, Any]) -> tuple[Family, dict[str, Any]]:
         raise ValueError(f'{name} is missing')
       if value is None and not (rule.fields[name] is None or name in rule.null):
         raise ValueError(f'{name}=None is not supported')
-    keys |= rule.ours(given)
+    keys |= rule.from_hf(given)
   return family, keys
 
 
@@ -442,7 +442,7 @@ def theirs(family: Family, keys: Mapping[str, Any]) -> dict[str, Any]:
     'model_type': family.model_type,
   }
   for rule in family.rules:
-    found |= rule.theirs(keys)
+    found |= rule.to_hf(keys)
   rope = {
     name: found.pop(f'rope.{name}')
     for name in [n.removeprefix('rope.') for n in found if n[:5] == 'rope.']
@@ -600,7 +600,7 @@ _WIDTHS = dict.fromkeys(
 )
 _TOPK = {'router.name': 'topk', 'router.score': 'softmax'}
 # Of a model without experts; its router is the default one, which nobody asks.
-_DENSE = {'pattern': 'd', 'router.name': 'topk', 'attention.name': 'rotary'}
+_DENSE = {'pattern': 'd', 'router.name': 'topk', 'attention.name': 'gqa'}
 _QWEN3 = (
   same('attention_bias', 'attention.bias', False),
   same('intermediate_size', 'F'),
@@ -665,7 +665,7 @@ FAMILIES = {
         same('intermediate_size', 'expert_F'),
         same('num_local_experts', 'E'),
       ),
-      {**_TOPK, 'attention.name': 'rotary'},
+      {**_TOPK, 'attention.name': 'gqa'},
       _KEPT,
       aliases={'num_experts': 'num_local_experts'},
     ),
@@ -684,7 +684,7 @@ FAMILIES = {
         same('rms_norm_eps', 'attention.eps'),
         must('clip_qkv', None),
       ),
-      {**_TOPK, 'attention.name': 'rotary', 'attention.qk_norm': 'all'},
+      {**_TOPK, 'attention.name': 'gqa', 'attention.qk_norm': 'all'},
       _KEPT,
       aliases={'num_local_experts': 'num_experts'},
     ),
@@ -717,7 +717,7 @@ FAMILIES = {
           _which_are_dense_back,
         ),
       ),
-      {**_TOPK, 'attention.name': 'rotary', 'attention.qk_norm': 'head'},
+      {**_TOPK, 'attention.name': 'gqa', 'attention.qk_norm': 'head'},
       _KEPT,
       aliases={'num_local_experts': 'num_experts'},
     ),
@@ -739,7 +739,7 @@ FAMILIES = {
         must('scoring_func', 'softmax'),
         must('mlp_bias', False),
       ),
-      {**_TOPK, 'attention.name': 'latent', 'router.renormalise': False},
+      {**_TOPK, 'attention.name': 'mla', 'router.renormalise': False},
       _KEPT | _WIDTHS,
       aliases={
         'num_local_experts': 'n_routed_experts',
@@ -768,7 +768,7 @@ FAMILIES = {
         must('scoring_func', 'sigmoid'),
       ),
       {
-        'attention.name': 'latent',
+        'attention.name': 'mla',
         'router.name': 'topk',
         'router.score': 'sigmoid',
         'router.group_best': 2,

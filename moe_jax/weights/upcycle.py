@@ -1,8 +1,8 @@
 """Dense models to MoE, and MoE layers to more iterations, without a change.
 
 What the model answers at its first step is what the old one answers, in real
-numbers; `Growth` says with which experts. Sparse upcycling (2212.05055) copies
-the feed-forward of a dense layer to every expert; fine-grained upcycling
+numbers; `UpcycleConfig` says with which experts. Sparse upcycling (2212.05055)
+copies the feed-forward of a dense layer to every expert; fine-grained upcycling
 (2410.07524) cuts it into slices first.
 """
 
@@ -21,7 +21,7 @@ from moe_jax.weights import convert, tensors
 
 
 @dataclasses.dataclass(frozen=True)
-class Growth:
+class UpcycleConfig:
   """What layers become.
 
   A dense layer has F hidden units. They are cut into `slices` of F / slices
@@ -37,9 +37,10 @@ class Growth:
 
   With slices=1 experts are copies of the whole feed-forward.
 
-  `iterations` of one layer (Chain-of-Experts) are joined by the link 'upcycle',
-  whose scales are 0 at first: every iteration sees the layer's input, the last
-  one answers. In a layer that had a router, all have a copy of that.
+  `iterations` of one layer (Chain-of-Experts) are joined by the inner_residual
+  'upcycle', whose scales are 0 at first: every iteration sees the layer's
+  input, the last one answers. In a layer that had a router, all have a copy of
+  that.
 
   Attributes:
     E: experts of a layer; 0 where the model has MoE layers already.
@@ -78,9 +79,11 @@ class Growth:
       raise ValueError(f'k={self.k} is more than E={self.E}')
 
 
-def parse(given: list[str]) -> Growth:
+def parse(given: list[str]) -> UpcycleConfig:
   """The growth of a flag like E=8,k=2; ValueError, one line, for others."""
-  kinds = {name: said.kind for name, said in ranges.options(Growth).items()}
+  kinds = {
+    name: said.kind for name, said in ranges.options(UpcycleConfig).items()
+  }
   values = {}
   for text in given:
     name, _, value = text.partition('=')
@@ -92,11 +95,14 @@ def parse(given: list[str]) -> Growth:
       raise ValueError(
         f'upcycle: {name}={value} is no {kinds[name].__name__}'
       ) from None
-  return Growth(**values)
+  return UpcycleConfig(**values)
 
 
 def grow(
-  source: str, workdir: str, growth: Growth, sizes: dict[str, int] | None = None
+  source: str,
+  workdir: str,
+  growth: UpcycleConfig,
+  sizes: dict[str, int] | None = None,
 ) -> list[str]:
   """Makes a work directory of one with a smaller model; what to tell of it.
 
@@ -109,13 +115,13 @@ def grow(
   Raises:
     ValueError, OSError: one line; nothing is left in `workdir`.
   """
-  convert.alone()
+  convert.require_single_process()
   target = paths.absolute(workdir)
   convert.check_vacant(target)
   job = saved_run.load(source, sizes)
   c = {**job.config, 'model': model_config(job.config['model'], growth)}
   c['description'] = f'{job.workdir.name}, upcycled: {_said(growth)}'
-  with convert.aside(target) as part:
+  with convert.atomic_directory(target) as part:
     text = json.dumps(c, indent=1) + '\n'
     (part / 'config.json').write_text(text, encoding='utf-8')
     for name in ('tokenizer.json', checkpoint.ASIDE):
@@ -136,14 +142,14 @@ def grow(
 
 
 def _said(growth):
-  default = Growth()
+  default = UpcycleConfig()
   told = {k: v for k, v in vars(growth).items() if v != getattr(default, k)}
   if growth.E:
     told['k'] = growth.k
   return ', '.join(f'{k}={v}' for k, v in told.items())
 
 
-def model_config(old: dict[str, Any], growth: Growth) -> dict[str, Any]:
+def model_config(old: dict[str, Any], growth: UpcycleConfig) -> dict[str, Any]:
   """The config of the model that grows from one of this config.
 
   Raises:
@@ -171,7 +177,7 @@ def model_config(old: dict[str, Any], growth: Growth) -> dict[str, Any]:
       'layers_per_pool': 1,
       'ragged_pool': False,
       'iterations': 1,
-      'link': 'replace',
+      'inner_residual': 'replace',
       'residual': {'name': 'plain'},
       'router': router.to_dict(),
     }
@@ -180,7 +186,7 @@ def model_config(old: dict[str, Any], growth: Growth) -> dict[str, Any]:
   elif growth.iterations < 2:
     raise ValueError('neither E nor iterations are given: nothing would grow')
   if growth.iterations > 1:
-    for key, only in (('iterations', 1), ('link', 'replace')):
+    for key, only in (('iterations', 1), ('inner_residual', 'replace')):
       if new[key] != only:
         raise ValueError(
           f'model.{key}={new[key]!r} cannot grow to {growth.iterations}'
@@ -188,7 +194,7 @@ def model_config(old: dict[str, Any], growth: Growth) -> dict[str, Any]:
         )
     new |= {
       'iterations': growth.iterations,
-      'link': 'upcycle',
+      'inner_residual': 'upcycle',
       'routing': 'each',
     }
   return new

@@ -64,50 +64,52 @@ NOTES = {
 }
 
 
-def fwd(gmm, x_MxA, w_ExAxB, group_E, dy_MxB):
+def fwd(gmm, x_MxA, w_ExAxB, group_sizes_E, dy_MxB):
   """y_MxB"""
   del dy_MxB
-  return gmm(x_MxA, w_ExAxB, group_E)
+  return gmm(x_MxA, w_ExAxB, group_sizes_E)
 
 
-def dlhs(gmm, x_MxA, w_ExAxB, group_E, dy_MxB):
+def dlhs(gmm, x_MxA, w_ExAxB, group_sizes_E, dy_MxB):
   """dx_MxA; nothing asks for the gradient of w, so XLA leaves it out."""
-  _, pull = jax.vjp(lambda x: gmm(x, w_ExAxB, group_E), x_MxA)
+  _, pull = jax.vjp(lambda x: gmm(x, w_ExAxB, group_sizes_E), x_MxA)
   return pull(dy_MxB)[0]
 
 
-def drhs(gmm, x_MxA, w_ExAxB, group_E, dy_MxB):
+def drhs(gmm, x_MxA, w_ExAxB, group_sizes_E, dy_MxB):
   """dw_ExAxB; nothing asks for the gradient of x, so XLA leaves it out."""
-  _, pull = jax.vjp(lambda w: gmm(x_MxA, w, group_E), w_ExAxB)
+  _, pull = jax.vjp(lambda w: gmm(x_MxA, w, group_sizes_E), w_ExAxB)
   return pull(dy_MxB)[0]
 
 
 PASSES = (fwd, dlhs, drhs)
 
 
-def batched(x_MxA, w_ExAxB, group_E):
+def batched(x_MxA, w_ExAxB, group_sizes_E):
   """y_MxB of E equal groups, as one batched product."""
-  del group_E
+  del group_sizes_E
   (M, A), (E, _, B) = x_MxA.shape, w_ExAxB.shape
   x_ExRxA = x_MxA.reshape(E, M // E, A)
   return jnp.einsum('era,eab->erb', x_ExRxA, w_ExAxB).reshape(M, B)
 
 
-def mgpu(kind, shape, arrays, group_E):
+def mgpu(kind, shape, arrays, group_sizes_E):
   """A call of jax's example kernels of one pass on Hopper."""
   left, right = _operands(kind, *arrays)
   f = jax.jit(hopper.build('mgpu', kind, shape).f)
-  return functools.partial(f, left, right, jnp.asarray(group_E))
+  return functools.partial(f, left, right, jnp.asarray(group_sizes_E))
 
 
-def torch(kind, shape, arrays, group_E):
+def torch(kind, shape, arrays, group_sizes_E):
   """A call of PyTorch's grouped_mm on the same arrays."""
   del shape
   library = importlib.import_module('torch')
   left, right = map(library.from_dlpack, _operands(kind, *arrays))
   right = right.mT if kind == 'dlhs' else right
   left = left.mT if kind == 'drhs' else left
-  ends_E = library.asarray(np.cumsum(group_E, dtype=np.int32), device='cuda')
+  ends_E = library.asarray(
+    np.cumsum(group_sizes_E, dtype=np.int32), device='cuda'
+  )
   return lambda: _OfTorch(library._grouped_mm(left, right, offs=ends_E))
 
 
@@ -134,7 +136,7 @@ def _operands(kind, x_MxA, w_ExAxB, dy_MxB):
   }[kind]
 
 
-def bench(shape, group_E, dtype, gmms, rivals, rounds):
+def bench(shape, group_sizes_E, dtype, gmms, rivals, rounds):
   """Yields (pass name, {candidate: seconds of a call, one a round})."""
   M, A, B, E = shape
   keys = iter(jax.random.split(jax.random.key(0), 6))
@@ -143,7 +145,7 @@ def bench(shape, group_E, dtype, gmms, rivals, rounds):
     return jax.random.normal(next(keys), sizes, dtype)
 
   x_MxA, w_ExAxB, dy_MxB = draw(M, A), draw(E, A, B), draw(M, B)
-  one_group_E = np.zeros_like(group_E)
+  one_group_E = np.zeros_like(group_sizes_E)
   one_group_E[0] = M
   operands = {
     'fwd': (x_MxA, draw(A, B)),
@@ -153,25 +155,29 @@ def bench(shape, group_E, dtype, gmms, rivals, rounds):
 
   for run in PASSES:
 
-    def call(gmm, group_E, run=run):
+    def call(gmm, group_sizes_E, run=run):
       # Group sizes are arguments: as constants XLA would compile for them.
       f = jax.jit(functools.partial(run, gmm))
-      return functools.partial(f, x_MxA, w_ExAxB, jnp.asarray(group_E), dy_MxB)
+      return functools.partial(
+        f, x_MxA, w_ExAxB, jnp.asarray(group_sizes_E), dy_MxB
+      )
 
     left, right = operands[run.__name__]
     calls = {'dense': functools.partial(jax.jit(jnp.matmul), left, right)}
     for name, gmm in gmms.items():
-      calls[name] = call(gmm, group_E)
+      calls[name] = call(gmm, group_sizes_E)
       if 'one_group' in rivals:
         calls[f'{name}/one_group'] = call(gmm, one_group_E)
     if 'ragged_dot' in rivals:
-      calls['ragged_dot'] = call(jax.lax.ragged_dot, group_E)
+      calls['ragged_dot'] = call(jax.lax.ragged_dot, group_sizes_E)
     if 'batched' in rivals and M % E == 0:
-      calls['batched'] = call(batched, group_E)
+      calls['batched'] = call(batched, group_sizes_E)
     for rival in mgpu, torch:
       if rival.__name__ in rivals:
         arrays = x_MxA, w_ExAxB, dy_MxB
-        calls[rival.__name__] = rival(run.__name__, shape, arrays, group_E)
+        calls[rival.__name__] = rival(
+          run.__name__, shape, arrays, group_sizes_E
+        )
         _agree(calls, [*gmms, rival.__name__])
     yield run.__name__, measure(calls, rounds)
 
@@ -258,8 +264,8 @@ def run(problems, groups, dtype, gmms, rivals, rounds, file):
   print(_row(width, 'shape', 'groups', 'pass', 'dense', columns))
   marks = set()
   for name, shape in problems.items():
-    for grouping, group_E in shapes.groups(name, groups).items():
-      passes = bench(shape, group_E, dtype, gmms, rivals, rounds)
+    for grouping, group_sizes_E in shapes.groups(name, groups).items():
+      passes = bench(shape, group_sizes_E, dtype, gmms, rivals, rounds)
       for pass_, times in passes:
         found = {c: summary(s, times['dense']) for c, s in times.items()}
         cells = [_cell(found.get(c), rounds) for c in columns]

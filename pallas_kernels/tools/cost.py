@@ -75,8 +75,8 @@ def measure(impl, kind, name, chip_name, groups):
       read = schedule.read(os.environ['MOE_JAX_SCHEDULE'], kernel, chip.unit)
     else:
       read = schedule.Schedule((), 0)
-    for group, group_E in shapes.groups(name, groups).items():
-      steps = program.steps(group_E, hlo)
+    for group, group_sizes_E in shapes.groups(name, groups).items():
+      steps = program.steps(group_sizes_E, hlo)
       yield _row(impl, kind, name, chip, group, read, steps, shape)
 
 

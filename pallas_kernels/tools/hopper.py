@@ -79,7 +79,7 @@ class Program(NamedTuple):
   args: tuple
   tile: tuple[int, int, int]  # rows, columns and depth of a step
   stages: int
-  walk: Callable  # group_E -> Walk
+  walk: Callable  # group_sizes_E -> Walk
 
 
 class Row(NamedTuple):
@@ -136,8 +136,8 @@ def rows(impl, kind, name, groups):
   program = build(impl, kind, shape)
   copied = rivals.copied(entry)
   return [
-    _row(impl, kind, name, group, kernel, program, copied, group_E)
-    for group, group_E in shapes.groups(name, groups).items()
+    _row(impl, kind, name, group, kernel, program, copied, group_sizes_E)
+    for group, group_sizes_E in shapes.groups(name, groups).items()
   ]
 
 
@@ -208,11 +208,11 @@ def _missed(reads, kept):
   return missed
 
 
-def _row(impl, kind, name, group, kernel, program, copied, group_E):
+def _row(impl, kind, name, group, kernel, program, copied, group_sizes_E):
   chip, (M, A, B, E) = H100, shapes.find(name)
-  walk = program.walk(group_E)
+  walk = program.walk(group_sizes_E)
   cycles, near, far = model(walk, copied)
-  macs = int(group_E.sum()) * A * B
+  macs = int(group_sizes_E.sum()) * A * B
   least = max(
     M * A * B / chip.macs / chip.sms,
     (M * A + E * A * B + M * B) * _BYTES / chip.bandwidth * chip.hz,
@@ -260,8 +260,8 @@ def _ours(kind, shape):
     turn, sm = np.divmod(np.arange(total), sms)
     return np.where(turn % 2, sms - 1 - sm, sm)
 
-  def product(group_E):
-    visits = gpu.visits(jnp.asarray(group_E), tile.rows, M)
+  def product(group_sizes_E):
+    visits = gpu.visits(jnp.asarray(group_sizes_E), tile.rows, M)
     depth, width = (B, A) if kind == 'dlhs' else (A, B)
     blocks = -(-width // tile.cols)
     count = int(visits.count[0])
@@ -283,14 +283,18 @@ def _ours(kind, shape):
       deal(len(j)),
     )
 
-  def drhs(group_E):
+  def drhs(group_sizes_E):
     down, across = -(-A // tile.rows), -(-B // tile.cols)
-    each, E = down * across, len(group_E)
-    end_E = np.cumsum(group_E)
-    start_E = (end_E - group_E) // 8 * 8
-    steps_E = np.where(group_E > 0, -(-(end_E - start_E) // tile.depth), 0)
+    each, E = down * across, len(group_sizes_E)
+    end_E = np.cumsum(group_sizes_E)
+    start_E = (end_E - group_sizes_E) // 8 * 8
+    steps_E = np.where(
+      group_sizes_E > 0, -(-(end_E - start_E) // tile.depth), 0
+    )
     position = np.arange(E * each, dtype=np.int32)
-    e_V = np.asarray(jnp.argsort(group_E, descending=True))[position // each]
+    e_V = np.asarray(jnp.argsort(group_sizes_E, descending=True))[
+      position // each
+    ]
     j, i = map(
       np.asarray, gpu.in_bands(position % each, down, across, tile.band)
     )
@@ -352,27 +356,27 @@ def _mgpu(kind, shape):
   if kind == 'drhs':
     library = importlib.import_module(f'{ops}.transposed_ragged_dot_mgpu')
 
-    def f(x_MxA, dy_MxB, group_E):
+    def f(x_MxA, dy_MxB, group_sizes_E):
       return library.transposed_ragged_dot(
-        x_MxA, dy_MxB, group_sizes=group_E, **options
+        x_MxA, dy_MxB, group_sizes=group_sizes_E, **options
       )
   else:
     library = importlib.import_module(f'{ops}.ragged_dot_mgpu')
 
-    def f(x_MxA, w_ExAxB, group_E):
+    def f(x_MxA, w_ExAxB, group_sizes_E):
       return library.ragged_dot(
         x_MxA,
         w_ExAxB,
-        group_sizes=group_E,
+        group_sizes=group_sizes_E,
         transpose_rhs=kind == 'dlhs',
         **options,
       )
 
-  def product(group_E):
+  def product(group_sizes_E):
     # Every place is multiplied, also the last ones, which no expert has.
     length = -(-M // rows) + E - 1
-    end_E = np.cumsum(group_E)
-    start_E = end_E - group_E
+    end_E = np.cumsum(group_sizes_E)
+    start_E = end_E - group_sizes_E
     first_E, last_E = start_E // rows, (end_E - 1) // rows
     begin_E = first_E + np.arange(E)
     tile_T, e_T, own_T = (np.zeros(length, np.int64) for _ in range(3))
@@ -396,10 +400,10 @@ def _mgpu(kind, shape):
       np.arange(len(v)) % H100.sms,
     )
 
-  def drhs(group_E):
-    end_E = np.cumsum(group_E)
-    start_E = (end_E - group_E) // deep
-    steps_E = np.where(group_E > 0, -(-end_E // deep) - start_E, 0)
+  def drhs(group_sizes_E):
+    end_E = np.cumsum(group_sizes_E)
+    start_E = (end_E - group_sizes_E) // deep
+    steps_E = np.where(group_sizes_E > 0, -(-end_E // deep) - start_E, 0)
     i, j = _snake(-(-A // rows), blocks, band, 1)
     e_V = np.repeat(np.arange(E), len(i))
     i, j = np.tile(i, E), np.tile(j, E)
@@ -437,26 +441,26 @@ def _tokamax(kind, shape):
     persistent=True, grid_minor_dim=1, grid_tile_width=band,
   )  # fmt: skip
 
-  def f(left, right, group_E):
+  def f(left, right, group_sizes_E):
     if kind == 'drhs':
       kernel = library.ragged_contracting_dim_dot_kernel
     else:
       kernel = library.ragged_dot_kernel
     right = right.mT if kind == 'dlhs' else right
-    return kernel(left, right, group_E, left.dtype, config)
+    return kernel(left, right, group_sizes_E, left.dtype, config)
 
-  def product(group_E):
+  def product(group_sizes_E):
     depth, width = (B, A) if kind == 'dlhs' else (A, B)
     blocks, whole = -(-width // cols), -(-M // rows)
     length = whole + E - 1
-    end_E = np.cumsum(group_E)
-    start_E = (end_E - group_E) // 8 * 8
-    count_E = np.where(group_E > 0, -(-(end_E - start_E) // rows), 0)
+    end_E = np.cumsum(group_sizes_E)
+    start_E = (end_E - group_sizes_E) // 8 * 8
+    count_E = np.where(group_sizes_E > 0, -(-(end_E - start_E) // rows), 0)
     e_T = np.repeat(np.arange(E), count_E)
     within_T = np.arange(len(e_T)) - (np.cumsum(count_E) - count_E)[e_T]
     start_T = start_E[e_T] + within_T * rows
     own_T = np.minimum(end_E[e_T], start_T + rows) - np.maximum(
-      (end_E - group_E)[e_T], start_T
+      (end_E - group_sizes_E)[e_T], start_T
     )
     # First what surely has rows, then the rest, which may have none.
     v, j = _snake(whole, blocks, band, 1)
@@ -480,10 +484,10 @@ def _tokamax(kind, shape):
       sm_V,
     )
 
-  def drhs(group_E):
-    end_E = np.cumsum(group_E)
-    start_E = (end_E - group_E) // deep
-    steps_E = np.where(group_E > 0, -(-end_E // deep) - start_E, 0)
+  def drhs(group_sizes_E):
+    end_E = np.cumsum(group_sizes_E)
+    start_E = (end_E - group_sizes_E) // deep
+    steps_E = np.where(group_sizes_E > 0, -(-end_E // deep) - start_E, 0)
     i, j, e_V = (
       a.ravel()
       for a in np.meshgrid(

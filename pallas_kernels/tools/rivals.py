@@ -36,7 +36,7 @@ class Program(NamedTuple):
   f: Callable
   args: tuple
   kernel: str  # a name in the schedule; '' if this is no kernel of its own
-  steps: Callable  # (group_E, hlo text) -> Steps
+  steps: Callable  # (group_sizes_E, hlo text) -> Steps
 
 
 def build(impl, kind, shape, chip):
@@ -45,7 +45,7 @@ def build(impl, kind, shape, chip):
 
 
 def operands(kind, shape):
-  """ShapeDtypeStructs of the two arrays that a pass reads, and of group_E."""
+  """ShapeDtypeStructs of the two arrays of a pass, and of group_sizes_E."""
   M, A, B, E = shape
   x, dy, w = (M, A), (M, B), (E, A, B)
   pair = {'fwd': (x, w), 'dlhs': (dy, w), 'drhs': (x, dy)}[kind]
@@ -63,9 +63,9 @@ def _ours(kind, shape, chip):
   }[kind]
   args = operands(kind, shape)
 
-  def steps(group_E, hlo):
-    walk = traffic.walk(f, *args[:2], group_E)
-    compulsory = _compulsory(kind, shape, tile.depth, tile.cols, group_E)
+  def steps(group_sizes_E, hlo):
+    walk = traffic.walk(f, *args[:2], group_sizes_E)
+    compulsory = _compulsory(kind, shape, tile.depth, tile.cols, group_sizes_E)
     return _with_copies(ours(walk, tile, kind, compulsory=compulsory), hlo)
 
   return Program(f, args, {'fwd': 'gmm'}.get(kind, kind), steps)
@@ -103,16 +103,16 @@ def _megablox(kind, shape, chip):
   options = {'preferred_element_type': jnp.bfloat16, 'tiling': tile}
   if kind == 'drhs':
 
-    def f(x_MxA, dy_MxB, group_E):
-      return library.tgmm(x_MxA.T, dy_MxB, group_E, **options)
+    def f(x_MxA, dy_MxB, group_sizes_E):
+      return library.tgmm(x_MxA.T, dy_MxB, group_sizes_E, **options)
   else:
     f = functools.partial(library.gmm, transpose_rhs=kind == 'dlhs', **options)
   args = operands(kind, shape)
 
-  def steps(group_E, hlo):
-    walk = traffic.walk(f, *args[:2], group_E)
+  def steps(group_sizes_E, hlo):
+    walk = traffic.walk(f, *args[:2], group_sizes_E)
     macs_SxP = np.full((len(walk.grid_SxG), 1), np.prod(tile, dtype=np.int64))
-    compulsory = _compulsory(kind, shape, tile[1], tile[2], group_E)
+    compulsory = _compulsory(kind, shape, tile[1], tile[2], group_sizes_E)
     return _with_copies(Steps(walk.bytes_S, macs_SxP, 1, compulsory), hlo)
 
   return Program(f, args, 'tgmm' if kind == 'drhs' else 'gmm', steps)
@@ -127,16 +127,18 @@ def _xla(kind, shape, chip):
   del chip
   M, A, B, E = shape
 
-  def f(left, right, group_E):
+  def f(left, right, group_sizes_E):
     if kind == 'fwd':
-      return jax.lax.ragged_dot(left, right, group_E)
+      return jax.lax.ragged_dot(left, right, group_sizes_E)
     x = jnp.zeros((M, A), left.dtype) if kind == 'dlhs' else left
     w = right if kind == 'dlhs' else jnp.zeros((E, A, B), left.dtype)
-    _, back = jax.vjp(lambda x, w: jax.lax.ragged_dot(x, w, group_E), x, w)
+    _, back = jax.vjp(
+      lambda x, w: jax.lax.ragged_dot(x, w, group_sizes_E), x, w
+    )
     dx, dw = back(left if kind == 'dlhs' else right)
     return dx if kind == 'dlhs' else dw
 
-  def steps(group_E, hlo):
+  def steps(group_sizes_E, hlo):
     if kind == 'drhs':
       least = (M * A + M * B + E * A * B) * _BYTES
       macs = np.array([[M * A * B * E]])
@@ -146,7 +148,7 @@ def _xla(kind, shape, chip):
       tuple(map(int, b.split(','))) for b in blocks
     )
     whole, width = (B, A) if kind == 'dlhs' else (A, B)
-    expert_V, tile_V, _ = tiling.visit(group_E, _whole(rows))
+    expert_V, tile_V, _ = tiling.visit(group_sizes_E, _whole(rows))
     j, v, k = np.meshgrid(
       np.arange(-(-width // cols)),
       np.arange(len(expert_V)),
@@ -171,7 +173,7 @@ def _xla(kind, shape, chip):
       ]
     )
     macs_SxP = np.full((len(v), 1), rows * depth * cols)
-    compulsory = _compulsory(kind, shape, depth, cols, group_E)
+    compulsory = _compulsory(kind, shape, depth, cols, group_sizes_E)
     return _with_copies(Steps(bytes_S, macs_SxP, 1, compulsory), hlo)
 
   name = '' if kind == 'drhs' else 'ragged-dot-none'
@@ -195,25 +197,25 @@ def _tokamax(kind, shape, chip):
     chosen.append((choose(*args, **kwargs), args[0].size_lhs_sublane))
     return chosen[-1][0]
 
-  def f(left, right, group_E):
+  def f(left, right, group_sizes_E):
     if kind == 'drhs':
       return library.tgmm_v2(
         left,
         right,
-        group_E,
+        group_sizes_E,
         E,
         tile_info=tiles,
         preferred_element_type=left.dtype,
       )
     return library.gmm_v2(
-      left, right, group_E, tile_info=tiles, transpose_rhs=kind == 'dlhs'
+      left, right, group_sizes_E, tile_info=tiles, transpose_rhs=kind == 'dlhs'
     )
 
-  def steps(group_E, hlo):
+  def steps(group_sizes_E, hlo):
     tile, align = chosen[-1]
     low_V, high_V, expert_V = [], [], []
     row = 0
-    for e, size in enumerate(group_E):
+    for e, size in enumerate(group_sizes_E):
       end = row + size
       while row < end:
         high = min(row - row % align + tile.tile_m, end)
@@ -253,7 +255,9 @@ def _tokamax(kind, shape, chip):
       y = (np.stack([first_V[v], j], 1), written_S * wide * _BYTES, True)
       blocks = [x, w, y]
     macs_SxP = rows_V[v, None].astype(np.int64) * tile.tile_k * tile.tile_n
-    compulsory = _compulsory(kind, shape, tile.tile_k, tile.tile_n, group_E)
+    compulsory = _compulsory(
+      kind, shape, tile.tile_k, tile.tile_n, group_sizes_E
+    )
     return _with_copies(
       Steps(traffic.count(blocks), macs_SxP, 1, compulsory), hlo
     )
@@ -270,7 +274,7 @@ _BUILD = {
 IMPLS = tuple(_BUILD)
 
 
-def _compulsory(kind, shape, depth, cols, group_E):
+def _compulsory(kind, shape, depth, cols, group_sizes_E):
   """Bytes if every block is moved once for each block it must meet."""
   M, A, B, E = shape
   if kind == 'dlhs':
@@ -278,7 +282,7 @@ def _compulsory(kind, shape, depth, cols, group_E):
   wide, deep = -(-B // cols), -(-A // depth)
   if kind == 'drhs':
     return (wide * M * A + deep * M * B + E * A * B) * _BYTES
-  weights = int(np.count_nonzero(group_E)) * A * B
+  weights = int(np.count_nonzero(group_sizes_E)) * A * B
   return (wide * M * A + weights + M * B) * _BYTES
 
 

@@ -12,11 +12,10 @@ import numpy as np
 import pytest
 import tokenizers
 
-from moe_jax import config, models, plan, routers
+from moe_jax import config, models, plans, routers
 from moe_jax.analysis import measures, page, record
 from moe_jax.data import packing
-from moe_jax.training import checkpoint, saved_run, train_step
-from moe_jax.training import job as jobs
+from moe_jax.training import checkpoint, jobs, saved_run, train_step
 from tests.analysis.analysis_test import choices, routing, tokens
 from tests.helpers.small import command, small_config
 from tests.report.report_test import headings, Page
@@ -186,7 +185,7 @@ def test_experts_that_choose_are_the_choices_of_tokens():
   N, E, C, group = 3, 4, 2, 5
   place_NxExC = np.argsort(draw.random((N, E, group)), axis=2)[..., :C]
   gate_NxExC = draw.random((N, E, C))
-  found = record._by_expert(plan.ByExpert(place_NxExC, gate_NxExC, group), None)
+  found = plans.ExpertChoice(place_NxExC, gate_NxExC, group).choices(None)
   for t in range(N * group):
     mine = [
       (gate_NxExC[n, e, c], e)
@@ -205,10 +204,10 @@ def test_experts_that_choose_are_the_choices_of_tokens():
 def test_layers_are_counted_over_pools_and_segments():
   def segment(G, R):
     route = np.zeros((G, R, 1, 4, 2), np.int32)
-    made = plan.ByToken(route, np.ones(route.shape), 3)
+    made = plans.TokenChoice(route, np.ones(route.shape), 3)
     return {'entropy': np.zeros((G, R, 1)), 'route': route, 'plan': made}
 
-  steps = record._steps([segment(2, 2), segment(1, 1)])
+  steps = record._steps(routers.Aux([segment(2, 2), segment(1, 1)]))
   assert [step['name'] for step in steps] == [
     f'MoE layer {n}' for n in range(5)
   ]

@@ -52,7 +52,7 @@ def test_a_config_file_that_is_not_there_or_is_right(tmp_path):
 # Of every kind: another choice than the default's, and an option that it has.
 OTHERS = {
   'model.router.name': ('switch', 'jitter'),
-  'model.attention.name': ('latent', 'rank'),
+  'model.attention.name': ('mla', 'rank'),
   'model.residual.name': ('heavy_ball', 'mu'),
   'objective.name': ('consistency', 'alpha'),
   'data.source': ('huggingface', 'revision'),

@@ -15,7 +15,7 @@ from moe_jax import config, models, objectives, parallel
 from moe_jax.data import corpus, dataset, huggingface, images, pairs
 from moe_jax.models import classifier, decoder, translator
 from moe_jax.optim import optimizer
-from moe_jax.training import job
+from moe_jax.training import jobs
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / 'configs').rglob('*.py'))
@@ -68,7 +68,7 @@ def test_it_builds(path):
   dataset.source(c['data']['source']).Config(**c['data'])
   cost = build(c)
   assert cost['params_active'] <= cost['params_total']
-  job._check_groups(c, model_of(c))
+  jobs._check_groups(c, model_of(c))
   assert c['batch_size'] % 8 == 0
 
 
@@ -218,7 +218,7 @@ def test_every_field_of_a_section_is_read(cls):
 
 def test_every_other_key_is_read():
   source = ''.join(
-    (ROOT / 'moe_jax/training' / f).read_text() for f in ('loop.py', 'job.py')
+    (ROOT / 'moe_jax/training' / f).read_text() for f in ('loop.py', 'jobs.py')
   )
   sections = {'data', 'model', 'optimizer', 'objective', 'mesh', 'parallel'}
   for key in config.default():
@@ -228,7 +228,7 @@ def test_every_other_key_is_read():
       assert f"'{key}'" in source, key
       assert len(values)
   assert set(config.default().mesh) == set(parallel.AXES)
-  assert set(config.default().parallel) == {'strategy', 'factor'}
+  assert set(config.default().parallel) == {'strategy', 'buffer_factor'}
 
 
 def test_a_router_named_alone_gets_its_options():

@@ -5,8 +5,7 @@ import pathlib
 import pytest
 
 from moe_jax import commands, config, paths
-from moe_jax.training import job as jobs
-from moe_jax.training import saved_run
+from moe_jax.training import jobs, saved_run
 from moe_jax.weights import convert, upcycle
 from tests.helpers.small import small_config
 
@@ -41,8 +40,12 @@ USES = {
   'what is imported': lambda c: convert.take('~/none', 'run'),
   'where it goes': lambda c: convert.take('run', '~/none'),
   'what is exported': lambda c: convert.give('~/none', 'run'),
-  'what grows': lambda c: upcycle.grow('~/none', 'run', upcycle.Growth()),
-  'where it grows': lambda c: upcycle.grow('run', '~/none', upcycle.Growth()),
+  'what grows': lambda c: upcycle.grow(
+    '~/none', 'run', upcycle.UpcycleConfig()
+  ),
+  'where it grows': lambda c: upcycle.grow(
+    'run', '~/none', upcycle.UpcycleConfig()
+  ),
 }
 
 

@@ -16,7 +16,7 @@ from tokenizers import models, normalizers, pre_tokenizers
 
 from moe_jax import config, exact
 from moe_jax.data import dataset, packing, tokenizer
-from moe_jax.training import job, loop
+from moe_jax.training import jobs, loop
 from tests.helpers import parts
 from tests.helpers.small import small_config
 
@@ -468,7 +468,7 @@ def _hub_config(tmp_path):
 
 def test_a_saved_set_with_a_tokenizer_of_others_trains(tmp_path):
   c = _hub_config(tmp_path)
-  ready = job.prepare(c, str(tmp_path / 'run'))
+  ready = jobs.prepare(c, str(tmp_path / 'run'))
   text = ready.dataset
   assert [len(ids) for ids in packing.unpack(text.eval_N)] == [
     1 + len(held_out) for held_out in text.corpus.eval
@@ -486,10 +486,10 @@ def test_a_saved_set_with_a_tokenizer_of_others_trains(tmp_path):
 
   # Another tokenizer under the same name is another run.
   c.steps = 7
-  assert job.prepare(c, str(tmp_path / 'run')) is not None
+  assert jobs.prepare(c, str(tmp_path / 'run')) is not None
   _spelling(tmp_path / 'letters.json', '<eos>')
   with pytest.raises(ValueError, match='differ: corpus_sha256'):
-    job.prepare(c, str(tmp_path / 'run'))
+    jobs.prepare(c, str(tmp_path / 'run'))
 
 
 def test_a_tokenizer_that_loses_text_tells_no_bits_per_byte(tmp_path):

@@ -23,7 +23,7 @@ NEW = 6
 CASES = {
   'window': values('mixtral', sliding_window=3, num_hidden_layers=2),
   'normed': values('qwen3_moe', num_hidden_layers=2),
-  'latent': values('deepseek_v3', num_hidden_layers=1, first_k_dense_replace=0),
+  'mla': values('deepseek_v3', num_hidden_layers=1, first_k_dense_replace=0),
 }
 
 
@@ -64,10 +64,10 @@ def greedy(job, weights, prompts, new, routes=None):
   """
   longest = max(map(len, prompts)) + new
   place_BxL = np.arange(longest, dtype=np.int32)[None]
-  forced = routes and [a[:, :, :, 0] for a in routes]
+  replay = routes and [a[:, :, :, 0] for a in routes]
 
   @jax.jit
-  def logits(weights, ids_1xL, forced):
+  def logits(weights, ids_1xL, replay):
     model = models.bind(job.model, weights.params, weights.router_state)
     batch = {
       'ids_BxL': ids_1xL,
@@ -76,7 +76,7 @@ def greedy(job, weights, prompts, new, routes=None):
       'row_B': jnp.zeros((1,), jnp.int32),
     }
     key = jax.random.key(0)
-    ctx = routers.context(batch, key, jnp.int32(0), train=False, forced=forced)
+    ctx = routers.context(batch, key, jnp.int32(0), train=False, replay=replay)
     return model(batch, ctx)[0][0]
 
   found = []
@@ -85,7 +85,7 @@ def greedy(job, weights, prompts, new, routes=None):
     for _ in range(new):
       padded = np.zeros((1, longest), np.int32)
       padded[0, : len(ids)] = ids
-      logits_LxV = np.asarray(logits(weights, padded, forced))
+      logits_LxV = np.asarray(logits(weights, padded, replay))
       ids.append(int(np.argmax(logits_LxV[len(ids) - 1])))
     found.append(ids[len(prompt) :])
   return found
@@ -109,7 +109,7 @@ def written(routes, i):
   'name, sizes',
   [
     ('window', {'data': 2, 'fsdp': 2}),
-    ('latent', {'tensor': 2, 'data': 2, 'expert': 2}),
+    ('mla', {'tensor': 2, 'data': 2, 'expert': 2}),
   ],
   ids=str,
 )
@@ -125,7 +125,7 @@ def test_every_mesh_writes_the_same(name, sizes, lively):
 
 def test_routes_are_followed(lively):
   """Those that nobody chose, by every token from the first."""
-  job, weights, write = opened(lively('latent'))
+  job, weights, write = opened(lively('mla'))
   own = write(weights, PROMPTS)
   assert write(weights, PROMPTS, routes=own.routes).ids == own.ids
   draw = np.random.default_rng(0)
@@ -134,10 +134,10 @@ def test_routes_are_followed(lively):
     np.reshape([some(a) for _ in range(a[..., 0].size)], a.shape)
     for a in own.routes
   ]
-  forced = write(weights, PROMPTS, routes=other)
-  assert forced.ids != own.ids
+  replay = write(weights, PROMPTS, routes=other)
+  assert replay.ids != own.ids
   for i in range(len(PROMPTS)):
-    a, b = written(forced.routes, i), written(other, i)
+    a, b = written(replay.routes, i), written(other, i)
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
@@ -257,7 +257,7 @@ def test_prompts_and_routes_that_do_not_fit(lively):
   'section, name, message',
   [
     ('router', 'expert_choice', "'expert_choice' looks at later"),
-    ('attention', 'span', "attention 'span' keeps no keys"),
+    ('attention', 'adaptive_span', "attention 'adaptive_span' keeps no keys"),
   ],
 )
 def test_models_that_cannot_write(section, name, message, lively, tmp_path):

@@ -20,8 +20,8 @@ ROUTERS = {
   'random': [{'k': 2, 'per': 'position'}, {'eval_per': 'ensemble'}],
 }
 ATTENTION = {
-  'rotary': {'J': 1, 'theta': 100.0, 'window': 3},
-  'latent': {'nope': 3, 'rope': 4, 'value': 5, 'rank': 7, 'theta': 50.0},
+  'gqa': {'num_kv_heads': 1, 'theta': 100.0, 'window': 3},
+  'mla': {'nope': 3, 'rope': 4, 'value': 5, 'rank': 7, 'theta': 50.0},
 }
 CASES = [
   *(
@@ -48,7 +48,7 @@ def _ids():
 def _writes(model):
   """Whether it can, by what its parts declare."""
   try:
-    jax.eval_shape(lambda: model.room(1, 1))
+    jax.eval_shape(lambda: model.init_kv_cache(1, 1))
   except ValueError:
     return False
   return model.trunk.body.moe.feed.routers.writes
@@ -60,7 +60,11 @@ def test_writing_is_reading(changes):
   model = tiny.model(N=1, **changes)
   if not _writes(model):
     name = next(iter(changes.values()))['name']
-    assert name in ('expert_choice', 'full', 'span')  # as their files say
+    assert name in (
+      'expert_choice',
+      'full',
+      'adaptive_span',
+    )  # as their files say
     return
   weights = tiny.params(model), tiny.state(model)
   read, written = jax.device_get(_both(model)(*weights, _ids()))
@@ -108,22 +112,22 @@ def _both(model):
       logits_1xMxV, aux = bound(*context(*of_row, writes=coupled))
       return logits_1xMxV[0], route(aux, 1)[0]
 
-    def see(kept, ids_BxL, place_BxL, length_B):
+    def see(kv_cache, ids_BxL, place_BxL, length_B):
       here = context(ids_BxL, place_BxL, length_B, row_B, writes=True)
-      logits_BxLxV, aux, kept = bound.write(*here, kept)
-      return kept, (logits_BxLxV, route(aux, B))
+      logits_BxLxV, aux, kv_cache = bound.decode(*here, kv_cache)
+      return kv_cache, (logits_BxLxV, route(aux, B))
 
     def step(carry, _):
-      kept, place_B = carry
+      kv_cache, place_B = carry
       id_Bx1 = jnp.take_along_axis(ids_BxM, place_B[:, None], axis=1)
-      kept, found = see(kept, id_Bx1, place_B[:, None], length_B)
-      return (kept, place_B + 1), (place_B, jax.tree.map(_only, found))
+      kv_cache, found = see(kv_cache, id_Bx1, place_B[:, None], length_B)
+      return (kv_cache, place_B + 1), (place_B, jax.tree.map(_only, found))
 
     place_BxP = jnp.tile(jnp.arange(P, dtype=jnp.int32), (B, 1))
     prompt = ids_BxM[:, :P], place_BxP, prompt_B
-    kept, found = see(bound.room(B, M), *prompt)
+    kv_cache, found = see(bound.init_kv_cache(B, M), *prompt)
     _, (place_NxB, more) = jax.lax.scan(
-      step, (kept, prompt_B), length=M - int(PROMPT_B.min())
+      step, (kv_cache, prompt_B), length=M - int(PROMPT_B.min())
     )
     put = lambda old, new: (
       jnp.zeros((B, M, old.shape[-1]), old.dtype)

@@ -15,9 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe_jax import attention, blocks, config, models, parallel, trunk
-from moe_jax import routers as routing
-from moe_jax.plan import ByToken
+from moe_jax import attention, blocks, config, models, parallel, routers, trunk
+from moe_jax.plans import TokenChoice
 
 DIRECTORY = pathlib.Path(
   os.environ.get('MOE_GOLDEN_DIR')
@@ -89,11 +88,11 @@ def gradients_near(
       raise AssertionError(f'gradient {name}: {error}') from error
 
 
-def dense(expert_TxK: Any, weight_TxK: Any, E: int) -> np.ndarray:
+def dense(expert_TxK: Any, gate_TxK: Any, E: int) -> np.ndarray:
   """[T, E]: gates, zero for the experts that were not chosen."""
-  expert_TxK, weight_TxK = np.asarray(expert_TxK), np.asarray(weight_TxK)
-  out_TxE = np.zeros((len(expert_TxK), E), weight_TxK.dtype)
-  np.put_along_axis(out_TxE, expert_TxK, weight_TxK, axis=1)
+  expert_TxK, gate_TxK = np.asarray(expert_TxK), np.asarray(gate_TxK)
+  out_TxE = np.zeros((len(expert_TxK), E), gate_TxK.dtype)
+  np.put_along_axis(out_TxE, expert_TxK, gate_TxK, axis=1)
   return out_TxE
 
 
@@ -154,12 +153,12 @@ def without_attention(layers: trunk.Trunk) -> trunk.Trunk:
   return layers
 
 
-def context(B: int, L: int, *, train: bool = False, **changes) -> routing.Ctx:
+def context(B: int, L: int, *, train: bool = False, **changes) -> routers.Ctx:
   """The Ctx of a model that reads B rows of L tokens."""
   zeros_BxL = jnp.zeros((B, L), jnp.int32)
   row_B = jnp.arange(B, dtype=jnp.int32)
   batch = {'ids_BxL': zeros_BxL, 'pos_BxL': zeros_BxL, 'row_B': row_B}
-  ctx = routing.context(batch, jax.random.key(0), 0, train=train)
+  ctx = routers.context(batch, jax.random.key(0), 0, train=train)
   return ctx.replace(**changes)
 
 
@@ -210,9 +209,9 @@ def watched():
     found = []
 
     def layout(h_TxD, plan, experts):
-      y_TxD, lost = spec.layout(h_TxD, plan, experts)
+      y_TxD, overflow = spec.layout(h_TxD, plan, experts)
       found.append((h_TxD, plan, y_TxD))
-      return y_TxD, lost
+      return y_TxD, overflow
 
     watching = dataclasses.replace(spec, layout=layout)
     h_TxD, memory, aux = routed(self, h0_TxD, memory, experts, watching, ctx)
@@ -234,12 +233,12 @@ def unstacked(aux: list[dict[str, Any]]) -> list[Step]:
   return found
 
 
-def gates(plan: ByToken) -> np.ndarray:
+def gates(plan: TokenChoice) -> np.ndarray:
   """gate_TxE, zero where an expert has not the token."""
   T, K = plan.expert_TxK.shape
-  gate_TxE = np.zeros((T, plan.E + 1), plan.weight_TxK.dtype)
+  gate_TxE = np.zeros((T, plan.E + 1), plan.gate_TxK.dtype)
   token_TxK = np.broadcast_to(np.arange(T)[:, None], (T, K))
-  np.add.at(gate_TxE, (token_TxK, plan.expert_TxK), plan.weight_TxK)
+  np.add.at(gate_TxE, (token_TxK, plan.expert_TxK), plan.gate_TxK)
   return gate_TxE[:, : plan.E]
 
 

@@ -28,7 +28,7 @@ def _fields(meta: dict[str, Any]) -> dict[str, Any]:
     shared_F=meta['F'] * meta['n_shared'],
     iterations=meta['inner_iter'],
     routing='each' if meta.get('use_igate', True) else 'shared',
-    link='add' if inner else 'replace',
+    inner_residual='add' if inner else 'replace',
     residual=config.choice('residual', 'plain' if outer else 'replace'),
     router=config.router(
       'topk',
@@ -229,7 +229,7 @@ def _model_fields(meta):
     options['yarn_factor'] = float(yarn['factor'])
     options['yarn_length'] = yarn['original_max_position_embeddings']
   latent = config.attend(
-    'latent',
+    'mla',
     nope=meta['qk_nope'],
     rope=meta['qk_rope'],
     value=meta['v_head'],

@@ -113,18 +113,18 @@ def watched(layers: trunk.Trunk) -> Callable[[], Seen]:
 
   class Watching(parallel.Layout):
     def __call__(self, h_TxD, plan, experts):
-      y_TxD, lost = super().__call__(h_TxD, plan, experts)
+      y_TxD, overflow = super().__call__(h_TxD, plan, experts)
       note('step', h_TxD, plan, y_TxD)
-      return y_TxD, lost
+      return y_TxD, overflow
 
   def apply(*operands):
     joined = rule.apply(*operands)
     note('joined', *joined)
     return joined
 
-  def peek(h_TxD, memory):
+  def lookahead(h_TxD, memory):
     note('ahead', memory)
-    return rule.peek(h_TxD, memory)
+    return rule.lookahead(h_TxD, memory)
 
   def last():
     jax.effects_barrier()
@@ -145,7 +145,7 @@ def watched(layers: trunk.Trunk) -> Callable[[], Seen]:
   layers.spec = dataclasses.replace(
     spec,
     layout=Watching(),
-    residual=residuals.Residual(rule.init, apply, peek),
+    residual=residuals.Residual(rule.init, apply, lookahead),
   )
   return last
 
@@ -356,7 +356,7 @@ def _lm_fields(meta):
     block='momentum_lm',
     residual=rule(meta),
     router=config.router('topk', k=meta['K'], bias=True, init='torch'),
-    attention=config.attend('span', span=meta['span']),
+    attention=config.attend('adaptive_span', span=meta['span']),
     norm='layer',
     eps=1e-5,
     activation='relu',
@@ -435,7 +435,9 @@ def _compiled_lm(text):
     def forward(batch, pass_):
       ctx = golden.context(*batch['ids_BxL'].shape, train=True)
       bound = models.bind(model, params, {})
-      logits_BxLxV, aux, cache = bound.advance(batch, ctx, cache_NxBxCxD)
+      logits_BxLxV, aux, cache = bound.forward_with_cache(
+        batch, ctx, cache_NxBxCxD
+      )
       kept.extend([logits_BxLxV, cache])
       return logits_BxLxV, aux
 
@@ -510,8 +512,8 @@ def _encoder(meta: dict[str, Any]) -> nnx.Module:
     eps=1e-6,
     patch=1,
   )
-  factor = {'capacity': 1.05, 'eval_capacity': 4.0}
-  for name, default in factor.items():  # the files are of these two
+  buffer_factor = {'capacity': 1.05, 'eval_capacity': 4.0}
+  for name, default in buffer_factor.items():  # the files are of these two
     assert fields['router'][name] == default
   size = (1, meta['S'] - 1, 1)
   return golden.shapes('classifier', fields, V=1, size=size)

@@ -83,7 +83,7 @@ def _layer_program(mode, r, N, k, D, F):
   def forward(params, x_TxD, train):
     bound = models.bind(layers, params, {})
     feed = blocks.at(blocks.at(bound.body.moe, 0), 0).feed
-    ctx = golden.context(1, len(x_TxD), train=train).at_depth(0, None)
+    ctx = golden.context(1, len(x_TxD), train=train).at(moe_layer=0)
     with golden.watched():
       out_TxD, _, aux = feed(
         x_TxD, (), blocks.at(bound.body.pools, 0), bound.spec, ctx

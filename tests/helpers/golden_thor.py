@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe_jax import attention, blocks, config, models, objectives
-from moe_jax import routers as routing
+from moe_jax import attention, blocks, config, models, objectives, routers
 from tests.helpers import golden
 
 TOL = 2e-5
@@ -203,9 +202,9 @@ def _layer(cross, block_name, E, H, **router):
     seen = []
 
     def layout(x_TxD, plan, experts):
-      y_TxD, lost = layer.spec.layout(x_TxD, plan, experts)
+      y_TxD, overflow = layer.spec.layout(x_TxD, plan, experts)
       seen.append((x_TxD, y_TxD))
-      return y_TxD, lost
+      return y_TxD, overflow
 
     B, L, _ = x_BxLxD.shape
     view = lambda pad: _view(pad, L, causal=cross and pad is pads[0])
@@ -218,7 +217,7 @@ def _layer(cross, block_name, E, H, **router):
         B,
         L,
         train=train,
-        forced=None if route_T is None else route_T[None, :, None],
+        replay=None if route_T is None else route_T[None, :, None],
       ),
       view(pads[0]),
       (source_BxMxD, view(pads[1])) if cross else None,
@@ -351,7 +350,7 @@ def _draws(E, B, L, ways):
   x_TxD = np.zeros((B * L, 1))  # draws do not read it
 
   def route(eval_per, key):
-    router = routing.get('random')(
+    router = routers.get('random')(
       1, E, per='fixed', eval_per=eval_per, rngs=nnx.Rngs(0)
     )
     ctx = golden.context(B, L).replace(key=key, batch_key=key)
@@ -454,8 +453,8 @@ class Model:
       'row_B': np.arange(B, dtype=np.int32),
     }
 
-  def forced(self, encoder_nxSxB, decoder_nxLxB):
-    """As aux and ctx.forced have it: each of the layers has its own pool."""
+  def replay(self, encoder_nxSxB, decoder_nxLxB):
+    """As aux and ctx.replay have it: each of the layers has its own pool."""
     route = lambda r_LxB: r_LxB.T.reshape(1, 1, 1, -1, 1).astype(np.int32)
     return [route(r) for r in (*encoder_nxSxB, *decoder_nxLxB)]
 
@@ -467,9 +466,9 @@ def _model(E, H, N, encoder_N, V):
   return golden.shapes('translator', fields, V=V, gmm='xla')
 
 
-def _forward(model, params, batch, forced):
+def _forward(model, params, batch, replay):
   """logits_BxLxV, aux, in training."""
-  ctx = routing.context(batch, jax.random.key(0), 0, train=True, forced=forced)
+  ctx = routers.context(batch, jax.random.key(0), 0, train=True, replay=replay)
   return models.bind(model, params, {})(batch, ctx)
 
 
@@ -513,17 +512,17 @@ def _train(kind, alpha, smoothing):
 
 @functools.cache
 def _infer(kind):
-  """(params, batch, forced) -> the encoder's answer, logits, aux."""
+  """(params, batch, replay) -> the encoder's answer, logits, aux."""
   model = _model(*kind)
 
   @golden.jit
-  def run(params, batch, forced):
-    ctx = routing.context(batch, jax.random.key(0), 0, train=False)
+  def run(params, batch, replay):
+    ctx = routers.context(batch, jax.random.key(0), 0, train=False)
     bound = models.bind(model, params, {})
     # In two steps, as a search for translations has it.
-    encoded, aux = bound.encode(batch, ctx.replace(forced=forced[:2]))
+    encoded, aux = bound.encode(batch, ctx.replace(replay=replay[:2]))
     logits_BxLxV, more = bound.decode(
-      batch, encoded, ctx.replace(forced=forced[2:])
+      batch, encoded, ctx.replace(replay=replay[2:])
     )
     return encoded[0], logits_BxLxV, aux + more
 
@@ -544,8 +543,8 @@ def trainstep(found):
   batch['mask_BxL'] = counted_BxL.astype(np.float32)
   encoder_2xn, decoder_2xn = unread.take('enc_choice', 'dec_choice')
   spread = lambda choice_n, L: np.tile(choice_n[:, None, None], (1, L, B))
-  forced = [
-    model.forced(spread(encoder_2xn[i], S), spread(decoder_2xn[i], L))
+  replay = [
+    model.replay(spread(encoder_2xn[i], S), spread(decoder_2xn[i], L))
     for i in range(2)
   ]
   alpha, smoothing = map(float, unread.take('alpha', 'label_smoothing'))
@@ -553,7 +552,7 @@ def trainstep(found):
     _train(model.kind, alpha, smoothing)(
       model.weights.params,
       batch,
-      jax.tree.map(lambda *a: np.stack(a), *forced),
+      jax.tree.map(lambda *a: np.stack(a), *replay),
     )
   )
   nll_2, real_BxL = unread.pop('nll'), model.real_BxL
@@ -600,9 +599,9 @@ def model_infer(found):
     masks = unread.take(f'enc_mask_{level}', f'dec_mask_{level}')
     if level == 'l1':  # a draw for each place, the same in all rows
       masks = [np.repeat(mask[:, :, None], B, axis=2) for mask in masks]
-    forced = model.forced(*masks)
+    replay = model.replay(*masks)
     encoded_BxSxD, logits_BxLxV, aux = jax.device_get(
-      run(model.weights.params, model.batch, forced)
+      run(model.weights.params, model.batch, replay)
     )
     # Padding has no expert here; nothing reads what is encoded there.
     source_BxS = np.asarray(model.batch['source_mask_BxS']) > 0
@@ -611,7 +610,7 @@ def model_infer(found):
     expected = unread.pop(f'logits_{level}')
     golden.near(logits_BxLxV[real_BxL], expected[real_BxL], TOL)
     real = [source_BxS] * len(masks[0]) + [real_BxL] * len(masks[1])
-    for found, route, real_Bxn in zip(aux, forced, real, strict=True):
+    for found, route, real_Bxn in zip(aux, replay, real, strict=True):
       real_T = real_Bxn.reshape(-1)
       np.testing.assert_array_equal(
         found['route'][..., real_T, :], route[..., real_T, :]

@@ -3,7 +3,7 @@
   python -m pytest -p tests.helpers.reach --reach=FILE
 
 Appends a line of JSON for each test: the functions of this project that it
-called in the process of the tests, as 'moe_jax/plan.py:sort', and whether it
+called in the process of the tests, as 'moe_jax/plans.py:sort', and whether it
 started other processes. `python -m experiments.checks.mutations` reads them.
 """
 

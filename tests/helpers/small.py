@@ -19,7 +19,7 @@ def small_config(corpus, **changes):
     source='text', path=str(corpus), tokenizer='bytes', eval_fraction=0.2
   )
   c.model.update(N=2, D=16, H=2, E=4, expert_F=16, F=32)
-  c.model.attention.J = 1
+  c.model.attention.num_kv_heads = 1
   for key, value in changes.items():
     c.update_from_flattened_dict({key.replace('__', '.'): value})
   return c

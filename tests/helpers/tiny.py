@@ -31,10 +31,10 @@ TINY = {
   'ragged_pool': False,
   'iterations': 1,
   'routing': 'each',
-  'link': 'replace',
+  'inner_residual': 'replace',
   'residual': {'name': 'plain'},
   'router': {'name': 'topk', 'k': 2},
-  'attention': {'name': 'rotary', 'J': 1, 'theta': 100.0},
+  'attention': {'name': 'gqa', 'num_kv_heads': 1, 'theta': 100.0},
   'block': 'pre',
   'norm': 'rms',
   'eps': 1e-6,
@@ -113,20 +113,20 @@ def with_segment(tree, segment):
   return {**tree, 'trunk': {**tree['trunk'], 'body': segment}}
 
 
-def ctx(batch, forced=None):
+def ctx(batch, replay=None):
   return routers.context(
-    batch, jax.random.key(0), jnp.int32(3), train=True, forced=forced
+    batch, jax.random.key(0), jnp.int32(3), train=True, replay=replay
   )
 
 
-def forward(model, params, batch, forced=None):
+def forward(model, params, batch, replay=None):
   """logits_BxLxV, aux."""
-  return models.bind(model, params, state(model))(batch, ctx(batch, forced))
+  return models.bind(model, params, state(model))(batch, ctx(batch, replay))
 
 
-def run(model, params, batch, forced=None):
+def run(model, params, batch, replay=None):
   """The same compiled, once for each model."""
-  return jax.device_get(_compiled(forward, model)(params, batch, forced))
+  return jax.device_get(_compiled(forward, model)(params, batch, replay))
 
 
 def grads(model, params, batch):

@@ -207,20 +207,22 @@ def test_a_shape_that_fits_no_memory_is_refused():
 @pytest.mark.parametrize('E', [1, 7, 64, 256])
 @pytest.mark.parametrize('name', shapes.GROUPS)
 def test_group_sizes_share_all_rows(name, E):
-  group_E = shapes.GROUPS[name](8192, E)
-  assert group_E.shape == (E,) and group_E.dtype == np.int32
-  assert group_E.sum() == 8192 and (group_E >= 0).all()
+  group_sizes_E = shapes.GROUPS[name](8192, E)
+  assert group_sizes_E.shape == (E,) and group_sizes_E.dtype == np.int32
+  assert group_sizes_E.sum() == 8192 and (group_sizes_E >= 0).all()
   if name == 'even':
-    assert np.ptp(group_E) <= 1
+    assert np.ptp(group_sizes_E) <= 1
   elif E > 1:
-    big = np.sort(group_E)[::-1].astype(float)
+    big = np.sort(group_sizes_E)[::-1].astype(float)
     assert abs(big[0] / big[1] - 2) < 0.1
 
 
 def test_a_case_has_its_own_groups():
   assert shapes.find('skewed') == shapes.Shape(300, 32, 24, 5)
-  ((grouping, group_E),) = shapes.groups('skewed', ['even', 'zipf']).items()
-  assert grouping == 'own' and group_E.tolist() == [3, 251, 17, 1, 28]
+  ((grouping, group_sizes_E),) = shapes.groups(
+    'skewed', ['even', 'zipf']
+  ).items()
+  assert grouping == 'own' and group_sizes_E.tolist() == [3, 251, 17, 1, 28]
   assert list(shapes.groups('A', ['zipf'])) == ['zipf']
   assert shapes.find('8x4x2x3') == shapes.Shape(8, 4, 2, 3)
   with pytest.raises(ValueError, match="'no_rows' is not"):

@@ -117,8 +117,8 @@ def test_visits_hold_every_row_once(E):
   of = jax.jit(functools.partial(gpu.visits, rows=rows, M=M))
   for spare in 0, 1, *rng.integers(0, 50, 8):
     share_E = rng.dirichlet(np.ones(E)) * rng.integers(0, 2, E)
-    group_E = np.int32(share_E / max(share_E.sum(), 1e-9) * (M - spare))
-    visits = jax.device_get(of(group_E))
+    group_sizes_E = np.int32(share_E / max(share_E.sum(), 1e-9) * (M - spare))
+    visits = jax.device_get(of(group_sizes_E))
     n = int(visits.count[0])
     assert n <= len(visits.expert_V)
     owner_M = np.full(M, -1)
@@ -127,8 +127,10 @@ def test_visits_hold_every_row_once(E):
       own = slice(start + low, start + high)
       assert (owner_M[own] == -1).all()
       owner_M[own] = e
-    end = group_E.sum()
-    assert owner_M[:end].tolist() == np.repeat(np.arange(E), group_E).tolist()
+    end = group_sizes_E.sum()
+    assert (
+      owner_M[:end].tolist() == np.repeat(np.arange(E), group_sizes_E).tolist()
+    )
     assert (owner_M[end:] == -1).all()
 
 

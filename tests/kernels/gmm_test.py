@@ -56,36 +56,41 @@ def groups(name):
 
 
 def test_groups_within_another_case_fit_it():
-  found = [group_E[group_E > 0].tolist() for group_E in groups('skewed')]
+  found = [
+    group_sizes_E[group_sizes_E > 0].tolist()
+    for group_sizes_E in groups('skewed')
+  ]
   for name in WITHIN:
     assert [rows for rows in CASES[name][3] if rows] in found, name
 
 
-def draw(name, dtype='float32', cases=CASES, group_E=None):
+def draw(name, dtype='float32', cases=CASES, group_sizes_E=None):
   """x, w, dy, group; the rows past the groups are NaN."""
   M, A, B, own = cases[name]
-  group_E = np.array(own, np.int32) if group_E is None else group_E
-  rows = sum(group_E)
+  group_sizes_E = (
+    np.array(own, np.int32) if group_sizes_E is None else group_sizes_E
+  )
+  rows = sum(group_sizes_E)
   rng = np.random.default_rng(len(name))
   x_MxA, dy_MxB = rng.normal(size=(M, A)), rng.normal(size=(M, B))
-  w_ExAxB = rng.normal(size=(len(group_E), A, B))
+  w_ExAxB = rng.normal(size=(len(group_sizes_E), A, B))
   # Experts of very different scale: an absolute tolerance would hide some.
-  scale_E = 10.0 ** rng.integers(-3, 4, size=len(group_E))
+  scale_E = 10.0 ** rng.integers(-3, 4, size=len(group_sizes_E))
   w_ExAxB *= scale_E[:, None, None]
-  x_MxA[:rows] *= np.repeat(scale_E[::-1], group_E)[:, None]
+  x_MxA[:rows] *= np.repeat(scale_E[::-1], group_sizes_E)[:, None]
   x_MxA[rows:] = np.nan
   dy_MxB[rows:] = np.nan
   cast = lambda a: a.astype(jnp.dtype(dtype))
-  return cast(x_MxA), cast(w_ExAxB), cast(dy_MxB), group_E
+  return cast(x_MxA), cast(w_ExAxB), cast(dy_MxB), group_sizes_E
 
 
-def oracle(x_MxA, w_ExAxB, dy_MxB, group_E):
+def oracle(x_MxA, w_ExAxB, dy_MxB, group_sizes_E):
   """Per expert y, dx, dw in float64."""
   x_MxA, w_ExAxB, dy_MxB = (
     np.asarray(a).astype(np.float64) for a in (x_MxA, w_ExAxB, dy_MxB)
   )
   y, dx, dw, row = [], [], [], 0
-  for e, size in enumerate(np.asarray(group_E)):
+  for e, size in enumerate(np.asarray(group_sizes_E)):
     x, dy = x_MxA[row : row + size], dy_MxB[row : row + size]
     y.append(x @ w_ExAxB[e])
     dx.append(dy @ w_ExAxB[e].T)
@@ -94,8 +99,8 @@ def oracle(x_MxA, w_ExAxB, dy_MxB, group_E):
   return y, dx, dw
 
 
-def by_expert(y_MxB, group_E):
-  ends = np.cumsum(np.asarray(group_E))
+def by_expert(y_MxB, group_sizes_E):
+  ends = np.cumsum(np.asarray(group_sizes_E))
   return np.split(np.asarray(y_MxB), ends)[:-1]
 
 
@@ -112,8 +117,8 @@ def check(got, want, tolerance):
       assert error <= tolerance, f'expert {e}: {error}'
 
 
-def vjp(x_MxA, w_ExAxB, dy_MxB, group_E, gmm=GMM['cpu']):
-  y, back = jax.vjp(lambda x, w: gmm(x, w, group_E), x_MxA, w_ExAxB)
+def vjp(x_MxA, w_ExAxB, dy_MxB, group_sizes_E, gmm=GMM['cpu']):
+  y, back = jax.vjp(lambda x, w: gmm(x, w, group_sizes_E), x_MxA, w_ExAxB)
   return (y, *back(dy_MxB))
 
 
@@ -135,18 +140,18 @@ def test_values_and_gradients(impl, name, dtype):
   x64 = dtype == 'float64'
   with jax.enable_x64(True) if x64 else contextlib.nullcontext():
     step = jax.jit(functools.partial(vjp, gmm=GMM[impl]))
-    for group_E in groups(name):
-      operands = draw(name, dtype, group_E=group_E)
+    for group_sizes_E in groups(name):
+      operands = draw(name, dtype, group_sizes_E=group_sizes_E)
       check_all(step(*operands), operands, TOLERANCE[dtype])
   assert step._cache_size() == 1
 
 
 def _deep_loss(x, w, gmm, remat):
   """Of layers h + tanh(gmm(h)), by a scan."""
-  group_E = np.array((50, 0, 70), np.int32)
+  group_sizes_E = np.array((50, 0, 70), np.int32)
 
   def layer(h, w):
-    return h + jnp.tanh(gmm(h, w, group_E)), None
+    return h + jnp.tanh(gmm(h, w, group_sizes_E)), None
 
   layer = jax.checkpoint(layer) if remat else layer
   return jnp.sum(jax.lax.scan(layer, x, w)[0] ** 2)
@@ -159,8 +164,10 @@ def _deep():
   x = np.float32(rng.normal(size=(120, 16)))
   w = np.float32(rng.normal(size=(3, 3, 16, 16)) / 4)
 
-  def dense(x, w, group_E):
-    own_MxE = np.eye(3, dtype=np.float32)[np.repeat(np.arange(3), group_E)]
+  def dense(x, w, group_sizes_E):
+    own_MxE = np.eye(3, dtype=np.float32)[
+      np.repeat(np.arange(3), group_sizes_E)
+    ]
     return jnp.einsum('ma,eab,me->mb', x, w, own_MxE, precision='highest')
 
   loss = functools.partial(_deep_loss, gmm=dense, remat=False)

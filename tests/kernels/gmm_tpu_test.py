@@ -29,8 +29,8 @@ def check(name, tiles, interpret=True, dtype='float32'):
   """Values and gradients of all groups that gmm_test has, by one program."""
   gmm = functools.partial(tpu.gmm, tiles=tiles, interpret=interpret)
   step = jax.jit(functools.partial(gmm_test.vjp, gmm=gmm))
-  for group_E in gmm_test.groups(name):
-    operands = gmm_test.draw(name, dtype, group_E=group_E)
+  for group_sizes_E in gmm_test.groups(name):
+    operands = gmm_test.draw(name, dtype, group_sizes_E=group_sizes_E)
     gmm_test.check_all(step(*operands), operands, gmm_test.TOLERANCE[dtype])
 
 
@@ -105,24 +105,30 @@ def test_gathered_rows_are_copied_ones(transpose, dtype, A):
   token_M[sum(group) :] = T
   x_TxA = rng.normal(size=(T, A)).astype(jnp.dtype(dtype))
   w_ExAxB = rng.normal(size=(len(group), A, B)).astype(jnp.dtype(dtype))
-  group_E = np.int32(group)
+  group_sizes_E = np.int32(group)
   interpret = pltpu.InterpretParams(
     detect_races=True, uninitialized_memory='nan'
   )
 
   @jax.jit
-  def run(x_TxA, token_M, w_ExAxB, group_E):
+  def run(x_TxA, token_M, w_ExAxB, group_sizes_E):
     w = w_ExAxB.swapaxes(1, 2) if transpose else w_ExAxB
     return tpu.gathered(
-      *(x_TxA, token_M, w, group_E, tiling.Tile(32, A, B, B, 16, 1 << 25)),
+      *(
+        x_TxA,
+        token_M,
+        w,
+        group_sizes_E,
+        tiling.Tile(32, A, B, B, 16, 1 << 25),
+      ),
       transpose=transpose,
       interpret=interpret,
     )
 
-  y_MxB = jax.block_until_ready(run(x_TxA, token_M, w_ExAxB, group_E))
+  y_MxB = jax.block_until_ready(run(x_TxA, token_M, w_ExAxB, group_sizes_E))
   x_MxA = x_TxA[np.minimum(token_M, T - 1)]
   want, _, _ = gmm_test.oracle(x_MxA, w_ExAxB, np.zeros((M, B)), group)
-  got = gmm_test.by_expert(y_MxB, group_E)
+  got = gmm_test.by_expert(y_MxB, group_sizes_E)
   gmm_test.check(got, want, gmm_test.TOLERANCE[dtype])
   assert not _races()
 
@@ -143,10 +149,12 @@ def _hidden_and_slopes(gate, up=None):
   return gate * sigmoid * up, [d_silu * up, gate * sigmoid]
 
 
-def _layer(name, dtype, gated, bias, group_E):
-  """(x, dy, ws, down, biases, weight_M, group_E); NaN past the groups."""
+def _layer(name, dtype, gated, bias, group_sizes_E):
+  """(x, dy, ws, down, biases, gate_M, group_sizes_E); NaN past the groups."""
   M, A, B, group = CASES[name]
-  x, up, _, group_E = gmm_test.draw(name, 'float32', group_E=group_E)
+  x, up, _, group_sizes_E = gmm_test.draw(
+    name, 'float32', group_sizes_E=group_sizes_E
+  )
   rng = np.random.default_rng(len(name))
   # Pre-activations of order one, where the activation is no line, or zero.
   ws = [up / np.max(abs(up), axis=(1, 2), keepdims=True)]
@@ -157,13 +165,13 @@ def _layer(name, dtype, gated, bias, group_E):
     -3, 4, size=(len(group), 1, 1)
   )
   dy_MxA = np.where(np.isnan(x), np.nan, rng.normal(size=(M, A)))
-  weight_M = rng.normal(size=M).astype(np.float32)
-  weight_M[::5] = 0.0
-  weight_M[sum(group_E) :] = np.nan
+  gate_M = rng.normal(size=M).astype(np.float32)
+  gate_M[::5] = 0.0
+  gate_M[sum(group_sizes_E) :] = np.nan
   arrays = jax.tree.map(
     lambda a: a.astype(jnp.dtype(dtype)), (x, dy_MxA, ws, down_ExBxA, biases)
   )
-  return *arrays, weight_M, group_E
+  return *arrays, gate_M, group_sizes_E
 
 
 def _check_layer(name, dtype, gated, bias, rows, step, run, interpret, groups):
@@ -173,32 +181,34 @@ def _check_layer(name, dtype, gated, bias, rows, step, run, interpret, groups):
   dlhs = tiling.Tile(rows, B, A, A, step, 1 << 25)
 
   @jax.jit
-  def run_all(x, dy, ws, down, biases, weight_M, group):
+  def run_all(x, dy, ws, down, biases, gate_M, group):
     hidden, pre = tpu.into(
       _hidden, x, ws, group, biases, tile=into, interpret=interpret
     )
-    arrays = dy, down, pre, weight_M, group
-    d_pre, gated_MxB, d_weight_M = tpu.slope(
+    arrays = dy, down, pre, gate_M, group
+    d_pre, gated_MxB, d_gate_M = tpu.slope(
       _hidden, *arrays, tile=into, interpret=interpret
     )
     dx = tpu.dlhs(d_pre, ws, group, tile=dlhs, interpret=interpret)
-    return hidden, pre, d_pre, gated_MxB, d_weight_M[:, None], dx
+    return hidden, pre, d_pre, gated_MxB, d_gate_M[:, None], dx
 
-  for group_E in groups:
-    args = _layer(name, dtype, gated, bias, group_E)
+  for group_sizes_E in groups:
+    args = _layer(name, dtype, gated, bias, group_sizes_E)
     found = jax.block_until_ready(run_all(*args))
-    expected = _expected_layer(*jax.tree.map(np.float64, args[:-1]), group_E)
+    expected = _expected_layer(
+      *jax.tree.map(np.float64, args[:-1]), group_sizes_E
+    )
     for i, array in enumerate(jax.tree.leaves(found)):
       want = [one[i] for one in expected]
-      by_expert = gmm_test.by_expert(array, group_E)
+      by_expert = gmm_test.by_expert(array, group_sizes_E)
       gmm_test.check(by_expert, want, gmm_test.TOLERANCE[dtype])
 
 
-def _expected_layer(x, dy, ws, down, biases, weight_M, group_E):
+def _expected_layer(x, dy, ws, down, biases, gate_M, group_sizes_E):
   """For each expert the list of what `run_all` of _check_layer returns."""
   found = []
-  split = functools.partial(gmm_test.by_expert, group_E=group_E)
-  for e, rows_e in enumerate(zip(*map(split, (x, dy, weight_M)), strict=True)):
+  split = functools.partial(gmm_test.by_expert, group_sizes_E=group_sizes_E)
+  for e, rows_e in enumerate(zip(*map(split, (x, dy, gate_M)), strict=True)):
     x_e, dy_e, weight = rows_e[0], rows_e[1], rows_e[2][:, None]
     pre = [x_e @ w[e] for w in ws]
     if biases:
@@ -269,13 +279,13 @@ visits = jax.jit(tpu._visits, static_argnames=('R', 'M', 'empty'))
 
 def test_visits_follow_the_rows():
   # Tiles of 16: expert 0 has tile 0, 2 has the rest of it and tiles 1 and 2.
-  group_E = np.array([10, 0, 30], np.int32)
-  got = visits(group_E, R=16, M=48, empty=1)
+  group_sizes_E = np.array([10, 0, 30], np.int32)
+  got = visits(group_sizes_E, R=16, M=48, empty=1)
   assert got.count == 5 and len(got.expert_V) == 3 + 3
   assert got.expert_V[:5].tolist() == [0, 1, 2, 2, 2]
   assert got.tile_V[:5].tolist() == [0, 0, 0, 1, 2]
   assert got.edge_E.tolist() == [0, 10, 10, 40]
-  assert visits(group_E, R=16, M=48, empty=0).count == 4
+  assert visits(group_sizes_E, R=16, M=48, empty=0).count == 4
 
 
 @pytest.mark.parametrize('E, rows', [(1, 48), (6, 16), (19, 128)])
@@ -284,11 +294,11 @@ def test_visits_agree_with_the_model_of_them(E, rows):
   M = 60 * E
   for spare in 0, 1, *rng.integers(0, 50, 8):
     share_E = rng.dirichlet(np.ones(E)) * rng.integers(0, 2, E)
-    group_E = np.int32(share_E / max(share_E.sum(), 1e-9) * (M - spare))
+    group_sizes_E = np.int32(share_E / max(share_E.sum(), 1e-9) * (M - spare))
     expert_V, tile_V, _ = tiling.visit(
-      group_E, tiling.Tile(rows, 1, 1, 1, rows, 0)
+      group_sizes_E, tiling.Tile(rows, 1, 1, 1, rows, 0)
     )
-    got = jax.device_get(visits(group_E, R=rows, M=M, empty=0))
+    got = jax.device_get(visits(group_sizes_E, R=rows, M=M, empty=0))
     n = int(got.count)
     assert n == len(expert_V) <= len(got.expert_V)
     assert got.expert_V[:n].tolist() == expert_V.tolist()

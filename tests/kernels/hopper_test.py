@@ -69,11 +69,13 @@ def test_copies_and_hbm_take_their_time():
 def test_walks_write_every_result_once(impl, kind, groups):
   shape = M, A, B, E = shapes.Shape(3000, 384, 640, 12)
   if groups == 'gaps':
-    group_E = np.array([0, 700, 0, 1, 0, 128, 999, 0, 0, 3, 64, 0], np.int32)
+    group_sizes_E = np.array(
+      [0, 700, 0, 1, 0, 128, 999, 0, 0, 3, 64, 0], np.int32
+    )
   else:
-    group_E = shapes.GROUPS[groups](M, E)
-  found = hopper.build(impl, kind, shape).walk(group_E)
-  rows = int(group_E.sum())
+    group_sizes_E = shapes.GROUPS[groups](M, E)
+  found = hopper.build(impl, kind, shape).walk(group_sizes_E)
+  rows = int(group_sizes_E.sum())
   results = {'fwd': rows * B, 'dlhs': rows * A, 'drhs': E * A * B}[kind]
   assert found.writes_V.sum() == 2 * results
   assert found.macs_V.sum() >= rows * A * B
@@ -92,7 +94,7 @@ def test_walks_write_every_result_once(impl, kind, groups):
 def test_drhs_of_uneven_experts_is_dealt_out_evenly(name):
   """As they come, one multiprocessor would have up to 1.36 of its share."""
   shape = shapes.find(name)
-  group_E = shapes.zipf(shape.M, shape.E)
-  found = hopper.build('gpu', 'drhs', shape).walk(group_E)
+  group_sizes_E = shapes.zipf(shape.M, shape.E)
+  found = hopper.build('gpu', 'drhs', shape).walk(group_sizes_E)
   each = np.bincount(found.sm_V, found.macs_V, H100.sms)
   assert each.max() <= 1.2 * each.mean()

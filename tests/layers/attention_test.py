@@ -28,11 +28,11 @@ YARN = {
   'yarn_length': 40,
 }
 OPTIONS = {
-  'rotary': {'J': 2, 'theta': THETA},
-  'latent': LATENT,
-  'span': {'span': SPAN},
+  'gqa': {'num_kv_heads': 2, 'theta': THETA},
+  'mla': LATENT,
+  'adaptive_span': {'span': SPAN},
 }  # of the kinds whose defaults are too large, or too plain, for these tests
-BY_DOCUMENT = ['rotary', 'latent', 'full']
+BY_DOCUMENT = ['gqa', 'mla', 'full']
 
 
 def _normal(shape, seed):
@@ -171,14 +171,14 @@ def test_what_a_token_multiplies_is_what_is_counted(name):
 @pytest.mark.parametrize(
   'name, options, causal, products',
   [
-    ('rotary', {'J': 2}, True, 2 * D * 4),
-    ('rotary', {'size': 16}, True, 2 * H * 16 * 4),
-    ('rotary', {'window': 3}, True, 2 * D * (1 + 2 + 5 * 3) / 7),
-    ('rotary', {'window': 30}, True, 2 * D * 4),
-    ('latent', LATENT, True, H * (3 + 4 + 5) * 4),
+    ('gqa', {'num_kv_heads': 2}, True, 2 * D * 4),
+    ('gqa', {'size': 16}, True, 2 * H * 16 * 4),
+    ('gqa', {'window': 3}, True, 2 * D * (1 + 2 + 5 * 3) / 7),
+    ('gqa', {'window': 30}, True, 2 * D * 4),
+    ('mla', LATENT, True, H * (3 + 4 + 5) * 4),
     ('full', {}, True, 2 * D * 4),
     ('full', {}, False, 2 * D * 9),
-    ('span', {'span': 5}, True, 3 * D * 5),
+    ('adaptive_span', {'span': 5}, True, 3 * D * 5),
   ],
 )
 def test_keys_are_counted_that_a_query_sees(name, options, causal, products):
@@ -232,32 +232,41 @@ def test_the_scheme_and_the_output_scale_are_followed(name):
 
 
 def test_names_and_options():
-  assert {'full', 'latent', 'rotary', 'span'} <= set(attention.names())
+  assert {'adaptive_span', 'full', 'gqa', 'mla'} <= set(attention.names())
   options = lambda name: config.attend(name).to_dict()
-  assert {'J': None, 'theta': 10_000.0, 'window': None}.items() <= options(
-    'rotary'
-  ).items()
+  assert {
+    'num_kv_heads': None,
+    'theta': 10_000.0,
+    'window': None,
+  }.items() <= options('gqa').items()
   assert options('full') == {'name': 'full'}
-  with pytest.raises(ValueError, match=r"'rotar'.*full.*latent.*rotary.*span"):
+  with pytest.raises(
+    ValueError, match=r"'rotar'.*adaptive_span.*full.*gqa.*mla"
+  ):
     attention.get('rotar')
   make = lambda name: attention.get(name)(
     24, H, scheme=init.get('lecun'), rngs=nnx.Rngs(0)
   )
-  assert [make(name).caches for name in ('rotary', 'span')] == [0, 256]
+  assert [make(name).caches for name in ('gqa', 'adaptive_span')] == [0, 256]
 
 
 @pytest.mark.parametrize(
   'name, width, options, message',
   [
-    ('rotary', 24, {'J': 3}, r'J \(3\) does not divide H \(4\)'),
-    ('rotary', 12, {}, 'odd size 3'),
-    ('rotary', 26, {}, r'H \(4\) does not divide D \(26\)'),
-    ('rotary', 24, {'size': 5}, 'odd size 5'),
-    ('rotary', 24, {'window': 0}, 'window=0'),
-    ('rotary', 24, {'qk_norm': 'rms'}, "qk_norm='rms'; there are none, head"),
+    (
+      'gqa',
+      24,
+      {'num_kv_heads': 3},
+      r'num_kv_heads \(3\) does not divide H \(4\)',
+    ),
+    ('gqa', 12, {}, 'odd size 3'),
+    ('gqa', 26, {}, r'H \(4\) does not divide D \(26\)'),
+    ('gqa', 24, {'size': 5}, 'odd size 5'),
+    ('gqa', 24, {'window': 0}, 'window=0'),
+    ('gqa', 24, {'qk_norm': 'rms'}, "qk_norm='rms'; there are none, head"),
     ('full', 26, {}, r'H \(4\) does not divide D \(26\)'),
-    ('span', 26, {}, r'H \(4\) does not divide D \(26\)'),
-    ('latent', 24, {'rope': 3}, 'rope=3'),
+    ('adaptive_span', 26, {}, r'H \(4\) does not divide D \(26\)'),
+    ('mla', 24, {'rope': 3}, 'rope=3'),
   ],
 )
 def test_sizes_that_do_not_fit_are_refused(name, width, options, message):
@@ -339,7 +348,7 @@ def test_a_query_that_sees_no_key_answers_zero(causal):
 def _rotary_by_hand(
   w, x_BxLxD, segment_BxL, qk_norm='none', window=L, turn=_turned
 ):
-  w, J = _wide(w), OPTIONS['rotary']['J']
+  w, J = _wide(w), OPTIONS['gqa']['num_kv_heads']
   S = w['query_DxHxS'].shape[2]
 
   def heads(x_D, name, letter):
@@ -381,7 +390,7 @@ def _rotary_by_hand(
   ids=str,
 )
 def test_the_options_of_published_models_agree_with_the_loops(options):
-  call, weights = _setup('rotary', **options)
+  call, weights = _setup('gqa', **options)
   told = {k: v for k, v in options.items() if k not in ('size', 'bias')}
   expected = _rotary_by_hand(weights, _x(), SEGMENT_BxL, **told)
   _close(call(weights, _x(), _view(SEGMENT_BxL)), expected)
@@ -389,7 +398,7 @@ def test_the_options_of_published_models_agree_with_the_loops(options):
 
 def test_the_norm_of_queries_has_the_eps_it_is_given():
   (call, weights), (other, _) = (
-    _setup('rotary', qk_norm='head', eps=eps) for eps in (1e-6, 10.0)
+    _setup('gqa', qk_norm='head', eps=eps) for eps in (1e-6, 10.0)
   )
   y_BxLxD, far = (f(weights, _x(), _view()) for f in (call, other))
   assert np.abs(y_BxLxD - far).max() > 0.01
@@ -399,7 +408,7 @@ def test_the_norm_of_queries_has_the_eps_it_is_given():
 def test_rotary_takes_yarn_too(amplitude):
   """Heads of 4: the pairs of the latent's test below."""
   options = {k: YARN[k] for k in YARN if 'mscale' not in k}
-  call, weights = _setup('rotary', size=4, yarn_amplitude=amplitude, **options)
+  call, weights = _setup('gqa', size=4, yarn_amplitude=amplitude, **options)
   frequency = np.array([1, THETA**-0.5 * (0.5 + 0.5 / 8)])
   factor = 1 + 0.1 * math.log(8) if amplitude is None else amplitude
   turn = lambda x_S, place: factor * _turned(x_S, place, frequency)
@@ -408,13 +417,13 @@ def test_rotary_takes_yarn_too(amplitude):
 
 
 def test_rotary_agrees_with_the_loops():
-  call, weights = _setup('rotary')
+  call, weights = _setup('gqa')
   expected = _rotary_by_hand(weights, _x(), SEGMENT_BxL)
   _close(call(weights, _x(), _view(SEGMENT_BxL)), expected)
 
 
 def test_grouped_queries_are_repeated_key_value_heads():
-  (call, weights), (many, _) = _setup('rotary'), _setup('rotary', J=None)
+  (call, weights), (many, _) = _setup('gqa'), _setup('gqa', num_kv_heads=None)
   repeated = dict(weights)
   for name in ('key_DxJxS', 'value_DxJxS'):
     repeated[name] = np.repeat(weights[name], 2, axis=1)
@@ -483,7 +492,7 @@ def _latent_by_hand(
 
 @pytest.mark.parametrize('query_rank', [None, 6])
 def test_latent_agrees_with_the_loops(query_rank):
-  call, weights = _setup('latent', query_rank=query_rank)
+  call, weights = _setup('mla', query_rank=query_rank)
   frequency = np.array([1, THETA**-0.5])
   _close(
     call(weights, _x(), _view()), _latent_by_hand(weights, _x(), frequency)
@@ -491,7 +500,7 @@ def test_latent_agrees_with_the_loops(query_rank):
 
 
 def test_latent_may_have_its_pairs_apart():
-  call, weights = _setup('latent', interleaved=False)
+  call, weights = _setup('mla', interleaved=False)
   frequency = np.array([1, THETA**-0.5])
   expected = _latent_by_hand(weights, _x(), frequency, interleaved=False)
   _close(call(weights, _x(), _view()), expected)
@@ -530,7 +539,7 @@ def test_yarn_where_all_pairs_turn_too_seldom_or_often():
 
 def test_yarn_slows_the_slow_pairs_and_sharpens_the_scores():
   """Pair i turns 40 / (2 pi 50^(i/2)) times in 40 tokens: 6.4 and 0.9 times."""
-  call, weights = _setup('latent', **YARN)
+  call, weights = _setup('mla', **YARN)
   turns_at = lambda pair: 40 / (2 * math.pi * THETA ** (pair / 2))
   # 2 turns are between the pairs 0 and 1, half a turn between 1 and 2: from
   # pair 0, which keeps its frequency, to pair 2, which would be 8 times slower.
@@ -544,8 +553,8 @@ def test_yarn_slows_the_slow_pairs_and_sharpens_the_scores():
 
 
 def test_a_factor_of_one_extends_nothing():
-  call, weights = _setup('latent')
-  one, _ = _setup('latent', **{**YARN, 'yarn_factor': 1.0})
+  call, weights = _setup('mla')
+  one, _ = _setup('mla', **{**YARN, 'yarn_factor': 1.0})
   got = one(weights, _x(), _view())
   np.testing.assert_allclose(got, call(weights, _x(), _view()), 1e-5, 1e-6)
 
@@ -569,7 +578,7 @@ def _span_by_hand(w, x_BxLxD, position_SxP, cache_BxPxD, span):
 @pytest.mark.parametrize('length, span', [(7, 3), (3, 7), (1, 1), (290, 5)])
 def test_span_agrees_with_the_loops(length, span):
   """Also where a block is shorter than the span, and where there are blocks."""
-  call, weights = _setup('span', span=span)
+  call, weights = _setup('adaptive_span', span=span)
   x_BxLxD, cache_BxPxD = _x(1, length), _x(2, span)
   position_SxP = _normal((S, span), 5)
   segment_BxL = np.int32(np.arange(B * length).reshape(B, -1))  # not looked at
@@ -583,8 +592,8 @@ def test_span_agrees_with_the_loops(length, span):
 
 
 def test_a_stream_in_two_blocks_is_the_stream():
-  call, weights = _setup('span')
-  view, x_BxLxD = _view(shared=_shared('span')), _x()
+  call, weights = _setup('adaptive_span')
+  view, x_BxLxD = _view(shared=_shared('adaptive_span')), _x()
   whole = call(weights, x_BxLxD, view)
   cache_BxPxD = x_BxLxD[:, 4 - SPAN : 4]
   second = call(weights, x_BxLxD[:, 4:], view.replace(cache_BxCxD=cache_BxPxD))
@@ -593,17 +602,17 @@ def test_a_stream_in_two_blocks_is_the_stream():
 
 def test_positions_are_normal_and_one_for_all_heads():
   rngs = nnx.Rngs(0)
-  position_SxP = attention.get('span').shared(4, 128, rngs, span=500)[
+  position_SxP = attention.get('adaptive_span').shared(4, 128, rngs, span=500)[
     'position_SxP'
   ]
   assert position_SxP.shape == (32, 500)
   assert np.std(position_SxP) == pytest.approx(1, rel=0.02)
-  assert attention.get('rotary').shared(4, 128, rngs, J=2) == {}
+  assert attention.get('gqa').shared(4, 128, rngs, num_kv_heads=2) == {}
 
 
 def test_a_cache_of_another_length_is_refused():
-  call, weights = _setup('span')
-  view = _view(shared=_shared('span'), cache_BxCxD=_x(2, SPAN + 1))
+  call, weights = _setup('adaptive_span')
+  view = _view(shared=_shared('adaptive_span'), cache_BxCxD=_x(2, SPAN + 1))
   with pytest.raises(ValueError, match='a cache of 4 inputs, not 3'):
     call(weights, _x(), view)
 

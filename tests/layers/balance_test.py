@@ -80,12 +80,14 @@ def test_kept_is_switch_among_the_kept():
   keep_E, load_E = np.array([1, 0, 1, 1], bool), np.array([5, 0, 1, 6])
   probs_TxE = np.float32(oracle.softmax(logits_TxE[:, keep_E]))
   np.testing.assert_allclose(
-    balance.kept(logits_TxE, np.int32(load_E), keep_E),
+    balance.switch_among(logits_TxE, np.int32(load_E), keep_E),
     balance.switch(probs_TxE, np.int32(load_E[keep_E])),
     1e-6,
   )
   logits_TxE[:, ~keep_E] = 1e3  # the others count nothing, whatever they are
-  slope_TxE = jax.grad(balance.kept)(logits_TxE, np.float32(load_E), keep_E)
+  slope_TxE = jax.grad(balance.switch_among)(
+    logits_TxE, np.float32(load_E), keep_E
+  )
   assert np.isfinite(slope_TxE).all() and not slope_TxE[:, ~keep_E].any()
   assert slope_TxE[:, keep_E].any()
 
@@ -94,15 +96,15 @@ def test_spread_by_hand():
   score_GxTxE = _probs(B, L, E, scale=2)
   total_GxE = np.float64(score_GxTxE).sum(1)
   expected = np.mean((total_GxE.std(1) / total_GxE.mean(1)) ** 2)
-  np.testing.assert_allclose(balance.spread(score_GxTxE), expected, 1e-5)
+  np.testing.assert_allclose(balance.cv_squared(score_GxTxE), expected, 1e-5)
 
 
 def test_spread_lies_between_none_and_all_on_one_expert():
   even = np.ones((B, L, E), np.float32)
-  assert float(balance.spread(even)) == 0
-  np.testing.assert_array_equal(jax.grad(balance.spread)(even), 0)
+  assert float(balance.cv_squared(even)) == 0
+  np.testing.assert_array_equal(jax.grad(balance.cv_squared)(even), 0)
   one = np.broadcast_to(np.eye(E, dtype=np.float32)[1], (B, L, E))
-  assert float(balance.spread(one)) == pytest.approx(E - 1)
+  assert float(balance.cv_squared(one)) == pytest.approx(E - 1)
 
 
 def test_no_load_at_all_is_finite():
@@ -135,12 +137,16 @@ def test_entropy_of_one_expert_is_zero():
 
 def test_nudge_raises_the_idle_and_lowers_the_busy():
   bias_E = np.float32([0.5, 0.5, 0.5, -1])
-  new_E = balance.nudge(bias_E, np.array([9, 0, 4, 3], np.int32), 0.01)
+  new_E = balance.update_expert_bias(
+    bias_E, np.array([9, 0, 4, 3], np.int32), 0.01
+  )
   np.testing.assert_allclose(new_E - bias_E, [-0.01, 0.01, 0, 0.01], atol=1e-6)
 
 
 @pytest.mark.parametrize('bias_type', [jnp.float32, jnp.bfloat16])
 def test_nudge_keeps_the_type_of_the_bias(bias_type):
-  new_E = balance.nudge(jnp.zeros(2, bias_type), jnp.array([1, 3]), 0.5)
+  new_E = balance.update_expert_bias(
+    jnp.zeros(2, bias_type), jnp.array([1, 3]), 0.5
+  )
   assert new_E.dtype == bias_type
   np.testing.assert_array_equal(np.float32(new_E), [0.5, -0.5])

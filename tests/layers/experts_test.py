@@ -35,10 +35,10 @@ def _rows(wide=np.float32):
   return wide(np.random.default_rng(1).normal(size=(M, D)))
 
 
-def _call(module, weights, rows_MxD, group_E=GROUP_E):
+def _call(module, weights, rows_MxD, group_sizes_E=GROUP_E):
   graph, state = nnx.split(module)
   nnx.replace_by_pure_dict(state, weights)
-  return nnx.merge(graph, state)(rows_MxD, group_E)
+  return nnx.merge(graph, state)(rows_MxD, group_sizes_E)
 
 
 def _expected(weights, rows_MxD, activation):
@@ -142,9 +142,9 @@ def test_biases_start_at_zero_and_out_scale_shrinks_the_answer():
 def test_bfloat16_rows_meet_bfloat16_weights():
   seen = []
 
-  def gmm(x_MxA, w_ExAxB, group_E):
+  def gmm(x_MxA, w_ExAxB, group_sizes_E):
     seen.append((x_MxA.dtype, w_ExAxB.dtype))
-    return ops.gmm(x_MxA, w_ExAxB, group_E)
+    return ops.gmm(x_MxA, w_ExAxB, group_sizes_E)
 
   module = _module('swiglu', bias=True, gmm=gmm)
   y = jax.eval_shape(

@@ -9,8 +9,7 @@ import pytest
 from flax import nnx
 
 from experiments.benches.fused import layers, saved, seconds
-from moe_jax import ops, parallel
-from moe_jax import plan as plans
+from moe_jax import ops, parallel, plans
 from moe_jax.experts.mlp import ACTIVATIONS, Experts
 from pallas_kernels import cpu
 from pallas_kernels.shapes import CASES
@@ -27,30 +26,34 @@ def _poisoned(impl):
   """Products with NaN in all rows that they leave undefined."""
   found = ops.products(impl)
 
-  def past(group_E, *arrays):
+  def past(group_sizes_E, *arrays):
     row_M = jnp.arange(len(arrays[0]), dtype=jnp.int32)
-    own_M = row_M < jnp.sum(group_E, dtype=jnp.int32)
+    own_M = row_M < jnp.sum(group_sizes_E, dtype=jnp.int32)
     own = lambda a: own_M.reshape(-1, *[1] * (a.ndim - 1))
     return tuple(jnp.where(own(a), a, jnp.nan) for a in arrays)
 
-  def fwd(x, ws, group_E, token_M=None):
-    return past(group_E, *found.fwd(x, ws, group_E, token_M))
+  def fwd(x, ws, group_sizes_E, token_M=None):
+    return past(group_sizes_E, *found.fwd(x, ws, group_sizes_E, token_M))
 
-  def dlhs(dys, ws, group_E, token_M=None):
-    return past(group_E, found.dlhs(dys, ws, group_E, token_M))[0]
+  def dlhs(dys, ws, group_sizes_E, token_M=None):
+    return past(group_sizes_E, found.dlhs(dys, ws, group_sizes_E, token_M))[0]
 
-  def into(of, x, ws, group_E, biases=(), token_M=None):
-    hidden, pre = found.into(of, x, ws, group_E, biases, token_M)
-    hidden, *pre = past(group_E, hidden, *pre)
+  def up_and_activate(
+    activation, x, ws, group_sizes_E, biases=(), token_M=None
+  ):
+    hidden, pre = found.up_and_activate(
+      activation, x, ws, group_sizes_E, biases, token_M
+    )
+    hidden, *pre = past(group_sizes_E, hidden, *pre)
     return hidden, tuple(pre)
 
-  def slope(of, dy, w, pre, weight_M, group_E, token_M=None):
-    args = dy, w, pre, weight_M, group_E, token_M
-    d_pre, hidden, d_weight_M = found.slope(of, *args)
-    *d_pre, hidden, d_weight_M = past(group_E, *d_pre, hidden, d_weight_M)
-    return tuple(d_pre), hidden, d_weight_M
+  def down_vjp(activation, dy, w, pre, gate_M, group_sizes_E, token_M=None):
+    args = dy, w, pre, gate_M, group_sizes_E, token_M
+    d_pre, hidden, d_gate_M = found.down_vjp(activation, *args)
+    *d_pre, hidden, d_gate_M = past(group_sizes_E, *d_pre, hidden, d_gate_M)
+    return tuple(d_pre), hidden, d_gate_M
 
-  return ops.Products(fwd, dlhs, found.drhs, into, slope)
+  return ops.Products(fwd, dlhs, found.drhs, up_and_activate, down_vjp)
 
 
 PRODUCTS = {
@@ -112,7 +115,7 @@ def _answer(strategy, made, args, chosen, n):
   layout = parallel.Layout(strategy=strategy)
   made_plans = (
     plans.by_token(expert_TxK, args['gate_TxK'], E),
-    plans.ByExpert(place_NxExC, args['gate_NxExC'], GROUP),
+    plans.ExpertChoice(place_NxExC, args['gate_NxExC'], GROUP),
   )
   return [layout(args['x_TxD'], plan, module)[0] for plan in made_plans[:n]]
 
@@ -302,35 +305,37 @@ def test_gathered_rows_are_copied_ones(name):
   dys = draw(M, B), draw(M, B + 1)
 
   @jax.jit
-  def run(token_M, x_TxA, y_TxA, ws, dys, group_E):
+  def run(token_M, x_TxA, y_TxA, ws, dys, group_sizes_E):
     turned = [w_ExAxB.swapaxes(1, 2) for w_ExAxB in ws]
     return (
-      cpu.fwd(x_TxA, ws, group_E, token_M),
-      cpu.dlhs(dys, ws, group_E),
-      cpu.dlhs((x_TxA, y_TxA), [turned[0]] * 2, group_E, token_M),
-      cpu.drhs(x_TxA, dys, group_E, x_token_M=token_M),
-      cpu.drhs(dys[0], (x_TxA, y_TxA), group_E, dy_token_M=token_M),
+      cpu.fwd(x_TxA, ws, group_sizes_E, token_M),
+      cpu.dlhs(dys, ws, group_sizes_E),
+      cpu.dlhs((x_TxA, y_TxA), [turned[0]] * 2, group_sizes_E, token_M),
+      cpu.drhs(x_TxA, dys, group_sizes_E, x_token_M=token_M),
+      cpu.drhs(dys[0], (x_TxA, y_TxA), group_sizes_E, dy_token_M=token_M),
     )
 
-  for group_E in gmm_test.groups(name)[:12]:
+  for group_sizes_E in gmm_test.groups(name)[:12]:
     token_M = rng.integers(0, tokens, M).astype(np.int32)
-    token_M[sum(group_E) :] = tokens
-    found = run(token_M, x_TxA, y_TxA, ws, dys, group_E)
+    token_M[sum(group_sizes_E) :] = tokens
+    found = run(token_M, x_TxA, y_TxA, ws, dys, group_sizes_E)
     ys, dx, both, dws, turned = jax.device_get(found)
     rows = np.clip(token_M, 0, tokens - 1)
     x_MxA, y_MxA = x_TxA[rows], y_TxA[rows]
     want = [
-      gmm_test.oracle(x_MxA, w, dy, group_E)
+      gmm_test.oracle(x_MxA, w, dy, group_sizes_E)
       for w, dy in zip(ws, dys, strict=True)
     ]
-    by_expert = functools.partial(gmm_test.by_expert, group_E=group_E)
+    by_expert = functools.partial(
+      gmm_test.by_expert, group_sizes_E=group_sizes_E
+    )
     sums = lambda *lists: [np.add(*pair) for pair in zip(*lists, strict=True)]
     for i, (y, _, dw) in enumerate(want):
       gmm_test.check(by_expert(ys[i]), y, 1e-5)
       gmm_test.check(dws[i], dw, 1e-5)
     gmm_test.check(by_expert(dx), sums(want[0][1], want[1][1]), 1e-5)
-    first = want[0][0], gmm_test.oracle(y_MxA, ws[0], dys[0], group_E)[0]
+    first = want[0][0], gmm_test.oracle(y_MxA, ws[0], dys[0], group_sizes_E)[0]
     gmm_test.check(by_expert(both), sums(*first), 1e-5)
     for part, rows_MxA in zip(turned, (x_MxA, y_MxA), strict=True):
-      dw = gmm_test.oracle(rows_MxA, ws[0], dys[0], group_E)[2]
+      dw = gmm_test.oracle(rows_MxA, ws[0], dys[0], group_sizes_E)[2]
       gmm_test.check(part, [d.T for d in dw], 1e-5)

@@ -16,8 +16,7 @@ import pytest
 
 from experiments.checks.mesh import cells
 from moe_jax import parallel
-from moe_jax.training import job as jobs
-from moe_jax.training import loop, train_step
+from moe_jax.training import jobs, loop, train_step
 from tests.helpers.small import small_config
 
 STEPS = 3
@@ -36,7 +35,7 @@ FACTORS = (
 
 ONE = '1x1x1'
 # What they exchange with one device is tested on eight, in replicas.
-EXCHANGES = set(parallel.STRATEGIES) - set(parallel.HERE)
+EXCHANGES = set(parallel.STRATEGIES) - set(parallel.LOCAL_STRATEGIES)
 
 
 def _possible():
@@ -46,7 +45,7 @@ def _possible():
 
 
 def _pairs(cell):
-  """All pairs of (factor, value) that a cell has."""
+  """All pairs of (buffer_factor, value) that a cell has."""
   return set(itertools.combinations(vars(cell).items(), 2))
 
 
@@ -89,7 +88,7 @@ def test_the_cells_cover_all_pairs():
     expected = set(itertools.product(FACTORS[i], FACTORS[j]))
     if FACTORS[i] is FACTORS[3] and FACTORS[j] is FACTORS[4]:
       cut = [m for m, sizes in cells.MESHES.items() if sizes[2] > 1]
-      expected -= set(itertools.product(cut, parallel.HERE))
+      expected -= set(itertools.product(cut, parallel.LOCAL_STRATEGIES))
       expected -= set(itertools.product([ONE], EXCHANGES))
     assert found == expected
 

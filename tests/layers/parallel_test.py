@@ -12,21 +12,22 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe_jax import parallel
-from moe_jax import plan as plans
+from moe_jax import parallel, plans
 from moe_jax.experts.mlp import Experts
 from tests.helpers import oracle
 
 P = jax.sharding.PartitionSpec
 T, D, F, E, K = 64, 8, 8, 8, 2
 N, GROUP, C = 16, 4, 2  # where experts choose
-EXCHANGES = [s for s in parallel.STRATEGIES if s not in parallel.HERE]
+EXCHANGES = [
+  s for s in parallel.STRATEGIES if s not in parallel.LOCAL_STRATEGIES
+]
 # What exchanges rows does so along `expert` alone, and what sums over the other
 # axes is common to all strategies: one of these is enough on each other mesh.
 CASES = [
   *itertools.product([(1, 1, 8, 1), (1, 2, 2, 2)], EXCHANGES),
   ((2, 2, 2, 1), 'ragged'),
-  *itertools.product([(2, 2, 1, 2)], parallel.HERE),
+  *itertools.product([(2, 2, 1, 2)], parallel.LOCAL_STRATEGIES),
 ]
 SCARCE = [
   *itertools.product([(1, 2, 2, 2)], EXCHANGES),
@@ -40,34 +41,34 @@ def _wide():
     yield
 
 
-def _dense_gmm(x_MxA, w_ExAxB, group_E):
+def _dense_gmm(x_MxA, w_ExAxB, group_sizes_E):
   """Every row times every matrix: slow, and few operations to compile."""
-  expert_M = plans.expert_of(group_E, len(x_MxA))
-  own_MxE = jax.nn.one_hot(expert_M, len(group_E), dtype=x_MxA.dtype)
+  expert_M = plans.expert_of(group_sizes_E, len(x_MxA))
+  own_MxE = jax.nn.one_hot(expert_M, len(group_sizes_E), dtype=x_MxA.dtype)
   return jnp.einsum('ma,eab,me->mb', x_MxA, w_ExAxB, own_MxE)
 
 
 @jax.custom_vjp
-def _worst_gmm(x_MxA, w_ExAxB, group_E):
+def _worst_gmm(x_MxA, w_ExAxB, group_sizes_E):
   """NaN in all that the contract of a grouped matmul leaves open."""
-  y_MxB = _dense_gmm(_inside(x_MxA, group_E), w_ExAxB, group_E)
-  return _inside(y_MxB, group_E, jnp.nan)
+  y_MxB = _dense_gmm(_inside(x_MxA, group_sizes_E), w_ExAxB, group_sizes_E)
+  return _inside(y_MxB, group_sizes_E, jnp.nan)
 
 
 def _worst_gmm_bwd(saved, dy_MxB):
-  x_MxA, w_ExAxB, group_E = saved
-  gmm = lambda x, w: _dense_gmm(x, w, group_E)
-  _, pull = jax.vjp(gmm, _inside(x_MxA, group_E), w_ExAxB)
-  dx_MxA, dw_ExAxB = pull(_inside(dy_MxB, group_E))
-  return _inside(dx_MxA, group_E, jnp.nan), dw_ExAxB, None
+  x_MxA, w_ExAxB, group_sizes_E = saved
+  gmm = lambda x, w: _dense_gmm(x, w, group_sizes_E)
+  _, pull = jax.vjp(gmm, _inside(x_MxA, group_sizes_E), w_ExAxB)
+  dx_MxA, dw_ExAxB = pull(_inside(dy_MxB, group_sizes_E))
+  return _inside(dx_MxA, group_sizes_E, jnp.nan), dw_ExAxB, None
 
 
 _worst_gmm.defvjp(lambda *args: (_worst_gmm(*args), args), _worst_gmm_bwd)
 
 
-def _inside(a_MxA, group_E, other=0.0):
+def _inside(a_MxA, group_sizes_E, other=0.0):
   row_M = jnp.arange(len(a_MxA), dtype=jnp.int32)
-  rows = jnp.sum(group_E, dtype=jnp.int32)
+  rows = jnp.sum(group_sizes_E, dtype=jnp.int32)
   return jnp.where((row_M < rows)[:, None], a_MxA, other)
 
 
@@ -114,9 +115,9 @@ KINDS = ('random', 'skewed', 'sparse')
 
 @functools.cache
 def answer(layout):
-  """A function of arguments and choices: gradients, and ([y, y], [lost, lost])
+  """A function of arguments and choices: gradients, ([y, y], [overflow] * 2).
 
-  of both kinds of plans.
+  Of both kinds of plans.
   """
   graph, state = _experts()
 
@@ -127,12 +128,12 @@ def answer(layout):
       layout(args['x_TxD'], plan, experts)
       for plan in (
         plans.by_token(expert_TxK, args['gate_TxK'], E),
-        plans.ByExpert(place_NxExC, args['gate_NxExC'], GROUP),
+        plans.ExpertChoice(place_NxExC, args['gate_NxExC'], GROUP),
       )
     ]
-    (y_TxD, lost), (z_TxD, lost_too) = found
+    (y_TxD, overflow), (z_TxD, overflow_too) = found
     value = jnp.sum(r_TxD * y_TxD) + jnp.sum(r_TxD[::-1] * z_TxD)
-    return value, ([y_TxD, z_TxD], [lost, lost_too])
+    return value, ([y_TxD, z_TxD], [overflow, overflow_too])
 
   return jax.jit(jax.grad(f, has_aux=True))
 
@@ -142,9 +143,11 @@ def ask(layout, args, chosen):
   return jax.device_get(answer(layout)(args, *chosen, r_TxD))
 
 
-def on(sizes, strategy, factor=None):
+def on(sizes, strategy, buffer_factor=None):
   mesh = parallel.mesh(dict(zip(parallel.AXES, sizes, strict=True)))
-  return parallel.layout(mesh, K, strategy=strategy, factor=factor)[0]
+  return parallel.layout(
+    mesh, K, strategy=strategy, buffer_factor=buffer_factor
+  )[0]
 
 
 def same(found, expected):
@@ -175,9 +178,9 @@ def dense(args, chosen):
 @pytest.mark.parametrize('kind', KINDS)
 def test_one_device_answers_as_the_loops(kind):
   args, chosen = arguments(), choices(kind)
-  grads, (ys, losts) = ask(parallel.Layout(), args, chosen)
+  grads, (ys, overflows) = ask(parallel.Layout(), args, chosen)
   same(ys, dense(args, chosen))
-  assert losts == [0, 0]
+  assert overflows == [0, 0]
   toward = jax.tree.map(np.random.default_rng(3).normal, args)
   r_TxD = np.random.default_rng(2).normal(size=(T, D))
 
@@ -193,7 +196,7 @@ def test_one_device_answers_as_the_loops(kind):
 
 @pytest.mark.parametrize('sizes, strategy', CASES)
 def test_a_mesh_answers_as_one_device(sizes, strategy):
-  """Values, all gradients, and no row is lost, wherever tokens want to go."""
+  """Values, all gradients, and no row overflows, wherever tokens want to go."""
   layout = on(sizes, strategy)
   for kind in KINDS:
     found = ask(layout, arguments(), choices(kind))
@@ -224,11 +227,11 @@ def kept(strategy, rows, n, places):
 def test_places_for_rows_are_counted_exactly():
   """1.1 of 10 rows are 11, though the float 1.1 is a little more."""
   expert_TxK = jnp.zeros((10, 1), jnp.int32)
-  plan = plans.ByToken(expert_TxK, jnp.ones((10, 1)), E=4)
+  plan = plans.TokenChoice(expert_TxK, jnp.ones((10, 1)), E=4)
   assert parallel._places(plan, parallel.Axis(4, 1.1, True)) == 11
 
 
-def masks(sizes, strategy, factor, expert_TxK):
+def masks(sizes, strategy, buffer_factor, expert_TxK):
   """bool [T, K] and [N, E, C]: the rows that find a place."""
   data, fsdp, n, _ = sizes  # the devices along tensor have the same rows
   expert_NxExC = np.broadcast_to(np.arange(E)[:, None], (N, E, C))
@@ -236,7 +239,7 @@ def masks(sizes, strategy, factor, expert_TxK):
   for expert in expert_TxK, expert_NxExC:
     size = expert.size // (data * fsdp * n)
     places = math.ceil(
-      factor * (size / E if strategy == 'all_to_all' else size)
+      buffer_factor * (size / E if strategy == 'all_to_all' else size)
     )
     mask = expert < E
     for part, open_ in zip(  # of devices that share experts
@@ -252,20 +255,22 @@ def masks(sizes, strategy, factor, expert_TxK):
 
 @pytest.mark.parametrize('sizes, strategy', SCARCE)
 def test_what_finds_no_place_is_counted_and_left_out(sizes, strategy):
-  factor, args = 0.6, arguments()
+  buffer_factor, args = 0.6, arguments()
   for kind in KINDS:
     chosen = choices(kind)
-    mask_TxK, mask_NxExC = masks(sizes, strategy, factor, chosen[0])
+    mask_TxK, mask_NxExC = masks(sizes, strategy, buffer_factor, chosen[0])
     gates = {
       'gate_TxK': args['gate_TxK'] * mask_TxK,
       'gate_NxExC': args['gate_NxExC'] * mask_NxExC,
     }
-    grads, (ys, losts) = ask(on(sizes, strategy, factor), args, chosen)
+    grads, (ys, overflows) = ask(
+      on(sizes, strategy, buffer_factor), args, chosen
+    )
     same(ys, dense({**args, **gates}, chosen))
     wanted = np.sum(chosen[0] < E)
-    assert losts == [wanted - mask_TxK.sum(), N * E * C - mask_NxExC.sum()]
+    assert overflows == [wanted - mask_TxK.sum(), N * E * C - mask_NxExC.sum()]
     if kind == 'skewed':
-      assert losts[0] > 0
+      assert overflows[0] > 0
     expected, _ = ask(parallel.Layout(), {**args, **gates}, chosen)
     left_out = {
       'gate_TxK': expected['gate_TxK'] * mask_TxK,
@@ -278,8 +283,8 @@ def test_legs_by_hand():
   """Two devices with two experts each and four places for rows."""
   mesh = parallel.mesh({'data': 1, 'fsdp': 1, 'expert': 2, 'tensor': 1})
   rows_SxE = np.array([[2, 1, 0, 3], [1, 2, 2, 1]], np.int32)
-  legs = lambda rows_1xE: parallel._legs(rows_1xE[0], 2, 4)
-  there, back, came, lost = jax.jit(
+  legs = lambda rows_1xE: parallel._ragged_all_to_all_args(rows_1xE[0], 2, 4)
+  there, back, came, overflow = jax.jit(
     jax.shard_map(
       lambda rows_1xE: jax.tree.map(lambda a: a[None], legs(rows_1xE)),
       mesh=mesh,
@@ -297,7 +302,7 @@ def test_legs_by_hand():
   from_, to = [[0, 3, 2, 4], [0, 2, 0, 4]], [[0, 2, 0, 1], [3, 3, 3, 5]]
   np.testing.assert_array_equal(back, [from_, come, to, size])
   np.testing.assert_array_equal(came, [[3, 1], [2, 2]])
-  np.testing.assert_array_equal(lost, [1, 3])
+  np.testing.assert_array_equal(overflow, [1, 3])
 
 
 # --- the layout ---------------------------------------------------------------
@@ -349,16 +354,16 @@ def _pretended(platform, n):
   [
     ('cpu', 1, 2, 'local'),
     ('tpu', 1, 2, 'local'),
-    ('cpu', 8, 2, 'gather'),
+    ('cpu', 8, 2, 'all_gather'),
     ('gpu', 8, 7.5, 'ragged'),
-    ('gpu', 8, 8, 'gather'),
+    ('gpu', 8, 8, 'all_gather'),
     ('tpu', 8, 2, 'ragged'),
   ],
 )
 def test_auto_chooses(platform, n, k, expected, monkeypatch):
   monkeypatch.setattr(parallel, '_takes_ragged', lambda mesh: True)
   mesh = _pretended(platform, n)
-  made, said = parallel.layout(mesh, k, strategy='auto', factor=2.0)
+  made, said = parallel.layout(mesh, k, strategy='auto', buffer_factor=2.0)
   assert made.strategy == said == expected
   assert made.axis == parallel.Axis(n, 2.0, emulate=platform == 'cpu')
 
@@ -369,7 +374,7 @@ def test_a_network_without_ragged_exchange_gets_the_dense_one(
 ):
   monkeypatch.setattr(parallel, '_takes_ragged', lambda mesh: False)
   mesh = _pretended('tpu', 8)
-  made, said = parallel.layout(mesh, 2, strategy=strategy, factor=None)
+  made, said = parallel.layout(mesh, 2, strategy=strategy, buffer_factor=None)
   assert made.strategy == 'all_to_all'
   assert said.startswith('all_to_all: ')
 
@@ -382,14 +387,17 @@ def test_a_network_without_ragged_exchange_gets_the_dense_one(
   [
     ({'strategy': 'local'}, r"'local'.*mesh\.expert=8"),
     ({'strategy': 'fused'}, r"'fused'.*mesh\.expert=8"),
-    ({'strategy': 'raged'}, "'raged'; there are auto, local, fused, gather"),
-    ({'factor': 0.0}, 'factor=0.0'),
-    ({'factor': -1.0}, 'factor=-1.0'),
+    (
+      {'strategy': 'raged'},
+      "'raged'; there are auto, local, fused, all_gather",
+    ),
+    ({'buffer_factor': 0.0}, 'buffer_factor=0.0'),
+    ({'buffer_factor': -1.0}, 'buffer_factor=-1.0'),
   ],
 )
 def test_what_no_strategy_can_do_is_refused(options, told):
   mesh = parallel.mesh({'data': 1, 'fsdp': 1, 'expert': 8, 'tensor': 1})
-  options = {'strategy': 'auto', 'factor': None, **options}
+  options = {'strategy': 'auto', 'buffer_factor': None, **options}
   with pytest.raises(ValueError, match=told):
     parallel.layout(mesh, 2, **options)
 
@@ -401,7 +409,7 @@ def test_a_mesh_larger_than_the_devices_is_refused():
 
 def test_tokens_that_the_devices_do_not_divide_are_refused():
   graph, state = _experts()
-  layout = on((1, 1, 8, 1), 'gather')
+  layout = on((1, 1, 8, 1), 'all_gather')
   expert_12xK = jnp.zeros((12, K), jnp.int32)
   plan = plans.by_token(expert_12xK, jnp.ones((12, K)), E)
   with pytest.raises(ValueError, match='8 devices do not divide the 12 tokens'):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import plan as plans
+from moe_jax import plans
 from tests.helpers import oracle
 
 
@@ -19,21 +19,21 @@ def _jit(f, *static):
   return lambda *args, **kw: jax.device_get(program(*args, **kw))
 
 
-def _by_token(expert_TxK, weight_TxK, E, capacity=None, group=None):
+def _by_token(expert_TxK, gate_TxK, E, capacity=None, group=None):
   """`by_token`, of groups of so many tokens of as many rows each."""
   if capacity is None:
-    return plans.by_token(expert_TxK, weight_TxK, E)
+    return plans.by_token(expert_TxK, gate_TxK, E)
   T = len(expert_TxK)
   groups = plans.Groups(jnp.ones((1, T), bool), group or T)
   capacity_N = jnp.full(T // groups.size, capacity)
   return plans.by_token(
-    expert_TxK, weight_TxK, E, capacity_N=capacity_N, groups=groups
+    expert_TxK, gate_TxK, E, capacity_N=capacity_N, groups=groups
   )
 
 
 make = _jit(_by_token, 'E', 'capacity', 'group')
 sort = _jit(plans.sort, 'limit')
-spread = _jit(plans.spread, 'C', 'T')
+pad_to_capacity = _jit(plans.pad_to_capacity, 'C', 'T')
 dropped = _jit(plans.dropped)
 dispatch = _jit(plans.dispatch)
 combine = _jit(plans.combine, 'T')
@@ -61,15 +61,15 @@ def by_token(*args, **options):
 
 
 def _expert_of_rows(rows):
-  return np.repeat(np.arange(len(rows.group_E)), rows.group_E)
+  return np.repeat(np.arange(len(rows.group_sizes_E)), rows.group_sizes_E)
 
 
 def test_rows_of_a_plan_by_hand():
   plan = by_token(EXPERT_4x2, GATE_4x2, 3)
-  np.testing.assert_array_equal(plan.group_E, [3, 1, 4])
+  np.testing.assert_array_equal(plan.group_sizes_E, [3, 1, 4])
   np.testing.assert_array_equal(plan.token_M, [0, 1, 3, 2, 0, 1, 2, 3])
-  np.testing.assert_array_equal(plan.weight_M, [2, 3, 7, 6, 1, 4, 5, 8])
-  np.testing.assert_array_equal(plan.home_TxK, [[4, 0], [1, 5], [6, 3], [2, 7]])
+  np.testing.assert_array_equal(plan.gate_M, [2, 3, 7, 6, 1, 4, 5, 8])
+  np.testing.assert_array_equal(plan.row_TxK, [[4, 0], [1, 5], [6, 3], [2, 7]])
   rows_MxD = dispatch(_values(4), plan)
   np.testing.assert_array_equal(rows_MxD[:, 0], plan.token_M)
 
@@ -78,7 +78,7 @@ def test_capacity_by_hand_first_choices_come_first():
   # Expert 0 takes the first choices of tokens 1 and 3, not 0's second choice;
   # expert 2 those of 0 and 2, and no second choice.
   plan = by_token(EXPERT_4x2, GATE_4x2, 3, capacity=2)
-  np.testing.assert_array_equal(plan.group_E, [2, 1, 2])
+  np.testing.assert_array_equal(plan.group_sizes_E, [2, 1, 2])
   np.testing.assert_array_equal(plan.token_M[:5], [1, 3, 2, 0, 2])
   assert dropped(make(EXPERT_4x2, GATE_4x2, 3, capacity=2), EXPERT_4x2) == 3 / 8
   y_TxD = combine(dispatch(_values(4) + 1, plan), plan, 4)
@@ -89,7 +89,7 @@ def test_groups_have_capacities_of_their_own():
   expert_Tx1 = np.zeros((6, 1), np.int32)
   gate_Tx1 = np.ones((6, 1), np.float32)
   plan = by_token(expert_Tx1, gate_Tx1, 2, capacity=2, group=3)
-  np.testing.assert_array_equal(plan.group_E, [4, 0])
+  np.testing.assert_array_equal(plan.group_sizes_E, [4, 0])
   np.testing.assert_array_equal(plan.token_M[:4], [0, 1, 3, 4])
 
 
@@ -100,7 +100,7 @@ def test_capacity_boundaries_agree_with_the_loops(capacity):
     plan = make(expert_TxK, gate_TxK, 4, capacity=capacity, group=group)
     kept_TxK = oracle.keep(expert_TxK, 4, capacity, group)
     np.testing.assert_array_equal(plan.expert_TxK, kept_TxK)
-    np.testing.assert_array_equal(sort(plan).home_TxK < 32, kept_TxK < 4)
+    np.testing.assert_array_equal(sort(plan).row_TxK < 32, kept_TxK < 4)
     assert round(float(dropped(plan, expert_TxK)) * 32) == (kept_TxK == 4).sum()
 
 
@@ -120,21 +120,21 @@ def test_dispatch_then_combine_is_the_gated_sum(T, K, E, none):
 def test_an_expert_that_nobody_chose_has_no_rows():
   expert_Tx1 = np.array([[0], [2], [0], [2]], np.int32)
   plan = by_token(expert_Tx1, np.ones((4, 1), np.float32), 4)
-  np.testing.assert_array_equal(plan.group_E, [2, 0, 2, 0])
+  np.testing.assert_array_equal(plan.group_sizes_E, [2, 0, 2, 0])
   np.testing.assert_array_equal(plan.token_M, [0, 2, 1, 3])
 
 
 def test_one_expert_may_take_everything():
   expert_TxK = np.full((8, 1), 3, np.int32)
   plan = by_token(expert_TxK, np.ones((8, 1), np.float32), 4)
-  np.testing.assert_array_equal(plan.group_E, [0, 0, 0, 8])
+  np.testing.assert_array_equal(plan.group_sizes_E, [0, 0, 0, 8])
   np.testing.assert_array_equal(plan.token_M, np.arange(8))
 
 
 def test_the_id_E_is_dropped_and_takes_no_capacity():
   expert_TxK = np.array([[2, 2], [2, 0], [0, 2], [1, 0]], np.int32)
   plan = by_token(expert_TxK, GATE_4x2, 2, capacity=1)
-  np.testing.assert_array_equal(plan.group_E, [1, 1])
+  np.testing.assert_array_equal(plan.group_sizes_E, [1, 1])
   np.testing.assert_array_equal(plan.token_M[:2], [2, 3])
   y_TxD = combine(dispatch(_values(4) + 1, plan), plan, 4)
   np.testing.assert_array_equal(y_TxD[:, 0], [0, 0, 5 * 3, 7 * 4])
@@ -144,7 +144,7 @@ def test_rows_of_dropped_assignments_are_zero():
   expert_TxK, gate_TxK = _random(8, 2, 4, none=3)
   expert_TxK = np.minimum(expert_TxK, 4)
   plan = by_token(expert_TxK, gate_TxK, 4)
-  rows = int(plan.group_E.sum())
+  rows = int(plan.group_sizes_E.sum())
   assert 0 < rows < 16 and (plan.token_M[rows:] == 8).all()
   rows_MxD = dispatch(_values(8) + 1, plan)
   assert (rows_MxD[:rows] > 0).all() and not rows_MxD[rows:].any()
@@ -162,7 +162,9 @@ def _value_and_grads(args, expert_TxK, r_TxD, capacity, poison):
     plan = _by_token(expert_TxK, args['gate_TxK'], 4, capacity=capacity)
     plan = plans.sort(plan)
     rows_MxD = plans.dispatch(args['x_TxD'], plan)
-    defined_Mx1 = (jnp.arange(len(rows_MxD)) < plan.group_E.sum())[:, None]
+    defined_Mx1 = (jnp.arange(len(rows_MxD)) < plan.group_sizes_E.sum())[
+      :, None
+    ]
     if poison:
       rows_MxD = _nan_gradient(rows_MxD, defined_Mx1)
     y_MxD = rows_MxD * args['scale_MxD']
@@ -225,8 +227,8 @@ def test_gradients_are_slopes(capacity):
 def test_expert_choice_rows_by_hand():
   token_1xExC = np.array([[[3, 0], [0, 1]]], np.int32)
   gate_1xExC = np.array([[[1.0, 2.0], [3.0, 4.0]]], np.float32)
-  plan = sort(plans.ByExpert(token_1xExC, gate_1xExC, 4))
-  np.testing.assert_array_equal(plan.group_E, [2, 2])
+  plan = sort(plans.ExpertChoice(token_1xExC, gate_1xExC, 4))
+  np.testing.assert_array_equal(plan.group_sizes_E, [2, 2])
   rows_MxD = dispatch(_values(4), plan)
   np.testing.assert_array_equal(rows_MxD[:, 0], [3, 0, 0, 1])
   y_TxD = combine(rows_MxD + 1, plan, 4)
@@ -236,10 +238,10 @@ def test_expert_choice_rows_by_hand():
 def test_groups_of_expert_choice_are_counted_from_their_first_token():
   place_2x2x1 = np.array([[[1], [0]], [[1], [1]]], np.int32)
   gate_2x2x1 = np.arange(4, dtype=np.float32).reshape(2, 2, 1)
-  rows = sort(plans.ByExpert(place_2x2x1, gate_2x2x1, 3))
+  rows = sort(plans.ExpertChoice(place_2x2x1, gate_2x2x1, 3))
   np.testing.assert_array_equal(rows.token_M, [1, 4, 0, 4])
-  np.testing.assert_array_equal(rows.weight_M, [0, 2, 1, 3])
-  np.testing.assert_array_equal(rows.group_E, [2, 2])
+  np.testing.assert_array_equal(rows.gate_M, [0, 2, 1, 3])
+  np.testing.assert_array_equal(rows.group_sizes_E, [2, 2])
 
 
 @pytest.mark.parametrize('kind', ['token', 'expert'])
@@ -248,25 +250,25 @@ def test_a_limit_loses_the_rows_of_the_last_experts(kind):
     plan = make(EXPERT_4x2, GATE_4x2, 3)
   else:
     place_1x2x3 = np.array([[[0, 1, 2], [2, 3, 1]]], np.int32)
-    plan = plans.ByExpert(place_1x2x3, np.ones((1, 2, 3), np.float32), 4)
+    plan = plans.ExpertChoice(place_1x2x3, np.ones((1, 2, 3), np.float32), 4)
   whole, rows = sort(plan), sort(plan, limit=5)
-  assert len(rows.token_M) == 5 and rows.group_E.sum() == 5
+  assert len(rows.token_M) == 5 and rows.group_sizes_E.sum() == 5
   np.testing.assert_array_equal(rows.token_M, whole.token_M[:5])
   first_Mx1 = np.float32(_values(len(whole.token_M)) < 5)
   want_TxD = combine(first_Mx1, whole, 4)
   y_TxD = combine(np.ones((5, 1), np.float32), rows, 4)
   np.testing.assert_array_equal(y_TxD, want_TxD)
-  total = jax.jit(lambda plan: plan.rows())(plan)
-  assert int(total) - int(rows.group_E.sum()) == len(whole.token_M) - 5
+  total = jax.jit(lambda plan: plan.num_routed())(plan)
+  assert int(total) - int(rows.group_sizes_E.sum()) == len(whole.token_M) - 5
 
 
 @pytest.mark.parametrize('C, lost', [(1, 5), (3, 1), (4, 0)])
-def test_spread_gives_every_expert_as_many_places(C, lost):
+def test_padding_to_capacity_gives_every_expert_as_many_places(C, lost):
   rows = sort(make(EXPERT_4x2, GATE_4x2, 3))
-  wide = spread(rows, C, 4)
-  np.testing.assert_array_equal(wide.group_E, [C] * 3)
+  wide = pad_to_capacity(rows, C, 4)
+  np.testing.assert_array_equal(wide.group_sizes_E, [C] * 3)
   assert int((wide.token_M < 4).sum()) == 8 - lost
-  place_M = np.concatenate([np.arange(n) for n in rows.group_E])
+  place_M = np.concatenate([np.arange(n) for n in rows.group_sizes_E])
   kept_M = np.float32(place_M < C)[:, None]
   want_TxD = combine(kept_M, rows, 4)
   used_Px1 = wide.token_M[:, None] < 4
@@ -285,12 +287,12 @@ def test_the_plan_of_some_experts(kind):
   else:
     place_1x3x2 = np.array([[[3, 0], [0, 1], [2, 1]]], np.int32)
     gate_1x3x2 = np.arange(6, dtype=np.float32).reshape(1, 3, 2)
-    plan = plans.ByExpert(place_1x3x2, gate_1x3x2, 4)
-  of_some = _jit(lambda plan, first: plans.sort(plan.of(first, 2)))
+    plan = plans.ExpertChoice(place_1x3x2, gate_1x3x2, 4)
+  of_some = _jit(lambda plan, first: plans.sort(plan.local_experts(first, 2)))
   whole, part = sort(plan), of_some(plan, np.int32(1))
-  first, rows = int(whole.group_E[0]), int(whole.group_E[1:].sum())
-  np.testing.assert_array_equal(part.group_E, whole.group_E[1:])
-  for name in ('token_M', 'weight_M'):
+  first, rows = int(whole.group_sizes_E[0]), int(whole.group_sizes_E[1:].sum())
+  np.testing.assert_array_equal(part.group_sizes_E, whole.group_sizes_E[1:])
+  for name in ('token_M', 'gate_M'):
     found, want = getattr(part, name)[:rows], getattr(whole, name)[first:]
     np.testing.assert_array_equal(found, want)
 
@@ -344,18 +346,18 @@ def test_every_kept_choice_has_one_row_with_its_expert(routing):
   if capacity is not None:
     kept_TxK = oracle.keep(expert_TxK, E, capacity, group)
   np.testing.assert_array_equal(
-    plan.group_E, [(kept_TxK == e).sum() for e in range(E)]
+    plan.group_sizes_E, [(kept_TxK == e).sum() for e in range(E)]
   )
-  # home_TxK names the row of each choice that has one, and no row twice.
-  homes = plan.home_TxK[plan.home_TxK < T * K]
-  assert sorted(homes) == list(range(plan.group_E.sum()))
+  # row_TxK names the row of each choice that has one, and no row twice.
+  homes = plan.row_TxK[plan.row_TxK < T * K]
+  assert sorted(homes) == list(range(plan.group_sizes_E.sum()))
   expert_of_row = _expert_of_rows(plan)
   for t in range(T):
     for k in range(K):
-      row = plan.home_TxK[t, k]
+      row = plan.row_TxK[t, k]
       if kept_TxK[t, k] == E:
         assert row == T * K
         continue
       assert plan.token_M[row] == t
-      assert plan.weight_M[row] == gate_TxK[t, k]
+      assert plan.gate_M[row] == gate_TxK[t, k]
       assert expert_of_row[row] == kept_TxK[t, k]

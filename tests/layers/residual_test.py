@@ -39,9 +39,9 @@ def test_bfloat16_is_the_wide_rule_rounded(name):
   memory, (x, answers) = rule.init(low[0]), low
   other = rule.init(x.astype(jnp.float32))
   for h in answers:
-    peeked = rule.peek(h, memory)
-    wide = rule.peek(h.astype(jnp.float32), other)
-    np.testing.assert_array_equal(peeked, wide.astype(jnp.bfloat16))
+    looked_ahead = rule.lookahead(h, memory)
+    wide = rule.lookahead(h.astype(jnp.float32), other)
+    np.testing.assert_array_equal(looked_ahead, wide.astype(jnp.bfloat16))
     stream, memory = rule.apply(x, memory, h, np.int32(0))
     expected, other = rule.apply(
       x.astype(jnp.float32), other, h.astype(jnp.float32), np.int32(0)
@@ -169,7 +169,7 @@ def test_robust_looks_ahead_along_its_momentum():
   for rho, kappa in ((0.2, 1.25), (0.4, 2.0)):
     ahead = kappa * rho**3 / (kappa - 1)  # eps beta, by their definitions
     rule = residuals.get('robust', rho=rho, kappa=kappa)
-    shown = rule.peek(np.ones(2), memory)
+    shown = rule.lookahead(np.ones(2), memory)
     np.testing.assert_allclose(shown, 1 + ahead * memory, 1e-12)
 
 
@@ -207,7 +207,7 @@ def test_only_robust_looks_ahead():
   looks = set()
   for name in residuals.names():
     rule = residuals.get(name)
-    shown = rule.peek(X, rule.apply(X, rule.init(X), X, np.int32(0))[1])
+    shown = rule.lookahead(X, rule.apply(X, rule.init(X), X, np.int32(0))[1])
     if not np.array_equal(shown, X):
       looks.add(name)
   assert looks == {'robust'}
@@ -221,7 +221,7 @@ def test_memory_has_the_shape_of_the_stream_and_is_wide(name, dtype):
 
   def layer(carry, depth):
     x, memory = carry
-    return rule.apply(x, memory, rule.peek(x, memory), depth), ()
+    return rule.apply(x, memory, rule.lookahead(x, memory), depth), ()
 
   # A scan refuses a memory that changes; depth is traced.
   carry = jax.jit(
@@ -257,7 +257,7 @@ def test_gradients_are_the_slopes_of_the_stream(name):
     def layer(carry, scanned):
       x, memory = carry
       depth, h = scanned
-      x, memory = rule.apply(x, memory, rule.peek(h, memory), depth)
+      x, memory = rule.apply(x, memory, rule.lookahead(h, memory), depth)
       return (x, memory), x
 
     depths = jnp.arange(len(answers), dtype=jnp.int32)
@@ -287,12 +287,12 @@ def test_gradients_are_the_slopes_of_the_stream(name):
 )
 @pytest.mark.parametrize('last', [False, True])
 def test_links(link, expected, last):
-  assert residuals.LINKS[link].join(1, 2, 4, None, last) == expected
-  assert not residuals.LINKS[link].learned
+  assert residuals.INNER_RESIDUALS[link].join(1, 2, 4, None, last) == expected
+  assert not residuals.INNER_RESIDUALS[link].learned
 
 
 def test_upcycling_starts_from_the_input_and_answers_with_the_last():
-  link = residuals.LINKS['upcycle']
+  link = residuals.INNER_RESIDUALS['upcycle']
   assert link.learned
   h0, h, y = jnp.float32([1, 2]), jnp.float32([5, 6]), jnp.float32([4, 4])
   join = lambda scale, last: link.join(h0, h, y, jnp.float32(scale), last)
@@ -310,7 +310,7 @@ def test_two_carriers_of_the_residual_are_refused(link, rule):
     residuals.check(link, rule)
 
 
-@pytest.mark.parametrize('link', residuals.LINKS)
+@pytest.mark.parametrize('link', residuals.INNER_RESIDUALS)
 @pytest.mark.parametrize('rule', ['plain', 'replace'])
 def test_other_crossings_are_allowed(link, rule):
   residuals.check(link, rule)

@@ -16,10 +16,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe_jax import config, parallel, routers, trunk
-from moe_jax import plan as plans
+from moe_jax import config, parallel, plans, routers, trunk
 from moe_jax.experts.mlp import Experts
-from moe_jax.training import job, loop
+from moe_jax.training import jobs, loop
 from tests.helpers import oracle, tiny
 from tests.helpers.small import lines_of, small_config, without_clocks
 
@@ -99,45 +98,45 @@ class Layer:
 
 
 @jax.custom_vjp
-def _worst_gmm(x_MxA, w_ExAxB, group_E):
+def _worst_gmm(x_MxA, w_ExAxB, group_sizes_E):
   """A grouped matmul that leaves NaN in all that its contract leaves open."""
-  x_MxA = jnp.where(_defined(group_E, x_MxA), x_MxA, 0)
+  x_MxA = jnp.where(_defined(group_sizes_E, x_MxA), x_MxA, 0)
   y_ExMxB = jnp.einsum('ma,eab->emb', x_MxA, w_ExAxB)
   return jnp.where(
-    _defined(group_E, x_MxA), _own_rows(y_ExMxB, group_E), jnp.nan
+    _defined(group_sizes_E, x_MxA), _own_rows(y_ExMxB, group_sizes_E), jnp.nan
   )
 
 
 def _worst_gmm_bwd(saved, dy_MxB):
-  x_MxA, w_ExAxB, group_E = saved
+  x_MxA, w_ExAxB, group_sizes_E = saved
   x_MxA, dy_MxB = (
-    jnp.where(_defined(group_E, x_MxA), a, 0) for a in (x_MxA, dy_MxB)
+    jnp.where(_defined(group_sizes_E, x_MxA), a, 0) for a in (x_MxA, dy_MxB)
   )
   dx_ExMxA = jnp.einsum('mb,eab->ema', dy_MxB, w_ExAxB)
   dx_MxA = jnp.where(
-    _defined(group_E, x_MxA), _own_rows(dx_ExMxA, group_E), jnp.nan
+    _defined(group_sizes_E, x_MxA), _own_rows(dx_ExMxA, group_sizes_E), jnp.nan
   )
-  mine_ExM = _mine(group_E, len(x_MxA)).astype(x_MxA.dtype)
+  mine_ExM = _mine(group_sizes_E, len(x_MxA)).astype(x_MxA.dtype)
   return dx_MxA, jnp.einsum('em,ma,mb->eab', mine_ExM, x_MxA, dy_MxB), None
 
 
 _worst_gmm.defvjp(lambda *args: (_worst_gmm(*args), args), _worst_gmm_bwd)
 
 
-def _mine(group_E, M):
+def _mine(group_sizes_E, M):
   """bool [E, M]: whether a row is of an expert."""
-  end_Ex1 = jnp.cumsum(group_E, dtype=jnp.int32)[:, None]
+  end_Ex1 = jnp.cumsum(group_sizes_E, dtype=jnp.int32)[:, None]
   row_1xM = jnp.arange(M, dtype=jnp.int32)[None]
-  return (row_1xM >= end_Ex1 - group_E[:, None]) & (row_1xM < end_Ex1)
+  return (row_1xM >= end_Ex1 - group_sizes_E[:, None]) & (row_1xM < end_Ex1)
 
 
-def _own_rows(y_ExMxB, group_E):
-  mine_ExM = _mine(group_E, y_ExMxB.shape[1])
+def _own_rows(y_ExMxB, group_sizes_E):
+  mine_ExM = _mine(group_sizes_E, y_ExMxB.shape[1])
   return jnp.sum(jnp.where(mine_ExM[..., None], y_ExMxB, 0), axis=0)
 
 
-def _defined(group_E, x_MxA):
-  return _mine(group_E, len(x_MxA)).any(axis=0)[:, None]
+def _defined(group_sizes_E, x_MxA):
+  return _mine(group_sizes_E, len(x_MxA)).any(axis=0)[:, None]
 
 
 @functools.cache
@@ -169,7 +168,7 @@ def _layer(name, options):
     traces.append(1)
     plan, aux, slopes = grads(params, x_TxD, ctx)
     still = route(params, x_TxD, ctx.replace(train=False))
-    again = route(params, x_TxD, ctx.replace(forced=aux['route']))
+    again = route(params, x_TxD, ctx.replace(replay=aux['route']))
     return Decided((plan, aux), still, again, slopes)
 
   params = _filled(nnx.to_pure_dict(w))
@@ -196,7 +195,7 @@ def _gate(plan):
 
 
 def _gate_name(plan):
-  return 'weight_TxK' if isinstance(plan, plans.ByToken) else 'weight_NxExC'
+  return 'gate_TxK' if isinstance(plan, plans.TokenChoice) else 'gate_NxExC'
 
 
 # The experts are the same for all routers, and are compiled once for all plans
@@ -258,7 +257,7 @@ def _context(seed, microbatch, step, train):
   ctx = routers.context(
     batch, jax.random.key(seed), step, train=train, microbatch=microbatch
   )
-  return ctx.at_depth(jnp.int32(1), None)
+  return ctx.at(moe_layer=jnp.int32(1))
 
 
 @functools.cache
@@ -271,14 +270,14 @@ def _x(seed=0):
 
 
 def _experts_of_rows(rows):
-  return np.repeat(np.arange(E), rows.group_E)
+  return np.repeat(np.arange(E), rows.group_sizes_E)
 
 
 def _gates(rows):
   """gate_TxE in float64."""
   gate_TxE = np.zeros((T, E))
   for row, e in enumerate(_experts_of_rows(rows)):
-    gate_TxE[rows.token_M[row], e] += float(rows.weight_M[row])
+    gate_TxE[rows.token_M[row], e] += float(rows.gate_M[row])
   return gate_TxE
 
 
@@ -307,20 +306,20 @@ def test_aux_has_what_the_contract_says(case):
   for name, loss in aux['losses'].items():
     assert loss.shape == () and loss >= 0, name
   assert 0 < layer.router.k <= E
-  assert rows.weight_M.shape == rows.token_M.shape
+  assert rows.gate_M.shape == rows.token_M.shape
 
 
 def test_rows_are_grouped_and_none_is_lost(case):
   layer = _of(case)
   _, rows, aux = jax.device_get(layer.run(_x(), _ctx()))
   route = aux['route']
-  if rows.home_TxK is None:  # of expert choice, places in groups of tokens
+  if rows.row_TxK is None:  # of expert choice, places in groups of tokens
     first_Nx1x1 = np.arange(len(route))[:, None, None] * (T // len(route))
     route = (first_Nx1x1 + route).swapaxes(0, 1).reshape(E, -1)
-  number = rows.group_E.sum()
+  number = rows.group_sizes_E.sum()
   assert number <= len(rows.token_M)
-  assert (rows.weight_M >= 0).all()
-  token_choice = rows.home_TxK is not None
+  assert (rows.gate_M >= 0).all()
+  token_choice = rows.row_TxK is not None
   wanted = collections.Counter()
   for i, j in np.ndindex(*route.shape):
     wanted[(i, route[i, j]) if token_choice else (route[i, j], i)] += 1
@@ -372,7 +371,7 @@ def test_gradients_agree_with_the_oracle(case):
   *_, (d_router, d_x_through_gates_TxD) = _replay(layer, at, d_gate)
   # Nothing was narrowed on the way.
   for a in jax.tree.leaves(
-    (y_TxD, d_x_TxD, d_x_through_gates_TxD, d_router, rows.weight_M)
+    (y_TxD, d_x_TxD, d_x_through_gates_TxD, d_router, rows.gate_M)
   ):
     assert a.dtype == np.float64
   for number in (*aux['losses'].values(), aux['entropy']):
@@ -400,7 +399,7 @@ def _recorded(layer):
 def _replay(layer, at, r=None):
   """rows, aux, plan and gradients in float64, of the routing recorded."""
   plan, aux = _recorded(layer)
-  ctx = _ctx().replace(forced=aux['route'])
+  ctx = _ctx().replace(replay=aux['route'])
   r = np.zeros(_gate(plan).shape) if r is None else r
   params, x_TxD = jax.tree.map(np.float64, (at['router'], at['x']))
   with jax.enable_x64(True):
@@ -475,7 +474,7 @@ def _padded_ctx(real_BxP, ids_BxP, train=True):
     'row_B': np.arange(B, dtype=np.int32),
   }
   ctx = routers.context(batch, jax.random.key(0), jnp.int32(0), train=train)
-  return ctx.at_depth(jnp.int32(1), None)
+  return ctx.at(moe_layer=jnp.int32(1))
 
 
 def _with_padding(case, pads):
@@ -497,13 +496,13 @@ def _with_padding(case, pads):
 def _gates_of(plan, tokens):
   """gate_TxE of a plan, and how many rows."""
   rows, gate_TxE = _rows(plan), np.zeros((tokens, E))
-  expert_M = np.repeat(np.arange(E), rows.group_E)
+  expert_M = np.repeat(np.arange(E), rows.group_sizes_E)
   np.add.at(
     gate_TxE,
     (rows.token_M[: len(expert_M)], expert_M),
-    rows.weight_M[: len(expert_M)],
+    rows.gate_M[: len(expert_M)],
   )
-  return gate_TxE, rows.group_E
+  return gate_TxE, rows.group_sizes_E
 
 
 @pytest.mark.parametrize('pads', [6, 18])
@@ -517,7 +516,7 @@ def test_padding_is_no_token(case, pads):
   np.testing.assert_allclose(gate_PxE[real_P], gate_TxE, 1e-5, 1e-7)
   assert not gate_PxE[~real_P].any()
   np.testing.assert_array_equal(padded_rows_E, rows_E)
-  if isinstance(plan, plans.ByToken):
+  if isinstance(plan, plans.TokenChoice):
     np.testing.assert_array_equal(other['route'][real_P], aux['route'])
     assert (other['route'][~real_P] == E).all()
   np.testing.assert_array_equal(other['load_E'], aux['load_E'])
@@ -541,7 +540,7 @@ def test_padding_has_no_slope(case):
   plan, aux = jax.device_get(padded.route(padded.params, x_PxD, ctx))
   weight_PxE = _padded(weight_TxE, real_P.reshape(B, -1), 0)
   r = _by_gate(plan, aux['route'], weight_PxE)
-  ctx = ctx.replace(forced=aux['route'])
+  ctx = ctx.replace(replay=aux['route'])
   params, x_PxD = jax.tree.map(np.float64, (layer.params, x_PxD))
   with jax.enable_x64(True):
     *_, found = padded.grads(params, x_PxD, ctx, r)
@@ -555,7 +554,7 @@ def test_padding_has_no_slope(case):
 def _by_gate(plan, route, weight_TxE):
   """The weight of each gate, by its token and its expert; 0 of none."""
   weight_TxE = np.pad(weight_TxE, ((0, 0), (0, 1)))
-  if isinstance(plan, plans.ByToken):
+  if isinstance(plan, plans.TokenChoice):
     return np.take_along_axis(weight_TxE, route, axis=1)
   N, E_, _ = route.shape
   weight_NxPxE = np.pad(
@@ -569,7 +568,7 @@ def test_padding_alone_is_finite(case):
   layer, real_P, x_PxD, ctx = _with_padding(case, 18)
   ctx = ctx.replace(real_T=np.zeros_like(real_P))
   plan, aux = jax.device_get(layer.route(layer.params, x_PxD, ctx))
-  assert not _rows(plan).group_E.any() and not aux['load_E'].any()
+  assert not _rows(plan).group_sizes_E.any() and not aux['load_E'].any()
   assert all(np.isfinite(a).all() for a in jax.tree.leaves(aux))
 
 
@@ -654,7 +653,7 @@ def test_a_recorded_routing_is_replayed_and_its_gates_recomputed(case):
   np.testing.assert_array_equal(aux['route'], recorded)
   np.testing.assert_array_equal(other['route'], recorded)
   assert _experts_of_tokens(here) == _experts_of_tokens(elsewhere)
-  gates_move = not np.array_equal(here.weight_M, elsewhere.weight_M)
+  gates_move = not np.array_equal(here.gate_M, elsewhere.gate_M)
   one_gate = layer.router.k == 1 and getattr(layer.router, 'renormalise', False)
   assert gates_move == (case[0] != 'random' and not one_gate)
 
@@ -767,7 +766,7 @@ def test_the_bias_has_a_say_in_which_groups_are_kept(best):
     expert_T = np.argmax(choice_TxE, axis=1)
     np.testing.assert_array_equal(plan.expert_TxK[:, 0], expert_T)
     gate_T = score_TxE[np.arange(T), expert_T]
-    np.testing.assert_allclose(plan.weight_TxK[:, 0], gate_T, 1e-5)
+    np.testing.assert_allclose(plan.gate_TxK[:, 0], gate_T, 1e-5)
   one, two = (
     np.argmax(_of_best_groups(score_TxE, {**options, 'group_best': n}), axis=1)
     for n in (1, 2)
@@ -800,7 +799,7 @@ def test_capacity_under_skew_drops_exactly_the_overflow():
   assert _route(case, x_TxD)[1]['dropped'] == 0
   rows, aux = _route(('switch', {}), x_TxD)
   capacity = math.ceil(1.25 * L / E)
-  assert rows.group_E.sum() == B * capacity
+  assert rows.group_sizes_E.sum() == B * capacity
   assert float(aux['dropped']) == pytest.approx(1 - capacity / L)
   assert aux['load_E'].max() == T
   assert float(aux['losses']['balance']) > 1.5
@@ -818,7 +817,7 @@ def test_bias_moves_choices_and_never_gates():
   plan, *_ = route(np.float32([0, 0, 5, 0]), _x())
   assert (plan.expert_TxK == 2).all()
   gate_T = _sigmoid(_x() @ _w_DxE())[:, 2]
-  np.testing.assert_allclose(plan.weight_TxK[:, 0], gate_T, 1e-5)
+  np.testing.assert_allclose(plan.gate_TxK[:, 0], gate_T, 1e-5)
 
 
 def test_bias_update_moves_the_load_towards_balance():
@@ -908,7 +907,7 @@ def test_jitter_is_drawn_in_training_alone():
   case = ('switch', VARIANTS['switch'][1])
   still, _ = _route(case, _x(), train=False)
   moved, _ = _route(case, _x())
-  assert not np.array_equal(still.weight_M, moved.weight_M)
+  assert not np.array_equal(still.gate_M, moved.gate_M)
 
 
 # What shares a draw of the random router.
@@ -967,8 +966,8 @@ def test_fixed_and_ensemble_draw_nothing():
   assert (_drawn(_ctx(), per='fixed', fixed=2) == 2).all()
   rows, aux = _route(('random', {'per': 'ensemble'}), _x())
   assert (np.sort(aux['route']) == np.arange(E)).all()
-  np.testing.assert_array_equal(rows.group_E, [T] * E)
-  np.testing.assert_array_equal(rows.weight_M, np.float32(1 / E))
+  np.testing.assert_array_equal(rows.group_sizes_E, [T] * E)
+  np.testing.assert_array_equal(rows.gate_M, np.float32(1 / E))
   assert _of(('random', {'per': 'ensemble'})).router.k == E
 
 
@@ -994,7 +993,7 @@ def test_a_row_draws_the_same_wherever_it_lies_in_the_batch(options):
 def test_layers_steps_and_passes_draw_anew():
   base = _ctx()
   first = _drawn(base, k=3)
-  for other in (base.at_depth(jnp.int32(2), None), _ctx(step=1), _ctx(seed=1)):
+  for other in (base.at(moe_layer=jnp.int32(2)), _ctx(step=1), _ctx(seed=1)):
     assert not np.array_equal(first, _drawn(other, k=3))
 
 
@@ -1088,7 +1087,7 @@ def test_a_router_of_ones_own_trains_and_goes_on(own, corpus):
   c = small_config(corpus, checkpoint_every=3)
   c.model.router = config.router('own_first.First', k=2, temperature=1.0)
   workdir = own / 'run'
-  prepared = job.prepare(c, str(workdir))
+  prepared = jobs.prepare(c, str(workdir))
   (router,) = {
     type(module): module
     for _, module in nnx.iter_modules(prepared.model)
@@ -1096,21 +1095,21 @@ def test_a_router_of_ones_own_trains_and_goes_on(own, corpus):
   }.values()
   assert type(router).__module__ == 'own_first' and router.temperature == 1.0
   first = loop.run(prepared)
-  assert job.prepare(c, str(workdir)) is None  # it has finished
+  assert jobs.prepare(c, str(workdir)) is None  # it has finished
   lines = lines_of(workdir)
   assert first['eval_loss'] < first['initial_loss']
   saved = json.loads((workdir / 'config.json').read_text())
   assert saved['model']['router'] == c.model.router.to_dict()
   shutil.rmtree(workdir / 'checkpoints' / '6')
   (workdir / 'summary.json').unlink()
-  more = loop.run(job.prepare(c, str(workdir)))
+  more = loop.run(jobs.prepare(c, str(workdir)))
   steps = [line['step'] for line in lines_of(workdir) if 'loss' in line]
   assert steps == [1, 2, 3, 4, 5, 6]
   assert without_clocks(lines_of(workdir)) == without_clocks(lines)
   assert more['eval_loss'] == first['eval_loss']
   c.model.router = config.router('topk', k=2)
   with pytest.raises(ValueError, match=r"'own_first\.First' -> 'topk'"):
-    job.prepare(c, str(workdir))
+    jobs.prepare(c, str(workdir))
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,11 @@ def test_one_iteration_knows_no_routing(routing):
   np.testing.assert_array_equal(found, _logits(params))
 
 
-CARRIED = {'iterations': 2, 'link': 'add', 'residual': {'name': 'replace'}}
+CARRIED = {
+  'iterations': 2,
+  'inner_residual': 'add',
+  'residual': {'name': 'replace'},
+}
 
 
 def test_a_shared_router_is_two_equal_ones():
@@ -53,25 +57,25 @@ def test_routed_once_every_iteration_has_the_first_plan():
   logits_BxLxV, (aux,) = tiny.run(model, params, tiny.batch())
   assert aux['route'].shape[:3] == (2, 1, 1)
   shared = tiny.model(routing='shared', **CARRIED)
-  forced = [np.repeat(aux['route'], 2, axis=2)]
+  replay = [np.repeat(aux['route'], 2, axis=2)]
   # The plan is kept with its gates, which a router asked again would change.
-  again_BxLxV, _ = tiny.run(shared, params, tiny.batch(), forced)
+  again_BxLxV, _ = tiny.run(shared, params, tiny.batch(), replay)
   assert np.abs(again_BxLxV - logits_BxLxV).max() > 1e-4
 
 
 def test_a_learned_link_starts_as_one_iteration():
   params = tiny.params(tiny.model())
-  grown = tiny.params(tiny.model(iterations=2, link='upcycle'))
+  grown = tiny.params(tiny.model(iterations=2, inner_residual='upcycle'))
   grown = _grown(grown, 'scale_I', np.zeros_like)
   # The last of the two routers is the one that is left.
   last = _grown(grown, 'w_DxE', lambda a: a[:, :, 1:])
   body = last['trunk']['body']
   body['moe']['feed'].pop('scale_I')
   assert jax.tree.structure(last) == jax.tree.structure(params)
-  found = _logits(grown, iterations=2, link='upcycle')
+  found = _logits(grown, iterations=2, inner_residual='upcycle')
   np.testing.assert_array_equal(found, _logits(last))
   moved = _grown(grown, 'scale_I', np.ones_like)
-  moved_BxLxV = _logits(moved, iterations=2, link='upcycle')
+  moved_BxLxV = _logits(moved, iterations=2, inner_residual='upcycle')
   assert np.abs(moved_BxLxV - found).max() > 1e-3
 
 
@@ -147,7 +151,7 @@ def test_two_blocks_with_a_cache_are_one_long_block():
   model = tiny.model(
     N=3,
     first_dense=1,
-    attention={'name': 'span', 'span': 5},
+    attention={'name': 'adaptive_span', 'span': 5},
     block='momentum_lm',
     norm='layer',
   )
@@ -165,9 +169,9 @@ def test_two_blocks_with_a_cache_are_one_long_block():
       'row_B': np.arange(B, dtype=np.int32),
     }
     ctx = routers.context(batch, jax.random.key(0), 0, train=False)
-    return bound.advance(batch, ctx, cache)
+    return bound.forward_with_cache(batch, ctx, cache)
 
-  blank = bound.blank(B)
+  blank = bound.init_stream_cache(B)
   assert blank.shape == (3, B, 5, 16)
   whole, _, last = jax.jit(run)(ids_Bx2L, blank)
   first, _, cache = jax.jit(run)(ids_Bx2L[:, :L], blank)
@@ -180,10 +184,14 @@ def test_two_blocks_with_a_cache_are_one_long_block():
 
 
 def test_only_raw_attention_has_a_cache():
-  span = {'name': 'span', 'span': 5}
-  assert tiny.model().blank(B) is None
-  assert tiny.model(attention=span).blank(B) is None  # reads what is normed
-  assert tiny.model(attention=span, block='post').blank(B) is not None
+  span = {'name': 'adaptive_span', 'span': 5}
+  assert tiny.model().init_stream_cache(B) is None
+  assert (
+    tiny.model(attention=span).init_stream_cache(B) is None
+  )  # reads what is normed
+  assert (
+    tiny.model(attention=span, block='post').init_stream_cache(B) is not None
+  )
 
 
 # Crossings: two systems in one model are config lines.
@@ -204,7 +212,7 @@ CROSSINGS = {
     **REUSED,
     'router': {'name': 'random', 'per': 'batch'},
     'attention': {
-      'name': 'latent',
+      'name': 'mla',
       'nope': 8,
       'rope': 4,
       'value': 8,
@@ -240,7 +248,7 @@ def test_other_rules_cross_too(rule):
 @pytest.mark.parametrize('link', ['add', 'init', 'upcycle'])
 def test_two_carriers_of_one_residual_are_refused(rule, link):
   with pytest.raises(ValueError, match=f'{link}.*{rule}.*momentum'):
-    tiny.model(iterations=2, link=link, residual={'name': rule})
+    tiny.model(iterations=2, inner_residual=link, residual={'name': rule})
 
 
 def test_thor_with_one_expert_is_twice_the_plain_objective():

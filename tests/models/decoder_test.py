@@ -10,7 +10,7 @@ from flax import nnx
 
 from moe_jax import attention, blocks, models, ops, parallel, routers
 from moe_jax.models import decoder
-from moe_jax.plan import by_token, combine, dispatch, sort
+from moe_jax.plans import by_token, combine, dispatch, sort
 from tests.helpers import tiny
 from tests.helpers.tiny import B, L, T, V
 
@@ -75,9 +75,9 @@ def _by_hand(model, params, batch):
         y_TxD = jax.device_get(_routed(experts, h_TxD, plan))
         if c.shared_F:
           y_TxD = y_TxD + call(layer.feed.shared, h_TxD)
-        start = {'replace': 0, 'add': h_TxD, 'init': h0_TxD}[c.link]
+        start = {'replace': 0, 'add': h_TxD, 'init': h0_TxD}[c.inner_residual]
         h_TxD = start + y_TxD
-        found.append({**aux, 'lost': np.int32(0)})
+        found.append({**aux, 'overflow': np.int32(0)})
       answer_BxLxD = h_TxD.reshape(B, L, c.D)
       rule = dict(c.residual)
       if rule['name'] == 'replace':
@@ -99,14 +99,14 @@ _context = jax.jit(tiny.ctx)
 
 @jax.jit
 def _context_at(ctx, depth, i):
-  here = ctx.at_depth(depth, None)
+  here = ctx.at(moe_layer=depth)
   return here.replace(key=jax.random.fold_in(here.key, i))
 
 
 @jax.jit
 def _routed(experts, h_TxD, plan):
   rows = sort(plan)
-  return combine(experts(dispatch(h_TxD, rows), rows.group_E), rows, T)
+  return combine(experts(dispatch(h_TxD, rows), rows.group_sizes_E), rows, T)
 
 
 HEAVY = {'name': 'heavy_ball', 'mu': 0.6, 'gamma': 0.8, 'sign': -1.0}
@@ -121,20 +121,20 @@ WIRINGS = {
     'iterations': 2,
     'residual': HEAVY,
   },
-  'md in two pools of two, carried by the link, random draws': {
+  'md in two pools of two, carried inside, random draws': {
     'pattern': 'md',
     'N': 8,
     'layers_per_pool': 2,
     'iterations': 2,
-    'link': 'add',
+    'inner_residual': 'add',
     'residual': {'name': 'replace'},
     'router': {'name': 'random', 'k': 2},
   },
-  'ddm, link init, shared expert': {
+  'ddm, inner residual init, shared expert': {
     'pattern': 'ddm',
     'N': 3,
     'iterations': 2,
-    'link': 'init',
+    'inner_residual': 'init',
     'shared_F': 8,
     'bias': True,
     'activation': 'gelu',
@@ -307,14 +307,14 @@ def test_a_recorded_routing_is_replayed_through_the_whole_model():
   assert np.abs(kept_BxLxV - free_BxLxV).max() > 1e-3
 
 
-def _row_by_row(x_MxA, w_ExAxB, group_E, *, impl):
+def _row_by_row(x_MxA, w_ExAxB, group_sizes_E, *, impl):
   """A grouped matmul in which a row's bits do not depend on its place.
 
   A matrix product may round the rows at the edge of a tile in another way.
   """
   del impl
   row_M = jnp.arange(len(x_MxA), dtype=jnp.int32)
-  end_E = jnp.cumsum(group_E, dtype=jnp.int32)
+  end_E = jnp.cumsum(group_sizes_E, dtype=jnp.int32)
   expert_M = jnp.sum((row_M[:, None] >= end_E[None]), axis=1, dtype=jnp.int32)
   w_MxAxB = w_ExAxB.at[expert_M].get(mode='clip')
   return jnp.sum(x_MxA[:, :, None] * w_MxAxB, axis=1)
@@ -575,7 +575,10 @@ def test_a_dense_model_is_all_active():
     ({'iterations': 0}, 'iterations=0'),
     ({'shared_F': -1}, 'shared_F=-1'),
     ({'H': 3}, r'H \(3\) .* D \(16\)'),
-    ({'H': 4, 'attention': {'name': 'rotary', 'J': 3}}, r'J \(3\) .* H \(4\)'),
+    (
+      {'H': 4, 'attention': {'name': 'gqa', 'num_kv_heads': 3}},
+      r'num_kv_heads \(3\) .* H \(4\)',
+    ),
     ({'D': 6}, 'D=6 .* H=2 .* 3'),
     ({'pattern': 'dx'}, "'dx'"),
     ({'pattern': 'mm'}, "'mm'"),
@@ -586,10 +589,16 @@ def test_a_dense_model_is_all_active():
     ({'activation': 'tanh'}, "'tanh'; there are swiglu"),
     ({'dtype': 'float8'}, "'float8'; there are float32"),
     ({'block': 'past'}, "'past'; there are momentum_lm"),
-    ({'link': 'sum'}, "'sum'; there are replace"),
+    ({'inner_residual': 'sum'}, "'sum'; there are replace"),
     ({'residual': {'name': 'eve'}}, "'eve'; there are adam"),
-    ({'link': 'add', 'residual': HEAVY}, "'add' with residual 'heavy_ball'"),
-    ({'link': 'init', 'residual': HEAVY}, "'init' with residual 'heavy_ball'"),
+    (
+      {'inner_residual': 'add', 'residual': HEAVY},
+      "'add' with residual 'heavy_ball'",
+    ),
+    (
+      {'inner_residual': 'init', 'residual': HEAVY},
+      "'init' with residual 'heavy_ball'",
+    ),
     ({'router': {'name': 'best'}}, "'best'; there are expert_choice"),
   ],
 )

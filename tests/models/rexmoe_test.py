@@ -17,7 +17,7 @@ T = B * L
 KEEP = np.isin(np.arange(E), [1, 2, 5, 7, 10])
 
 
-def _ctx(step=0, *, steps=100, layer=0, train=True, forced=None, **where):
+def _ctx(step=0, *, steps=100, layer=0, train=True, replay=None, **where):
   batch = {
     'ids_BxL': np.zeros((B, L), np.int32),
     'pos_BxL': np.zeros((B, L), np.int32),
@@ -31,7 +31,7 @@ def _ctx(step=0, *, steps=100, layer=0, train=True, forced=None, **where):
     steps=steps,
     **where,
   )
-  return ctx.at_depth(jnp.int32(layer), forced)
+  return ctx.at(moe_layer=jnp.int32(layer), replay=replay)
 
 
 def _router(**options):
@@ -211,12 +211,12 @@ def test_masked_experts_are_not_chosen_where_scores_vanish(mask):
 
 @pytest.mark.parametrize('renormalise', [False, True])
 def test_a_replay_of_masked_experts_has_finite_gates(renormalise):
-  forced = np.broadcast_to(np.flatnonzero(~KEEP)[:K].astype(np.int32), (T, K))
+  replay = np.broadcast_to(np.flatnonzero(~KEEP)[:K].astype(np.int32), (T, K))
   route = lambda a: rexmoe.route(
     a,
     jnp.asarray(KEEP),
     K,
-    _ctx(forced=forced),
+    _ctx(replay=replay),
     renormalise=renormalise,
     mask='neginf',
   )[1]

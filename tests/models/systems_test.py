@@ -7,8 +7,7 @@ import runpy
 import numpy as np
 import pytest
 
-from moe_jax.training import job as jobs
-from moe_jax.training import loop, train_step
+from moe_jax.training import jobs, loop, train_step
 
 CONFIGS = pathlib.Path(__file__).parents[2] / 'configs'
 TINY = {
@@ -129,5 +128,5 @@ def test_a_cache_lives_over_steps(corpus, pairs, tmp_path):
 
 def test_a_stream_needs_a_model_with_a_cache(corpus, pairs, tmp_path):
   c = small('momentum', corpus, pairs, **{'data.order': 'stream'})
-  with pytest.raises(ValueError, match=r"order='stream'.*'rotary'.*'pre'"):
+  with pytest.raises(ValueError, match=r"order='stream'.*'gqa'.*'pre'"):
     jobs.prepare(c, str(tmp_path))

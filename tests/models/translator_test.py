@@ -387,7 +387,7 @@ def test_a_pattern_that_is_cut_off_has_its_layers(fields, segments):
     ({'layers_per_pool': 2}, 'inside a pool of layers_per_pool=2'),
     ({'N': 6, 'encoder_N': 4, 'layers_per_pool': 3}, 'the encoder: layers_per'),
     ({'D': 2}, 'D=2'),
-    ({'attention': config.attend('rotary')}, "attention='rotary'"),
+    ({'attention': config.attend('gqa')}, "attention='gqa'"),
     ({'block': 'vmoe'}, "block='vmoe'"),
   ],
 )

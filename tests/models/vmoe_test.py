@@ -22,8 +22,8 @@ def _ctx(*, train=True, rows=B):
     'pos_BxL': np.zeros((rows, L), np.int32),
     'row_B': np.arange(rows, dtype=np.int32),
   }
-  return routers.context(batch, jax.random.key(0), 0, train=train).at_depth(
-    jnp.int32(0), None
+  return routers.context(batch, jax.random.key(0), 0, train=train).at(
+    moe_layer=jnp.int32(0)
   )
 
 
@@ -70,7 +70,7 @@ def test_gates_are_probabilities_over_all_experts(train, factor, rows):
   gate_TxE, found_TxE = np.zeros((T, E + 1)), np.zeros((T, E + 1))
   gate_TxK = np.take_along_axis(probs_TxE, expert_TxK, axis=1)
   np.put_along_axis(gate_TxE, kept_TxK, gate_TxK, axis=1)
-  np.put_along_axis(found_TxE, plan.expert_TxK, plan.weight_TxK, axis=1)
+  np.put_along_axis(found_TxE, plan.expert_TxK, plan.gate_TxK, axis=1)
   np.testing.assert_allclose(found_TxE[:, :E], gate_TxE[:, :E], 1e-5)
 
 
@@ -89,12 +89,12 @@ def test_noise_is_a_part_of_an_expert_and_of_training_alone():
   router = _router(0.0, k=E, noise=2.0, capacity=None, eval_capacity=None)
   plan, _ = _routed(router, _ctx(rows=rows), rows)
   gate_TxE = np.zeros((rows * L, E))
-  np.put_along_axis(gate_TxE, plan.expert_TxK, plan.weight_TxK, axis=1)
+  np.put_along_axis(gate_TxE, plan.expert_TxK, plan.gate_TxK, axis=1)
   draw_TxE = np.log(gate_TxE) - np.log(gate_TxE).mean(1, keepdims=True)
   expected = 2 / E * math.sqrt((E - 1) / E)  # with each token's mean taken off
   assert float(draw_TxE.std()) == pytest.approx(expected, 0.05)
   plan, _ = _routed(router, _ctx(rows=rows, train=False), rows)
-  np.testing.assert_allclose(plan.weight_TxK, 1 / E, 1e-6)
+  np.testing.assert_allclose(plan.gate_TxK, 1 / E, 1e-6)
 
 
 def test_the_choice_is_of_the_noisy_scores():

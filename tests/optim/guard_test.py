@@ -10,8 +10,7 @@ import pytest
 from experiments.checks.faults import child
 from moe_jax import config
 from moe_jax.optim import guard
-from moe_jax.training import job as jobs
-from moe_jax.training import loop, train_step
+from moe_jax.training import jobs, loop, train_step
 from tests.helpers.small import lines_of, small_config, without_clocks
 
 
@@ -118,7 +117,7 @@ def test_streams_begin_anew_after_a_skipped_step(corpus, tmp_path):
   """What follows the skipped blocks does not follow those before them."""
   c = small_config(corpus, steps=8, data__order='stream', model__tied=False)
   c.model.block, c.model.pattern = 'momentum_lm', 'm'
-  c.model.attention = config.attend('span', span=4)
+  c.model.attention = config.attend('adaptive_span', span=4)
   job = poisoned(c, tmp_path, {2})
   batches, step = job.train_batches(), train_step.make_step(job)
   state, kept = train_step.initial_state(job), []

@@ -123,7 +123,7 @@ WORDS = {
   'vector': 'scale bias class',
 }
 MODELS = {'classifier': {'size': (4, 4, 1)}}
-OPTIONS = {'rotary': {'bias': True, 'qk_norm': 'head'}, 'latent': {'rank': 4}}
+OPTIONS = {'gqa': {'bias': True, 'qk_norm': 'head'}, 'mla': {'rank': 4}}
 
 
 def _made():
@@ -134,7 +134,12 @@ def _made():
       {'attention': {'name': name, **OPTIONS.get(name, {})}}
       for name in attention.names()
     ),
-    {'norm': 'layer', 'bias': True, 'iterations': 2, 'link': 'upcycle'},
+    {
+      'norm': 'layer',
+      'bias': True,
+      'iterations': 2,
+      'inner_residual': 'upcycle',
+    },
     {'tied': False, 'shared_F': 8},
   ]
   built = [tiny.fresh(N=1, **changed) for changed in changes]

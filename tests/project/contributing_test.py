@@ -8,8 +8,7 @@ import numpy as np
 from flax import nnx
 
 from moe_jax import config, routers
-from moe_jax.training import job as jobs
-from moe_jax.training import loop
+from moe_jax.training import jobs, loop
 from tests.helpers.small import small_config
 
 TEXT = (pathlib.Path(__file__).parents[2] / 'CONTRIBUTING.md').read_text()
@@ -43,7 +42,7 @@ def test_its_router_is_found_trains_and_is_noisy(corpus, tmp_path, monkeypatch):
     {**batch, 'segment_BxL': segment_BxL}, jax.random.key(0), 0, train=True
   )
   plan, aux, _ = routers.get('noisy')(8, 4, rngs=nnx.Rngs(0))(x_TxD, ctx, ())
-  assert int(plan.rows()) == int(aux['load_E'].sum()) == 2 * 11 * 2
+  assert int(plan.num_routed()) == int(aux['load_E'].sum()) == 2 * 11 * 2
   assert not np.array_equal(route(0, x_TxD), route(1, x_TxD))
   assert np.array_equal(route(0, x_TxD), route(0, x_TxD))
 

@@ -27,7 +27,7 @@ LEVELS = (
   {'routers', 'attention', 'experts', 'residuals', 'parallel'},
   {'fused', 'balance', 'norm', 'init'},
   {'ops'},
-  {'plan', 'byname', 'exact', 'paths', 'ranges'},
+  {'plans', 'byname', 'exact', 'paths', 'ranges'},
 )
 # Who may import a package that the others must not know.
 ALONE = {

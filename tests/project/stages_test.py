@@ -215,7 +215,7 @@ def test_the_parts_of_this_checkout():
   read = {str(part): tree.closure(part.roots) for part in parts}
   stages_of = lambda path: {p.split()[0] for p in read if path in read[p]}
   every = {'slow', 'job', 'faults', 'parity', 'chips', 'newer'}
-  assert stages_of('moe_jax/plan.py') == every
+  assert stages_of('moe_jax/plans.py') == every
   assert stages_of('moe_jax/routers/topk.py') == every
   assert stages_of('moe_jax/routers/switch.py') <= {'newer', 'slow'}
   assert 'newer tests/layers/routers_test.py' in read

@@ -286,16 +286,16 @@ def test_a_torn_metrics_line_does_not_cost_the_report(tmp_path):
 
 
 def test_dropless_says_so_instead_of_a_flat_line(tmp_path):
-  none = dict(dropped=[0.0, 0.0], lost=[0, 0])
+  none = dict(dropped=[0.0, 0.0], overflow=[0, 0])
   make(tmp_path, [train_line(s, **none) for s in (1, 2)])
   text = written(tmp_path)
-  assert 'No assignment was dropped' in text and 'No row was lost' in text
-  assert 'Dropped' not in text and 'Lost' not in text
+  assert 'No assignment was dropped' in text and 'No buffer overflowed' in text
+  assert 'Dropped' not in text and 'Overflow' not in text
 
 
-def test_lost_rows_have_their_figure(tmp_path):
-  make(tmp_path, [train_line(s, lost=[0, 7]) for s in (1, 2)])
-  assert 'MoE layer 1 7' in figure(written(tmp_path), 'Lost')
+def test_rows_that_overflow_have_their_figure(tmp_path):
+  make(tmp_path, [train_line(s, overflow=[0, 7]) for s in (1, 2)])
+  assert 'MoE layer 1 7' in figure(written(tmp_path), 'Overflow')
 
 
 def test_a_loss_nobody_foresaw_gets_its_figure(tmp_path):

@@ -26,7 +26,7 @@ from jax.experimental import topologies
 from moe_jax import config, models, parallel
 from moe_jax.sizing import aot as chips
 from moe_jax.training import train_step
-from moe_jax.training.job import assemble
+from moe_jax.training.jobs import assemble
 
 pytestmark = pytest.mark.skipif(
   not all(map(importlib.util.find_spec, ('libtpu', 'jax_cuda13_plugin'))),
@@ -174,7 +174,7 @@ def test_a_step_fits_on_a_slice_of_tpus(name):
   assert found['kernels'] == ['dlhs', 'drhs', 'gmm']
   # With one expert for a token it is not worth while to send it everywhere.
   other = {'coe': 'local', 'thor': 'ragged'}
-  assert found['strategy'] == other.get(name, 'gather')
+  assert found['strategy'] == other.get(name, 'all_gather')
 
 
 @pytest.mark.parametrize('name', PAPERS)

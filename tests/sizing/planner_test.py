@@ -18,7 +18,7 @@ P = jax.sharding.PartitionSpec
 N, D, F, E, L, B, K = 2, 16, 8, 8, 16, 16, 2
 
 
-def small(sizes, strategy='auto', factor=None):
+def small(sizes, strategy='auto', buffer_factor=None):
   """A resolved config on a mesh of these sizes."""
   c = config.default()
   c.batch_size, c.seq_len = B, L
@@ -27,7 +27,7 @@ def small(sizes, strategy='auto', factor=None):
   c.model.update(gmm='cpu')
   c.model.router = config.router('topk', k=K)
   c.mesh.update(dict(zip(parallel.AXES, sizes, strict=True)))
-  c.parallel.update(strategy=strategy, factor=factor)
+  c.parallel.update(strategy=strategy, buffer_factor=buffer_factor)
   return config.resolve(c)
 
 
@@ -64,9 +64,9 @@ def test_what_is_held_is_what_lies_on_a_device(sizes, moments):
 
 
 @functools.cache
-def traffic(sizes, strategy, factor=None):
+def traffic(sizes, strategy, buffer_factor=None):
   """(compiled, planned), bytes by kind, on 8 CPU devices."""
-  c = small(sizes, strategy, factor)
+  c = small(sizes, strategy, buffer_factor)
   lowered, _ = aot.lower(c, parallel.mesh(c['mesh']))
   found = aot.collectives(lowered.compile().as_text())
   plan = estimate.plan(c, 'h100:8').traffic
@@ -95,8 +95,8 @@ def test_tokens_that_are_gathered_are_planned():
 
   CPU sums the gradients of all else without scattering them.
   """
-  c = small((1, 1, 8, 1), 'gather')
-  found, planned = traffic((1, 1, 8, 1), 'gather')
+  c = small((1, 1, 8, 1), 'all_gather')
+  found, planned = traffic((1, 1, 8, 1), 'all_gather')
   assert 1 <= found['all-gather'] / planned['all-gather'] < 1.2
   answers = estimate.plan(c, 'h100:8').traffic['reduce-scatter']['answers']
   assert 1 <= found['reduce-scatter'] / answers < 1.2
@@ -195,8 +195,11 @@ def test_what_a_change_of_the_config_costs():
     return estimate.plan(c, 'h100:8')
 
   least = plan().peak
-  assert least < plan('parallel', factor=2.0).peak
-  assert plan('parallel', factor=2.0).peak < plan('parallel', factor=None).peak
+  assert least < plan('parallel', buffer_factor=2.0).peak
+  assert (
+    plan('parallel', buffer_factor=2.0).peak
+    < plan('parallel', buffer_factor=None).peak
+  )
   assert least < plan(remat=False).peak
   halves = plan('optimizer', accumulate=2).step
   assert halves['gradients of the microbatches before'] > 0
@@ -266,7 +269,7 @@ def test_no_such_mesh(sizes, topology, message):
   [
     ((8, 1, 1, 1), 'h100:8', 'local'),
     ((2, 1, 4, 1), 'h100:8', 'ragged'),
-    ((4, 1, 2, 1), 'h100:8', 'gather'),  # k = 2 go to both
+    ((4, 1, 2, 1), 'h100:8', 'all_gather'),  # k = 2 go to both
     ((2, 1, 4, 1), 'v5e:2x4', 'ragged'),
     ((16, 1, 4, 1), 'v5e:8x8', 'all_to_all'),
   ],

@@ -11,8 +11,7 @@ import tokenizers
 
 from moe_jax import config, models, objectives, routers
 from moe_jax.decode import generate
-from moe_jax.training import checkpoint, loop, saved_run, train_step
-from moe_jax.training import job as jobs
+from moe_jax.training import checkpoint, jobs, loop, saved_run, train_step
 from moe_jax.weights import convert
 from tests.helpers.small import lines_of, small_config
 from tests.weights.convert_test import described, publish, V, values

@@ -5,7 +5,7 @@ import pytest
 
 from moe_jax import config
 from moe_jax.routers import topk
-from moe_jax.training import job as jobs
+from moe_jax.training import jobs
 from tests.helpers.small import small_config
 
 WRONG = {
@@ -21,8 +21,11 @@ WRONG = {
   'model.router.capacity': (0.0, 'capacity=0.0'),
   'model.router.score': ('tanh', "'tanh'"),
   'model.H': (3, r'H \(3\) does not divide D \(16\)'),
-  'model.attention.J': (3, r'J \(3\) does not divide H \(2\)'),
-  'model.attention.name': ('sparse', "'sparse'.*rotary"),
+  'model.attention.num_kv_heads': (
+    3,
+    r'num_kv_heads \(3\) does not divide H \(2\)',
+  ),
+  'model.attention.name': ('sparse', "'sparse'.*gqa"),
   'model.norm': ('batch', "norm='batch'.*rms"),
   'model.init': ('zero', "init='zero'.*lecun"),
   'model.routing': ('never', "routing='never'.*each"),
@@ -32,7 +35,7 @@ WRONG = {
   'model.layers_per_pool': (3, r'layers_per_pool \(3\).*MoE layers \(2\)'),
   'model.activation': ('tanh', "activation='tanh'.*swiglu"),
   'model.residual.name': ('leaky', "'leaky'.*heavy_ball"),
-  'model.link': ('sum', "'sum'.*replace"),
+  'model.inner_residual': ('sum', "'sum'.*replace"),
   'model.name': ('rnn', "'rnn'.*decoder"),
   'model.gmm': ('gpu', "'gpu' on cpu.*xla"),
   'model.dtype': ('float16', "dtype='float16'"),
@@ -53,7 +56,7 @@ WRONG = {
   'optimizer.warmup': (1.5, 'warmup=1.5'),
   'objective.name': ('gan', "'gan'.*next_token"),
   'parallel.strategy': ('ring', "'ring'.*local"),
-  'parallel.factor': (0.0, 'factor=0.0'),
+  'parallel.buffer_factor': (0.0, 'factor=0.0'),
   'data.source': ('web', "'web'"),
   'data.path': ('/no/such/file', '/no/such/file'),
 }

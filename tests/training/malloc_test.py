@@ -7,7 +7,7 @@ CODE = """
 import resource, sys
 from moe_jax.training import malloc
 if sys.argv[1] == 'keep':
-  assert malloc.keep()
+  assert malloc.retain_freed_memory()
 def faults():
   b'x' * (1 << 27)
   return resource.getrusage(resource.RUSAGE_SELF).ru_minflt

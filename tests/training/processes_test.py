@@ -15,8 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax.training import distributed, loop, preemption
-from moe_jax.training import job as jobs
+from moe_jax.training import distributed, jobs, loop, preemption
 from tests.helpers.small import lines_of, small_config, without_clocks
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -34,16 +33,16 @@ CHANGES = dict(
 RUN = """
 import time
 from moe_jax import main
-from moe_jax.training import distributed, job
+from moe_jax.training import distributed, jobs
 distributed.COME, distributed.SILENT = {come}, {silent}
-put = job.Job.put
+put = jobs.Job.put
 
 def slow_put(self, batch):
   print('rows', batch['row_B'].tolist(), flush=True)
   time.sleep({pause})
   return put(self, batch)
 
-job.Job.put = slow_put
+jobs.Job.put = slow_put
 main.console()
 """
 CONFIG = """

@@ -9,8 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax.training import checkpoint, lock, loop, train_step
-from moe_jax.training import job as jobs
+from moe_jax.training import checkpoint, jobs, lock, loop, train_step
 from tests.helpers.small import lines_of, small_config, without_clocks
 
 pytestmark = pytest.mark.usefixtures('traced_once')
@@ -327,13 +326,13 @@ def test_rows_without_a_place_are_counted_and_told(corpus, tmp_path, capsys):
   c = small_config(
     corpus,
     mesh__expert=2,
-    parallel={'strategy': 'all_to_all', 'factor': 0.25},
+    parallel={'strategy': 'all_to_all', 'buffer_factor': 0.25},
     steps=3,
     log_every=1,
   )
   loop.run(jobs.prepare(c, str(tmp_path)))
-  lines = [line for line in lines_of(tmp_path) if 'lost' in line]
-  assert all(sum(line['lost']) > 0 for line in lines) and len(lines) == 3
+  lines = [line for line in lines_of(tmp_path) if 'overflow' in line]
+  assert all(sum(line['overflow']) > 0 for line in lines) and len(lines) == 3
   assert capsys.readouterr().err.count('rows found no place') == 1
 
 

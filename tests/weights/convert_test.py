@@ -20,8 +20,7 @@ from safetensors.numpy import load_file, save_file
 from moe_jax import commands, config, models, parallel
 from moe_jax.analysis import record
 from moe_jax.decode import generate
-from moe_jax.training import checkpoint, saved_run, train_step
-from moe_jax.training import job as jobs
+from moe_jax.training import checkpoint, jobs, saved_run, train_step
 from moe_jax.weights import convert, families, safetensors, tensors
 from tests.helpers.small import command, small_config
 
@@ -288,7 +287,7 @@ def test_all_patterns_of_dense_layers_are_found():
     for rule in families.FAMILIES['qwen3_moe'].rules
     if 'mlp_only_layers' in rule.fields
   )
-  given = lambda N, every, listed: rule.ours(
+  given = lambda N, every, listed: rule.from_hf(
     {
       'num_hidden_layers': N,
       'decoder_sparse_step': every,
@@ -303,7 +302,7 @@ def test_all_patterns_of_dense_layers_are_found():
   with pytest.raises(ValueError, match=r'mlp_only_layers=\[2\].*mmdm'):
     given(4, 1, [2])
   for found in (given(5, 2, [0]), given(5, 1, [0, 1])):
-    back = rule.theirs({**found, 'N': 5})
+    back = rule.to_hf({**found, 'N': 5})
     assert given(5, *back.values()) == found
 
 
@@ -567,7 +566,10 @@ def test_published_models_have_their_published_size(name):
     ),
     (
       'llama',
-      {'rope_scaling': {**YARN, 'factor': 0}, 'max_position_embeddings': 64},
+      {
+        'rope_scaling': {**YARN, 'factor': 0},
+        'max_position_embeddings': 64,
+      },
       'rope.factor=0 is not > 0',
     ),
     (
@@ -681,7 +683,9 @@ def test_what_a_config_leaves_out_is_what_transformers_5_takes():
   }
   assert _read(few('qwen3', 'head_dim'))['attention.size'] == 128
   assert _read(few('qwen3_moe', 'head_dim'))['attention.size'] is None
-  assert _read(few('llama', 'num_key_value_heads'))['attention.J'] is None
+  assert (
+    _read(few('llama', 'num_key_value_heads'))['attention.num_kv_heads'] is None
+  )
   used = dict(use_sliding_window=True, max_window_layers=0)
   for family in ('qwen3', 'qwen3_moe'):
     assert _read(values(family, **used))['attention.window'] == 4096
@@ -935,7 +939,7 @@ def test_an_empty_folder_is_filled_and_not_replaced(tmp_path, linked):
   before, target = real.stat().st_ino, tmp_path / 'link' if linked else real
   if linked:
     target.symlink_to(real)
-  with convert.aside(target) as part:
+  with convert.atomic_directory(target) as part:
     (part / 'config.json').write_text('{}')
     (part / 'checkpoints').mkdir()
     assert not (target / 'config.json').exists()
@@ -959,7 +963,10 @@ def test_a_folder_that_cannot_be_moved_leaves_nothing(
     return move(path, to)
 
   monkeypatch.setattr(pathlib.Path, 'replace', fail)
-  with pytest.raises(OSError, match='disk'), convert.aside(target) as part:
+  with (
+    pytest.raises(OSError, match='disk'),
+    convert.atomic_directory(target) as part,
+  ):
     (part / 'config.json').write_text('{}')
     (part / 'checkpoints').mkdir()
   left = [p.name for p in tmp_path.rglob('*')]
@@ -992,7 +999,7 @@ def test_a_signal_leaves_nothing(tmp_path, capsys, name):
   number, heard = signal.Signals[name], []
   with pytest.raises(SystemExit) as left, commands.leaving('moe-convert'):
     try:
-      with convert.aside(tmp_path / 'new' / 'run') as part:
+      with convert.atomic_directory(tmp_path / 'new' / 'run') as part:
         (part / 'config.json').write_text('{}')
         os.kill(os.getpid(), number)
     finally:

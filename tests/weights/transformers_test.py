@@ -184,7 +184,12 @@ def test_a_field_that_is_left_out_or_null_is_refused_or_means_the_same(family):
   assert compared > 20
 
 
-YARN = {'rope_type': 'yarn', 'factor': 2.0, 'beta_fast': 4, 'beta_slow': 1}
+YARN = {
+  'rope_type': 'yarn',
+  'factor': 2.0,
+  'beta_fast': 4,
+  'beta_slow': 1,
+}
 LENGTH = 'original_max_position_embeddings'
 LLAMA3 = {k: v for k, v in cases.LLAMA3.items() if k != LENGTH}
 PLAIN = {'rope_type': 'default', 'rope_theta': 7.0}

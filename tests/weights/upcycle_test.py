@@ -10,8 +10,7 @@ import pytest
 
 from moe_jax import config, models, routers
 from moe_jax.decode import generate
-from moe_jax.training import job as jobs
-from moe_jax.training import saved_run, train_step
+from moe_jax.training import jobs, saved_run, train_step
 from moe_jax.weights import convert, upcycle
 from tests.helpers.small import command, small_config
 from tests.training.init_from_test import first_loss
@@ -27,7 +26,7 @@ DENSE = {
   'F': 12,
   'tied': True,
   'pattern': 'd',
-  'attention.name': 'rotary',
+  'attention.name': 'gqa',
   'router.name': 'topk',
 }
 
@@ -73,7 +72,7 @@ def dense(tmp_path_factory):
 @pytest.fixture(scope='module')
 def sliced(dense, tmp_path_factory):
   """What the dense model becomes with slices and iterations."""
-  growth = upcycle.Growth(E=6, k=2, slices=2, iterations=2)
+  growth = upcycle.UpcycleConfig(E=6, k=2, slices=2, iterations=2)
   folder = tmp_path_factory.mktemp('sliced') / 'run'
   upcycle.grow(str(dense[0]), str(folder), growth)
   return folder, growth
@@ -186,7 +185,7 @@ def test_a_grown_run_trains_on(corpus, tmp_path):
   begun(
     small_config(corpus, model__N=1, model__pattern='d'), tmp_path / 'dense'
   )
-  growth = upcycle.Growth(E=4, k=2, slices=2, iterations=2)
+  growth = upcycle.UpcycleConfig(E=4, k=2, slices=2, iterations=2)
   upcycle.grow(str(tmp_path / 'dense'), str(tmp_path / 'grown'), growth)
   new = config.begin(str(tmp_path / 'grown'))
   new.steps, new.batch_size = 1, 8
@@ -207,7 +206,7 @@ def test_it_is_exported_as_a_published_family(tmp_path):
   """What was beside the dense weights goes along."""
   source = publish(tmp_path / 'source', values('llama', eos_token_id=7))
   convert.take(str(source), str(tmp_path / 'dense'))
-  growth = upcycle.Growth(E=4, k=2)
+  growth = upcycle.UpcycleConfig(E=4, k=2)
   upcycle.grow(str(tmp_path / 'dense'), str(tmp_path / 'run'), growth)
   (told,) = convert.give(str(tmp_path / 'run'), str(tmp_path / 'out'))
   assert told.startswith('mixtral, ')
@@ -250,11 +249,15 @@ def test_what_cannot_grow_is_one_line(given, message, dense, tmp_path):
     ({}, {'E': 4}, r"has MoE layers already \(pattern='m'\)"),
     ({}, {}, 'nothing would grow'),
     ({'iterations': 2}, {'iterations': 2}, 'model.iterations=2 cannot grow'),
-    ({'link': 'add'}, {'iterations': 2}, "model.link='add' cannot grow"),
+    (
+      {'inner_residual': 'add'},
+      {'iterations': 2},
+      "model.inner_residual='add' cannot grow",
+    ),
     (
       {'residual': {'name': 'heavy_ball'}},
       {'iterations': 2},
-      "link 'upcycle' with residual 'heavy_ball'",
+      "inner_residual 'upcycle' with residual 'heavy_ball'",
     ),
     (
       {'pattern': 'd', 'block': 'momentum_lm'},
@@ -272,7 +275,7 @@ def test_models_that_cannot_grow(changes, given, message, tmp_path):
     c = {**convert.model_config(keys)[0], 'corpus_sha256': ''}
     described(tmp_path / 'old', c)
   with pytest.raises(ValueError, match=message):
-    growth = upcycle.Growth(**given)
+    growth = upcycle.UpcycleConfig(**given)
     upcycle.grow(str(tmp_path / 'old'), str(tmp_path / 'out' / 'run'), growth)
   assert not list((tmp_path / 'out').rglob('*'))
 

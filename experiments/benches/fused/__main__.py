@@ -15,7 +15,7 @@ CPU, of all threads, which other work changes little. Ratios are to `local` in
 the same round. Choices are even: k of E, drawn for each token. `dense` is nine
 products of the same FLOPs and nothing else, all rows with one expert. `temp` is
 what the compiled program takes besides arguments and results. On CPU freed
-memory is kept, as in moe-train (malloc.keep).
+memory is kept, as in moe-train (malloc.retain_freed_memory).
 
 `tpu` compiles the published layers for --chip, one process each, and tells what
 memory the program takes and its modelled time, see tpu.py. It needs the

@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax import ops, parallel
-from moe_jax import plan as plans
+from moe_jax import ops, parallel, plans
 from moe_jax.experts.mlp import Experts
 from pallas_kernels import shapes
 
@@ -79,12 +78,12 @@ def plain(weights, x_TxD, gate_TxK, expert_TxK):
   T, K = expert_TxK.shape
   order_M = jnp.argsort(expert_TxK.reshape(T * K))
   token_M = order_M // K
-  group_E = plans.count(expert_TxK, len(weights['up_ExDxF']))
+  group_sizes_E = plans.count(expert_TxK, len(weights['up_ExDxF']))
   rows_MxD = x_TxD[token_M]
-  up_MxF = jax.lax.ragged_dot(rows_MxD, weights['up_ExDxF'], group_E)
-  gate_MxF = jax.lax.ragged_dot(rows_MxD, weights['gate_ExDxF'], group_E)
+  up_MxF = jax.lax.ragged_dot(rows_MxD, weights['up_ExDxF'], group_sizes_E)
+  gate_MxF = jax.lax.ragged_dot(rows_MxD, weights['gate_ExDxF'], group_sizes_E)
   hidden_MxF = jax.nn.silu(gate_MxF) * up_MxF
-  y_MxD = jax.lax.ragged_dot(hidden_MxF, weights['down_ExFxD'], group_E)
+  y_MxD = jax.lax.ragged_dot(hidden_MxF, weights['down_ExFxD'], group_sizes_E)
   gate_M = gate_TxK.reshape(T * K)[order_M].astype(y_MxD.dtype)
   y_MxD = y_MxD * gate_M[:, None]
   return jnp.zeros_like(x_TxD).at[token_M].add(y_MxD)

@@ -97,7 +97,7 @@ def _distance(found, expected):
 
 
 def report(write, rounds):
-  malloc.keep()
+  malloc.retain_freed_memory()
   device = jax.devices()[0]
   here = {'jax': jax.__version__, 'platform': device.platform}
   here |= {'device': device.device_kind, 'cores': os.cpu_count()}

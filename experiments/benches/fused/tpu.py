@@ -89,8 +89,8 @@ def measure(chip_name: str, model: str, strategy: str) -> list[dict]:
     rest = sum(others(entry).values())
     lines = []
     for name, group in shapes.GROUPS.items():
-      group_E = group(size.T * size.K, size.E)
-      expert_N = np.repeat(np.arange(size.E, dtype=np.int32), group_E)
+      group_sizes_E = group(size.T * size.K, size.E)
+      expert_N = np.repeat(np.arange(size.E, dtype=np.int32), group_sizes_E)
       known = *args[:3], expert_N.reshape(size.T, size.K)
       found = kernels(f, known, entry, chip)
       ms = {k: round(cycles / chip.hz * 1e3, 4) for k, cycles in found.items()}

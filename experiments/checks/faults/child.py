@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import main
-from moe_jax.training import job as jobs
+from moe_jax.training import jobs
 
 
 def poisoned(job: jobs.Job, which: str) -> jobs.Job:

@@ -9,8 +9,7 @@ import time
 import jax
 
 from experiments.checks.faults import runs
-from moe_jax.training import checkpoint, train_step
-from moe_jax.training import job as jobs
+from moe_jax.training import checkpoint, jobs, train_step
 
 
 def percent(rounds: int) -> float:

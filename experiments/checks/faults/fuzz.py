@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import config, parallel, plan
+from moe_jax import config, parallel, plans
 from moe_jax.data import corpus, dataset
 from moe_jax.training import checkpoint
 
@@ -30,7 +30,7 @@ def run(case: Case, count: int, folder: pathlib.Path) -> str:
   return ''
 
 
-def plans(draw: np.random.Generator, folder: pathlib.Path) -> None:
+def any_plan(draw: np.random.Generator, folder: pathlib.Path) -> None:
   """Any plan: rows that are sorted are those that were planned, each once.
 
   Ids beyond the experts, weights that are no numbers, groups that are empty,
@@ -41,29 +41,29 @@ def plans(draw: np.random.Generator, folder: pathlib.Path) -> None:
   expert_TxK = draw.integers(0, E + 1, (T, K)).astype(np.int32)
   if draw.random() < 0.2:
     expert_TxK[:] = draw.integers(E + 1)
-  weight_TxK = draw.choice([0.0, 1.0, -2.0, np.nan, np.inf], (T, K))
+  gate_TxK = draw.choice([0.0, 1.0, -2.0, np.nan, np.inf], (T, K))
   limit = int(draw.choice([1, T * K // 2 + 1, T * K]))  # each is compiled
-  rows, y_TxD = _route(expert_TxK, weight_TxK.astype(np.float32), E, limit)
+  rows, y_TxD = _route(expert_TxK, gate_TxK.astype(np.float32), E, limit)
   chosen = int((expert_TxK < E).sum())
   placed = int((np.asarray(rows.token_M) < T).sum())
   _require(placed == min(chosen, limit), f'{placed} of {chosen} in {limit}')
-  _require(int(rows.group_E.sum()) == placed, 'groups are not the rows')
+  _require(int(rows.group_sizes_E.sum()) == placed, 'groups are not the rows')
   counts_E = np.bincount(expert_TxK.ravel(), minlength=E + 1)[:E]
-  _require(bool((np.asarray(rows.group_E) <= counts_E).all()), 'too many')
+  _require(bool((np.asarray(rows.group_sizes_E) <= counts_E).all()), 'too many')
   none_T = (expert_TxK == E).all(axis=1)
   _require(bool((np.asarray(y_TxD)[none_T] == 0).all()), 'rows of no token')
 
 
-def _route(expert_TxK, weight_TxK, E, limit):
-  made = plan.ByToken(jnp.asarray(expert_TxK), jnp.asarray(weight_TxK), E)
+def _route(expert_TxK, gate_TxK, E, limit):
+  made = plans.TokenChoice(jnp.asarray(expert_TxK), jnp.asarray(gate_TxK), E)
   return _routed(made, limit)
 
 
 def _one_route(made, limit):
   T = made.expert_TxK.shape[0]
-  rows = plan.sort(made, limit)
-  x_MxD = plan.dispatch(jnp.ones((T, 2)), rows)
-  return rows, plan.combine(x_MxD, rows, T)
+  rows = plans.sort(made, limit)
+  x_MxD = plans.dispatch(jnp.ones((T, 2)), rows)
+  return rows, plans.combine(x_MxD, rows, T)
 
 
 _routed = jax.jit(_one_route, static_argnums=1)
@@ -213,7 +213,7 @@ def _require(holds, what):
 
 
 SUITES = (
-  ('plans', plans, 4000),
+  ('plans', any_plan, 4000),
   ('configs', configs, 3000),
   ('files of text', texts, 1500),
   ('files of pairs', pairs, 500),

@@ -76,10 +76,10 @@ PAIRS = (
   ((1, 1, 1), 'auto', (8, 1, 1), 'auto'),
   ((8, 1, 1), 'auto', (1, 1, 8), 'ragged'),
   ((1, 1, 8), 'ragged', (2, 2, 2), 'all_to_all'),
-  ((2, 2, 2), 'gather', (1, 8, 1), 'auto'),
-  ((1, 8, 1), 'auto', (4, 1, 2), 'gather'),
+  ((2, 2, 2), 'all_gather', (1, 8, 1), 'auto'),
+  ((1, 8, 1), 'auto', (4, 1, 2), 'all_gather'),
   ((4, 1, 2), 'all_to_all', (1, 1, 1), 'auto'),
-  ((1, 1, 8), 'gather', (1, 1, 4), 'ragged'),
+  ((1, 1, 8), 'all_gather', (1, 1, 4), 'ragged'),
   ((1, 1, 2), 'ragged', (1, 1, 8), 'all_to_all'),
 )
 

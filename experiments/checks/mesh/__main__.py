@@ -37,6 +37,7 @@ _WORKERS = flags.DEFINE_integer('workers', 2, 'Processes.', lower_bound=1)
 HERE = pathlib.Path(__file__).parent
 DONE = HERE / 'cells.jsonl'
 README = HERE / 'README.md'
+RENAMED = {'gather': 'all_gather'}  # names in lines that are older
 SYSTEMS = [name for name in cells.SYSTEMS if name != 'decoding THOR']
 
 
@@ -66,12 +67,12 @@ def done() -> dict[cells.Cell, dict]:
   if not DONE.exists():
     return {}
   names = [field.name for field in dataclasses.fields(cells.Cell)]
-  lines = map(json.loads, DONE.read_text().splitlines())
-  return {
-    cells.Cell(*(line[name] for name in names)): line
-    for line in lines
-    if 'error' not in line
-  }
+  found = {}
+  for line in map(json.loads, DONE.read_text().splitlines()):
+    values = [RENAMED.get(line[name], line[name]) for name in names]
+    if 'error' not in line:
+      found[cells.Cell(*values)] = line
+  return found
 
 
 def table(lines: list[dict], total: int) -> str:

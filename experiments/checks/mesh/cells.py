@@ -22,7 +22,7 @@ import numpy as np
 import optax
 
 from moe_jax import config, parallel
-from moe_jax.training import job, train_step
+from moe_jax.training import jobs, train_step
 
 STEPS = 20  # that schedules see; a run may make fewer
 B, L = 32, 8  # 8 devices times 4 microbatches; capacities have groups of L / 2
@@ -71,7 +71,7 @@ class Cell:
   def possible(self) -> bool:
     """Some have all experts here; a reference is compared with no other."""
     here = MESHES[self.mesh][2] == 1
-    possible = here or self.strategy not in parallel.HERE
+    possible = here or self.strategy not in parallel.LOCAL_STRATEGIES
     return possible and self != self.reference()
 
   def reference(self) -> 'Cell':
@@ -227,7 +227,7 @@ def base() -> ml_collections.ConfigDict:
   c.steps, c.batch_size, c.seq_len = STEPS, B, L
   c.data.update(source='text', tokenizer='bytes')
   c.model.update(N=2, D=16, H=2, F=16, E=8, expert_F=8)
-  c.model.attention.J = 1
+  c.model.attention.num_kv_heads = 1
   c.objective.losses.update(balance=0.0, sequence_balance=0.01)
   c.optimizer.warmup = 0.1
   return c
@@ -250,7 +250,7 @@ def _expert_choice(c):
 
 
 def _coe(c):
-  c.model.update(iterations=2, link='add', shared_F=8)
+  c.model.update(iterations=2, inner_residual='add', shared_F=8)
   c.model.residual = config.choice('residual', 'replace')
 
 
@@ -296,7 +296,7 @@ def systems(cell: Cell) -> list[System]:
   return [SYSTEMS[name] for name in cell.system.split(' + ')]
 
 
-def prepared(cell: Cell) -> job.Job:
+def prepared(cell: Cell) -> jobs.Job:
   """The job, whose optimiser keeps the gradient."""
   c = base()
   for system in systems(cell):
@@ -307,7 +307,7 @@ def prepared(cell: Cell) -> job.Job:
   with tempfile.TemporaryDirectory() as folder:
     seed = max(system.seed for system in systems(cell))
     c.data.path = str(_write(c.data.source, pathlib.Path(folder), seed))
-    made = job.prepare(c, folder)
+    made = jobs.prepare(c, folder)
   return dataclasses.replace(made, optimizer=_recording(made.optimizer))
 
 

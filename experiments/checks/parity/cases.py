@@ -366,8 +366,7 @@ def ours(workdir):
     [np.zeros((0, B * L, 1), np.int32)]
     if not aux
     else [
-      np.asarray(route).reshape(-1, *route.shape[-2:])
-      for route in (found['route'] for found in aux)
+      np.asarray(route).reshape(-1, *route.shape[-2:]) for route in aux.routes()
     ]
   )
   return np.asarray(logits_BxLxV), np.concatenate(routes)

@@ -101,7 +101,7 @@ def row(cell: Cell, found: dict[str, Any]) -> str:
   error = plan.peak / found['peak'] - 1
   over = found.get('exceeds', max(0, found['peak'] - there.chip.memory))
   moved = found.get('collectives', {})
-  strategy, factor = found['strategy'], c['parallel']['factor']
+  strategy, factor = found['strategy'], c['parallel']['buffer_factor']
   said = [
     NAMES[cell.config],
     f'{cell.topology}, {" x ".join(map(str, cell.mesh))}',

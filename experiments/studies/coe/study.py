@@ -26,7 +26,7 @@ def arms(data: pathlib.Path) -> dict[str, ml_collections.ConfigDict]:
     N=32,
     layers=2,
     carried=True,
-    link=None,
+    inner_residual=None,
     routing='each',
     text=language.sums,
   ):
@@ -38,7 +38,9 @@ def arms(data: pathlib.Path) -> dict[str, ml_collections.ConfigDict]:
     c.model.residual = config.choice(
       'residual', 'replace' if carried else 'plain'
     )
-    c.model.link = link or ('add' if carried or C > 1 else 'replace')
+    c.model.inner_residual = inner_residual or (
+      'add' if carried or C > 1 else 'replace'
+    )
     c.model.routing = routing
     c.objective.losses.update(balance=0.0, sequence_balance=0.001, z=0.0)
     return c
@@ -59,8 +61,8 @@ def arms(data: pathlib.Path) -> dict[str, ml_collections.ConfigDict]:
     'pre MoE 8/32, 4 layers': arm(8, layers=4, **pre),
     'CoE-2 4/32, one gate': arm(4, C=2, routing='shared'),
     'CoE-2 4/32, routed once': arm(4, C=2, routing='once'),
-    'CoE-2 4/32, outer': arm(4, C=2, link='replace', **pre),
-    'CoE-2 4/32, init': arm(4, C=2, link='init'),
+    'CoE-2 4/32, outer': arm(4, C=2, inner_residual='replace', **pre),
+    'CoE-2 4/32, init': arm(4, C=2, inner_residual='init'),
     'novels MoE 8/32': arm(8, **novels),
     'novels CoE-2 4/32': arm(4, C=2, **novels),
     'novels pre MoE 8/32': arm(8, **pre, **novels),

@@ -51,7 +51,7 @@ IDEAS = {
   'CoE-2, top-1 of 8': dict(
     _route('topk', k=1, renormalise=False),
     iterations=2,
-    link='add',
+    inner_residual='add',
     **_follow('replace'),
   ),
   # A step has two passes.

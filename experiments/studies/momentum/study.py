@@ -53,7 +53,7 @@ def _language(data, rule, options):
   c.model.update(N=3, E=16, expert_F=128, shared_F=0, tied=False, bias=True)
   c.model.update(block='momentum_lm', norm='layer', eps=1e-5)
   c.model.update(activation='relu', init='momentum_smoe', embed_std=1.0)
-  c.model.attention = config.attend('span', span=128)
+  c.model.attention = config.attend('adaptive_span', span=128)
   c.model.router = config.router('topk', k=2, bias=True, init='torch')
   c.model.residual = config.choice('residual', rule, **options)
   c.objective.losses.update(balance=0.0, z=0.0)

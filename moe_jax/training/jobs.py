@@ -13,8 +13,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from moe_jax import config as configs
-from moe_jax import models, objectives, ops, parallel, paths, routers
+from moe_jax import config, models, objectives, ops, parallel, paths, routers
 from moe_jax.data import dataset, tokenizer
 from moe_jax.optim import guard, optimizer
 from moe_jax.training import checkpoint, lock
@@ -93,7 +92,7 @@ def assemble(
   )
 
 
-def prepare(config: Any, workdir: str) -> Job | None:
+def prepare(given: Any, workdir: str) -> Job | None:
   """Checks all that can be checked before compiling, and reads the data.
 
   Returns None where the work directory holds the end of this very run.
@@ -101,7 +100,7 @@ def prepare(config: Any, workdir: str) -> Job | None:
   Raises:
     ValueError, TypeError, OSError: one line that names the offending values.
   """
-  c = configs.resolve(config)
+  c = config.resolve(given)
   if '://' in str(workdir):
     raise ValueError(f'workdir={workdir} is no path: mount what it stands for')
   workdir = paths.absolute(workdir)
@@ -143,12 +142,15 @@ def prepare(config: Any, workdir: str) -> Job | None:
   _, changed = _earlier(c, workdir)  # now with the corpus
   init = models.initializer({**fields, **found.sizes}, layout)
   model = models.abstract(init)
-  if found.streams and (not hasattr(model, 'blank') or model.blank(1) is None):
+  if found.streams and (
+    not hasattr(model, 'init_stream_cache')
+    or model.init_stream_cache(1) is None
+  ):
     raise ValueError(
       f"data.order='stream' needs a cache: model.name={c['model']['name']!r},"
       f' model.attention.name={c["model"]["attention"]["name"]!r} and'
-      f' model.block={c["model"]["block"]!r} have none; decoder, span and'
-      ' momentum_lm have one'
+      f' model.block={c["model"]["block"]!r} have none; decoder,'
+      ' adaptive_span and momentum_lm have one'
     )
   _check_groups(c, model)
   _check_writing(c, model)
@@ -221,7 +223,7 @@ def _check_router(c, model):
       L=getattr(model.c, 'tokens', c['seq_len']),
       dtype='bfloat16' if m['dtype'] == 'bfloat16' else 'float32',
     )
-  return configs.check_losses(c, reported)
+  return config.check_losses(c, reported)
 
 
 def _check_beginning(c, model, found):
@@ -236,7 +238,7 @@ def _check_beginning(c, model, found):
 
 
 def _wrong_beginning(folder, c, model, found):
-  differ = configs.another_model(configs.saved(folder), c)
+  differ = config.another_model(config.saved(folder), c)
   if differ:
     return f'it holds another model: {", ".join(differ)}'
   if hasattr(found, 'tokenizer'):
@@ -321,7 +323,7 @@ def _earlier(c, workdir):
   except ValueError as error:
     raise ValueError(f'{workdir}/config.json is no JSON: {error}') from None
   old = {k: v for k, v in old.items() if k in c}  # c may lack the corpus yet
-  mathematics, changed = configs.differences(old, c)
+  mathematics, changed = config.differences(old, c)
   if mathematics:
     raise ValueError(
       f'{workdir} holds another run; these keys differ: '

@@ -19,7 +19,7 @@ class Attention(attention.Attention):
   """H query heads over J key-value heads.
 
   Args:
-    J: H if None.
+    num_kv_heads: J; H if None.
     size: S, of a head; D / H if None.
     theta: base of the rotary frequencies.
     window: a token sees so many tokens at most, itself the last; all if None.
@@ -34,8 +34,8 @@ class Attention(attention.Attention):
       None.
 
   Raises:
-    ValueError: J does not divide H, H not D where `size` is None, or heads have
-      an odd size.
+    ValueError: num_kv_heads does not divide H, H not D where `size` is None, or
+      heads have an odd size.
   """
 
   def __init__(
@@ -45,7 +45,7 @@ class Attention(attention.Attention):
     *,
     scheme: Scheme,
     out_scale: float = 1.0,
-    J: ranges.Count | None = None,
+    num_kv_heads: ranges.Count | None = None,
     size: ranges.Count | None = None,
     theta: attention.Base = 10_000.0,
     window: ranges.Count | None = None,
@@ -60,7 +60,7 @@ class Attention(attention.Attention):
     yarn_by_turns: bool = False,
     rngs: nnx.Rngs,
   ):
-    J = H if J is None else J
+    J = H if num_kv_heads is None else num_kv_heads
     S = attention.head_size(D, H) if size is None else size
     _check(D, H, J, S)
     self.window, self.bias, self.qk_norm = window, bias, qk_norm
@@ -94,13 +94,13 @@ class Attention(attention.Attention):
     if self.qk_norm != 'none':
       q_BxLxHxS = self._normed(q_BxLxHxS, self.norm_query)
     q_BxLxHxS = self._rotate(q_BxLxHxS, view.place_BxL)
-    if view.kept is None:
-      of = self.entries(x_BxLxD, None)
+    if view.kv_cache is None:
+      of = self.kv_entries(x_BxLxD, None)
       y_BxLxHxS = attention.attend(
         q_BxLxHxS, of['k_BxLxJxS'], of['v_BxLxJxS'], view, window=self.window
       )
     else:
-      of = view.kept
+      of = view.kv_cache
       y_BxLxHxS = attention.attend_kept(
         q_BxLxHxS,
         of['k_BxLxJxS'],
@@ -118,7 +118,7 @@ class Attention(attention.Attention):
     seen = attention.keys_seen(L, M, causal, self.window)
     return 2 * math.prod(self.out_HxSxD.shape[-3:-1]) * seen
 
-  def entries(self, x_BxLxD, place_BxL):
+  def kv_entries(self, x_BxLxD, place_BxL):
     """Keys, turned, and values."""
     k_BxLxJxS = self._heads(x_BxLxD, 'key_DxJxS', 'bias_key_JxS')
     if self.qk_norm != 'none':
@@ -149,7 +149,7 @@ class Attention(attention.Attention):
 
 def _check(D, H, J, S):
   if H % J:
-    raise ValueError(f'J ({J}) does not divide H ({H})')
+    raise ValueError(f'num_kv_heads ({J}) does not divide H ({H})')
   if S % 2:
     raise ValueError(
       f'D={D} over H={H} heads gives the odd size {S},'

@@ -93,7 +93,7 @@ class Attention(attention.Attention):
     q_BxLxHxS = self._query(x_BxLxD)
     q_BxLxHxW, q_BxLxHxP = jnp.split(q_BxLxHxS, [self.nope], axis=-1)
     q_BxLxHxP = self._rotate(q_BxLxHxP, view.place_BxL)
-    if view.kept is None:
+    if view.kv_cache is None:
       y_BxLxHxU = self._attend(q_BxLxHxW, q_BxLxHxP, x_BxLxD, view)
     else:
       y_BxLxHxU = self._attend_kept(q_BxLxHxW, q_BxLxHxP, view)
@@ -105,7 +105,7 @@ class Attention(attention.Attention):
     P = self.key_DxP.shape[-1]
     return H * (W + P + U) * attention.keys_seen(L, M, causal)
 
-  def entries(self, x_BxLxD, place_BxL):
+  def kv_entries(self, x_BxLxD, place_BxL):
     """The latent, and the part of a key that has a position."""
     dtype = x_BxLxD.dtype
     latent_BxLxZ = self.norm_latent(
@@ -116,7 +116,7 @@ class Attention(attention.Attention):
     return {'latent_BxLxZ': latent_BxLxZ, 'key_BxLxP': key_BxLxP}
 
   def _attend(self, q_BxLxHxW, q_BxLxHxP, x_BxLxD, view):
-    of = self.entries(x_BxLxD, None)
+    of = self.kv_entries(x_BxLxD, None)
     k_BxLxHxW = attention.heads(of['latent_BxLxZ'], self.key_ZxHxW[...])
     v_BxLxHxU = attention.heads(of['latent_BxLxZ'], self.value_ZxHxU[...])
     k_BxLxHxP = jnp.broadcast_to(of['key_BxLxP'][:, :, None], q_BxLxHxP.shape)
@@ -132,7 +132,7 @@ class Attention(attention.Attention):
     """The same among latents: one key and one value for all heads."""
     dtype = q_BxLxHxW.dtype
     latent_BxMxZ, key_BxMxP = (
-      view.kept[name] for name in ('latent_BxLxZ', 'key_BxLxP')
+      view.kv_cache[name] for name in ('latent_BxLxZ', 'key_BxLxP')
     )
     q_BxLxHxZ = jnp.einsum(
       'blhw,zhw->blhz', q_BxLxHxW, self.key_ZxHxW[...].astype(dtype)
